@@ -1,0 +1,1 @@
+//! Durable sharded checkpoints by logical coordinate.

@@ -1,0 +1,1 @@
+//! Collectives between ranks, exact reductions and the traffic ledger.

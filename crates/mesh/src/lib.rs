@@ -1,0 +1,1 @@
+//! The logical grid, its folds, groups, shard arithmetic and expert placement.

@@ -1,0 +1,1 @@
+//! Layers with explicit backward, router, experts and transformer, generic over the backend.

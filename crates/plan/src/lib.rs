@@ -1,0 +1,1 @@
+//! Model and training descriptions, and what they cost in memory.

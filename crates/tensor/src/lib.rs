@@ -1,0 +1,1 @@
+//! The kernels of a step: the Backend trait and its CPU implementation.

@@ -1,0 +1,1 @@
+//! Runs training steps over ranks: optimizer, metrics, recovery.
