@@ -1,1 +1,3 @@
 //! The logical grid, its folds, groups, shard arithmetic and expert placement.
+
+pub mod tree;
