@@ -1,0 +1,9 @@
+//! Kernels against scalar f64 references, central finite differences, and themselves: other thread counts, other rows.
+
+mod attention;
+mod elementwise;
+mod norm;
+mod rope;
+mod router;
+mod rows;
+mod support;
