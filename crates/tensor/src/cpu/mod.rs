@@ -16,9 +16,10 @@ mod parallel;
 mod rope;
 mod router;
 mod rows;
+pub mod simd;
 
-pub use gemm::gemm;
-pub use parallel::Threads;
+pub use gemm::{Matrix, MatrixMut, gemm};
+pub use parallel::{DisjointMut, Scratch, Threads};
 
 /// The CPU backend of one rank: its buffers and its private compute threads. Cloning shares both.
 #[derive(Clone)]
