@@ -79,6 +79,12 @@ impl Backend for Cpu {
     fn add(&self, dst: &mut [f32], src: &[f32]) {
         elementwise::add(self.threads(), dst, src)
     }
+    fn add_within(&self, buffer: &mut [f32], into: usize, from: usize, len: usize) {
+        let (low, high) = buffer.split_at_mut(into.max(from));
+        let (low, high) = (&mut low[into.min(from)..][..len], &mut high[..len]);
+        let (dst, src) = if into < from { (low, high) } else { (high, low) };
+        self.add(dst, src);
+    }
     fn matmul(&self, product: Product, dims: Dims, a: &[f32], b: &[f32], c: &mut [f32], accumulate: bool) {
         matmul::matmul(self.threads(), product, dims, a, b, c, accumulate)
     }
