@@ -1,1 +1,40 @@
-//! Collectives between ranks, exact reductions and the traffic ledger.
+//! Collectives between ranks, exact reductions, the traffic ledger and the flight recorder.
+//!
+//! - [`Communicator`]: one rank's handle on a group of ranks. Everything it does is a pattern of one *exchange*: for
+//!   each peer a list of [`Part`]s to send, for each peer a list of ranges of the receive buffer to fill.
+//! - [`ReducePlan`], [`GatherPlan`]: reduce-scatter and all-gather of many segments in one call. Sums run strictly
+//!   along the fixed tree of [`unisono_mesh::tree`], so their bits depend on no layout and no arrival order.
+//! - [`run_ranks`], [`ThreadRanks`]: ranks as threads of one process.
+//! - [`Transport`]: what moves the bytes. Today threads that share memory.
+//! - [`Ledger`]: what moved, by kind, group and link class.
+//!
+//! Buffers are owned: what is sent is shared (`Arc`), what is filled is moved in at the start and handed back at the
+//! end. A receiver copies straight out of the sender's buffer, so every byte is copied at most once.
+//!
+//! A run never hangs: a rank that panics, fails or leaves early, calls that do not match, and ranks that wait for each
+//! other in a circle end the run with a [`Failure`] which names the culprit, its step and its call.
+
+pub mod bench;
+mod communicator;
+mod error;
+mod exact;
+mod flight;
+mod gather;
+mod ledger;
+mod part;
+mod pending;
+pub mod threads;
+pub mod transport;
+mod tree_sum;
+
+pub use communicator::{Communicator, kind};
+pub use error::{CallSite, Cause, CommError, Failure, RunError, Waiting};
+pub use exact::{PendingReduce, ReducePlan, Reducer, Segment};
+pub use flight::{CallState, FlightEntry};
+pub use gather::{GatherPlan, GatherSegment, Gatherer};
+pub use ledger::{Ledger, LinkClass, RankTraffic, Row};
+pub use part::Part;
+pub use pending::Pending;
+pub use threads::{ThreadRanks, run_ranks};
+pub use transport::Transport;
+pub use tree_sum::Real;

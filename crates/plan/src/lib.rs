@@ -1,1 +1,7 @@
-//! Model and training descriptions, and what they cost in memory.
+//! Model descriptions and what they cost: sizes, parameters, memory, floating-point operations. Pure.
+
+mod layout;
+mod model;
+
+pub use layout::{Init, LayerTensors, Layout, NORM_CHUNK, TensorSpec};
+pub use model::{ModelConfig, ModelError, ScoreFunction};

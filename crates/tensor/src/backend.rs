@@ -235,6 +235,9 @@ pub trait Backend: Clone + Send + Sync + 'static {
     /// `dst = dst + src`, elementwise.
     fn add(&self, dst: Mut<'_, Self>, src: Ref<'_, Self>);
 
+    /// `buffer[into..into + len] += buffer[from..from + len]`; the ranges do not overlap.
+    fn add_within(&self, buffer: Mut<'_, Self>, into: usize, from: usize, len: usize);
+
     /// `c = product(a, b)`, or `c += product(a, b)` if `accumulate`. Sums over k in blocks of 256, ascending,
     /// accumulated in place.
     fn matmul(

@@ -16,9 +16,10 @@ mod parallel;
 mod rope;
 mod router;
 mod rows;
+pub mod simd;
 
-pub use gemm::gemm;
-pub use parallel::Threads;
+pub use gemm::{Matrix, MatrixMut, gemm};
+pub use parallel::{DisjointMut, Scratch, Threads};
 
 /// The CPU backend of one rank: its buffers and its private compute threads. Cloning shares both.
 #[derive(Clone)]
@@ -77,6 +78,12 @@ impl Backend for Cpu {
     }
     fn add(&self, dst: &mut [f32], src: &[f32]) {
         elementwise::add(self.threads(), dst, src)
+    }
+    fn add_within(&self, buffer: &mut [f32], into: usize, from: usize, len: usize) {
+        let (low, high) = buffer.split_at_mut(into.max(from));
+        let (low, high) = (&mut low[into.min(from)..][..len], &mut high[..len]);
+        let (dst, src) = if into < from { (low, high) } else { (high, low) };
+        self.add(dst, src);
     }
     fn matmul(&self, product: Product, dims: Dims, a: &[f32], b: &[f32], c: &mut [f32], accumulate: bool) {
         matmul::matmul(self.threads(), product, dims, a, b, c, accumulate)

@@ -1,0 +1,155 @@
+//! What can go wrong, and who did it.
+
+use std::error::Error;
+use std::fmt;
+use std::sync::Arc;
+
+use crate::flight::FlightEntry;
+
+/// Which call: the `seq`-th of this kind of numbering on a group, at a step.
+///
+/// Collective calls of a group are numbered from 0 in the order in which a rank starts them; sends and receives are
+/// numbered per (sender, receiver, tag).
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct CallSite {
+    /// The step the rank was in, as it said with `set_step`.
+    pub step: u64,
+    /// The call's number on its group.
+    pub seq: u64,
+    /// What was called, for example `all_gather`.
+    pub kind: &'static str,
+    /// The group's name.
+    pub group: Arc<str>,
+}
+
+impl fmt::Display for CallSite {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} (call {} on group '{}', step {})", self.kind, self.seq, self.group, self.step)
+    }
+}
+
+/// A rank that was waiting when the run failed.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Waiting {
+    /// The world rank that waits.
+    pub rank: usize,
+    /// The call it waits in.
+    pub call: CallSite,
+    /// The world ranks it waits for.
+    pub for_ranks: Vec<usize>,
+}
+
+/// Why a run failed.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Cause {
+    /// The rank panicked.
+    Panicked {
+        /// The panic's message.
+        message: String,
+    },
+    /// The rank's function returned an error.
+    Errored {
+        /// The error, as it displays itself.
+        message: String,
+    },
+    /// The rank's function returned while other ranks wait for it.
+    ReturnedEarly,
+    /// The rank's call does not match what other ranks called.
+    Mismatch {
+        /// Who called what.
+        detail: String,
+    },
+    /// Every rank waits, and nothing can go on.
+    Deadlock,
+    /// The rank's thread could not be started.
+    NotStarted {
+        /// What the system said.
+        message: String,
+    },
+}
+
+/// The first failure of a run: which rank caused it, where, and who waited for what.
+#[derive(Debug, Clone)]
+pub struct Failure {
+    /// The world rank that caused it.
+    pub rank: usize,
+    /// The step that rank was in.
+    pub step: u64,
+    /// The last call that rank started.
+    pub call: Option<CallSite>,
+    /// What happened.
+    pub cause: Cause,
+    /// Who was waiting, in rank order.
+    pub waiting: Vec<Waiting>,
+    /// The last calls of each rank, oldest first.
+    pub flights: Vec<Vec<FlightEntry>>,
+}
+
+impl fmt::Display for Failure {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "rank {} ", self.rank)?;
+        match &self.cause {
+            Cause::Panicked { message } => write!(f, "panicked: {message}")?,
+            Cause::Errored { message } => write!(f, "failed: {message}")?,
+            Cause::ReturnedEarly => write!(f, "returned while other ranks wait for it")?,
+            Cause::Mismatch { detail } => write!(f, "made a call that does not match: {detail}")?,
+            Cause::Deadlock => write!(f, "and others wait for each other, nothing can go on")?,
+            Cause::NotStarted { message } => write!(f, "could not be started: {message}")?,
+        }
+        write!(f, "; rank {} was in step {}", self.rank, self.step)?;
+        match &self.call {
+            Some(call) => write!(f, ", its last call was {call}")?,
+            None => write!(f, ", it had made no call")?,
+        }
+        for waiting in &self.waiting {
+            write!(f, "; rank {} waits in {} for {}", waiting.rank, waiting.call, Ranks(&waiting.for_ranks))?;
+        }
+        Ok(())
+    }
+}
+
+struct Ranks<'a>(&'a [usize]);
+
+impl fmt::Display for Ranks<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let word = if self.0.len() == 1 { "rank" } else { "ranks" };
+        let list: Vec<String> = self.0.iter().map(usize::to_string).collect();
+        write!(f, "{word} {}", list.join(", "))
+    }
+}
+
+/// An error of one call on one rank.
+#[derive(Debug, Clone, thiserror::Error)]
+pub enum CommError {
+    /// The arguments cannot be right, whatever the other ranks pass. Nothing was started.
+    #[error("rank {rank}, step {step}: {kind} on group '{group}': {reason}")]
+    Argument {
+        /// The world rank that called.
+        rank: usize,
+        /// The step it was in.
+        step: u64,
+        /// What it called.
+        kind: &'static str,
+        /// On which group.
+        group: Arc<str>,
+        /// What is wrong and what would be right.
+        reason: String,
+    },
+    /// The run has failed; every rank gets the same failure.
+    #[error("the run has failed: {0}")]
+    Failed(Arc<Failure>),
+    /// The transport broke a promise or lost its connection.
+    #[error("transport: {0}")]
+    Transport(String),
+}
+
+/// Why [`run_ranks`](crate::run_ranks) failed: the root cause, never a consequence of it.
+#[derive(Debug, thiserror::Error)]
+#[error("{failure}")]
+pub struct RunError {
+    /// The first failure.
+    pub failure: Arc<Failure>,
+    /// The error value, if a rank's function returned one and that was the root cause.
+    #[source]
+    pub source: Option<Box<dyn Error + Send + Sync>>,
+}

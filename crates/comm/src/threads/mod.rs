@@ -1,0 +1,312 @@
+//! Ranks as threads of one process, which read each other's send buffers where they are.
+
+mod board;
+mod launch;
+mod world;
+
+use std::collections::VecDeque;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+pub use launch::{ThreadRanks, run_ranks};
+
+use crate::error::{Cause, CommError};
+use crate::flight::FlightRecorder;
+use crate::ledger::LinkClass;
+use crate::transport::{Call, CallKey, Done, GroupId, Landing, Ticket, Transport};
+use board::Sends;
+use world::World;
+
+/// How long a rank looks for news before it sleeps, where every rank has a core.
+const SPIN: Duration = Duration::from_micros(20);
+
+/// One thread rank's side of the world.
+struct ThreadTransport {
+    world: Arc<World>,
+    rank: usize,
+    started: Mutex<VecDeque<Started>>,
+    tickets: AtomicU64,
+    random: AtomicU64,
+}
+
+/// A started call of this rank.
+struct Started {
+    ticket: Ticket,
+    key: CallKey,
+    position: usize,
+    members: Arc<[usize]>,
+    landing: Landing,
+    wait: Duration,
+    moving: [Duration; 3],
+}
+
+/// What came of a look at the started calls.
+enum Look {
+    Complete(usize),
+    WentOn,
+    Stuck,
+}
+
+impl ThreadTransport {
+    fn new(world: Arc<World>, rank: usize) -> Self {
+        let seed = world.jitter.unwrap_or(0);
+        Self {
+            world,
+            rank,
+            started: Mutex::default(),
+            tickets: AtomicU64::new(0),
+            random: AtomicU64::new(seed ^ (rank as u64 + 1).wrapping_mul(0xA076_1D64_78BD_642F)),
+        }
+    }
+
+    /// Looks once: first at the awaited call, then, if nothing can be done there, at the others in start order.
+    fn look(&self, started: &mut VecDeque<Started>, ticket: Ticket) -> Result<Look, CommError> {
+        let Some(awaited) = started.iter().position(|call| call.ticket == ticket) else {
+            return Err(CommError::Transport("a call that was not started cannot be finished".into()));
+        };
+        let mut order = std::iter::once(awaited).chain((0..started.len()).filter(|&i| i != awaited));
+        let (index, ready) = {
+            let state = self.world.lock();
+            state.check()?;
+            let board_of = |i: usize| state.boards.get(&started[i].key);
+            if board_of(awaited).is_some_and(|board| board.complete(started[awaited].position)) {
+                return Ok(Look::Complete(awaited));
+            }
+            let next = order.find_map(|i| {
+                let ready = board_of(i)?.ready(started[i].position);
+                (!ready.is_empty()).then_some((i, ready))
+            });
+            match next {
+                Some(next) => next,
+                None => return Ok(Look::Stuck),
+            }
+        };
+        let ready = self.disturb(ready, &started[index].landing);
+        self.land(&mut started[index], ready)?;
+        Ok(Look::WentOn)
+    }
+
+    /// Moves what is ready to where it lands, and tells the senders.
+    fn land(&self, call: &mut Started, ready: Vec<(usize, Arc<Sends>)>) -> Result<(), CommError> {
+        let from: Vec<usize> = ready.iter().map(|(peer, _)| *peer).collect();
+        let me = call.position;
+        match &mut call.landing {
+            Landing::Copy { buffer, ranges } => {
+                let target = buffer.bytes_mut();
+                for (peer, sends) in &ready {
+                    let begin = Instant::now();
+                    let pieces = sends[me].iter().map(|piece| piece.bytes());
+                    copy_stream(pieces, target, &ranges[*peer]);
+                    call.moving[self.link(call.members[*peer]) as usize] += begin.elapsed();
+                }
+            }
+            Landing::Combine { sum, pieces } => {
+                let begin = Instant::now();
+                let mut received: Vec<Vec<&[u8]>> = vec![Vec::new(); call.members.len()];
+                for (peer, sends) in &ready {
+                    received[*peer] = sends[me].iter().map(|piece| piece.bytes()).collect();
+                }
+                let cut = |list: &Vec<&[u8]>| list.iter().map(|bytes| bytes.len()).collect::<Vec<_>>();
+                if let Some(peer) = (0..received.len()).find(|&peer| cut(&received[peer]) != pieces[peer]) {
+                    let detail = format!(
+                        "rank {} sends rank {} pieces of other lengths than it expects: their plans differ",
+                        call.members[peer], self.rank
+                    );
+                    let mut state = self.world.lock();
+                    self.world.fail(&mut state, call.members[peer], Cause::Mismatch { detail });
+                    return state.check();
+                }
+                sum.combine(&received);
+                let links = from.iter().map(|&peer| self.link(call.members[peer]));
+                call.moving[links.max().unwrap_or(LinkClass::SameRank) as usize] += begin.elapsed();
+            }
+        }
+        // The senders get their buffers back, so no clone may outlive the note that all was taken.
+        drop(ready);
+        let mut state = self.world.lock();
+        let Some(board) = state.boards.get_mut(&call.key) else { return state.check() };
+        let emptied: Vec<usize> = from.into_iter().filter(|&peer| board.take(peer, me)).collect();
+        for peer in emptied {
+            self.world.ring(&state, call.members[peer]);
+        }
+        Ok(())
+    }
+
+    /// Waits until something may have changed since the signal was `seen`.
+    fn wait(&self, call: &mut Started, seen: u64) {
+        let begin = Instant::now();
+        let desk = &self.world.ranks[self.rank];
+        if self.world.spin {
+            while desk.signal.load(Ordering::Acquire) == seen && begin.elapsed() < SPIN {
+                std::hint::spin_loop();
+            }
+        }
+        if desk.signal.load(Ordering::Acquire) == seen {
+            let mut state = self.world.lock();
+            if desk.signal.load(Ordering::Acquire) == seen {
+                state.ranks[self.rank].waiting = Some((call.key.clone(), call.position));
+                self.world.look_for_dead_ends(&mut state);
+                state = self.world.sleep(state, self.rank, seen);
+                state.ranks[self.rank].waiting = None;
+            }
+        }
+        call.wait += begin.elapsed();
+    }
+
+    fn link(&self, member: usize) -> LinkClass {
+        if member == self.rank { LinkClass::SameRank } else { LinkClass::SameNode }
+    }
+
+    /// For tests of determinism: takes what is ready late, in another order, or only a part of it.
+    fn disturb(&self, mut ready: Vec<(usize, Arc<Sends>)>, landing: &Landing) -> Vec<(usize, Arc<Sends>)> {
+        if self.world.jitter.is_some() {
+            self.delay();
+            if matches!(landing, Landing::Copy { .. }) {
+                let chosen = (self.draw() % ready.len() as u64) as usize;
+                ready = vec![ready.swap_remove(chosen)];
+            }
+        }
+        ready
+    }
+
+    /// For tests of determinism: sleeps for a random time now and then.
+    fn delay(&self) {
+        if self.world.jitter.is_some() && self.draw().is_multiple_of(2) {
+            std::thread::sleep(Duration::from_micros(self.draw() % 300));
+        }
+    }
+
+    /// SplitMix64 (Steele, Lea and Flood, 2014): enough for delays.
+    fn draw(&self) -> u64 {
+        let mut z = self.random.fetch_add(0x9E37_79B9_7F4A_7C15, Ordering::Relaxed);
+        z = (z ^ (z >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
+        z = (z ^ (z >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
+        z ^ (z >> 31)
+    }
+}
+
+impl Transport for ThreadTransport {
+    fn rank(&self) -> usize {
+        self.rank
+    }
+
+    fn size(&self) -> usize {
+        self.world.ranks.len()
+    }
+
+    fn node(&self, _rank: usize) -> usize {
+        0
+    }
+
+    fn bucket_bytes(&self) -> usize {
+        self.world.bucket_bytes
+    }
+
+    fn set_step(&self, step: u64) {
+        self.world.ranks[self.rank].step.store(step, Ordering::Relaxed);
+    }
+
+    fn recorder(&self) -> &FlightRecorder {
+        &self.world.ranks[self.rank].recorder
+    }
+
+    fn open_group(&self, name: &str, members: &[usize]) -> Result<GroupId, CommError> {
+        self.world.open_group(self.rank, name, members)
+    }
+
+    fn start(&self, call: Call) -> Result<Ticket, CommError> {
+        self.delay();
+        let (key, members, position) = (call.key.clone(), Arc::clone(&call.members), call.position);
+        let meets = call.synchronise;
+        let receivers: Vec<bool> = call.sends.iter().map(|list| !list.is_empty()).collect();
+        let landing = {
+            let mut state = self.world.lock();
+            state.check()?;
+            let board = state.board(&key, &members);
+            let landing = board.post(call);
+            let conflict = board.conflict;
+            state.ranks[self.rank].started.push((key.clone(), position));
+            for (peer, &receives) in receivers.iter().enumerate() {
+                if (receives || meets) && members[peer] != self.rank {
+                    self.world.ring(&state, members[peer]);
+                }
+            }
+            if conflict {
+                self.world.note_conflict(&mut state, &key);
+            }
+            landing
+        };
+        let ticket = Ticket(self.tickets.fetch_add(1, Ordering::Relaxed));
+        let mut started = self.started.lock().unwrap_or_else(PoisonError::into_inner);
+        started.push_back(Started {
+            ticket,
+            key,
+            position,
+            members,
+            landing,
+            wait: Duration::ZERO,
+            moving: [Duration::ZERO; 3],
+        });
+        Ok(ticket)
+    }
+
+    fn finish(&self, ticket: Ticket) -> Result<Done, CommError> {
+        let mut started = self.started.lock().unwrap_or_else(PoisonError::into_inner);
+        loop {
+            let seen = self.world.ranks[self.rank].signal.load(Ordering::Acquire);
+            match self.look(&mut started, ticket) {
+                Ok(Look::WentOn) => {}
+                Ok(Look::Stuck) => {
+                    if let Some(call) = started.iter_mut().find(|call| call.ticket == ticket) {
+                        self.wait(call, seen);
+                    }
+                }
+                Ok(Look::Complete(index)) => {
+                    if let Some(call) = started.remove(index) {
+                        self.world.lock().leave(self.rank, &call.key, call.position);
+                        return Ok(Done { landing: call.landing, wait: call.wait, moving: call.moving });
+                    }
+                }
+                Err(error) => {
+                    started.retain(|call| call.ticket != ticket);
+                    return Err(error);
+                }
+            }
+        }
+    }
+
+    fn cancel(&self, ticket: Ticket) {
+        let mut started = self.started.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(index) = started.iter().position(|call| call.ticket == ticket)
+            && let Some(call) = started.remove(index)
+        {
+            let mut state = self.world.lock();
+            self.world.cancel(&mut state, self.rank, &call.key, call.position);
+        }
+    }
+}
+
+/// Copies the stream of `pieces` into the stream of `ranges` of `target`; both have the same total length.
+fn copy_stream<'a>(
+    pieces: impl Iterator<Item = &'a [u8]>,
+    target: &mut [u8],
+    ranges: &[std::ops::Range<usize>],
+) {
+    let mut ranges = ranges.iter().cloned();
+    let mut free = 0..0;
+    for mut piece in pieces {
+        while !piece.is_empty() {
+            while free.is_empty() {
+                match ranges.next() {
+                    Some(range) => free = range,
+                    None => return,
+                }
+            }
+            let (now, later) = piece.split_at(piece.len().min(free.len()));
+            target[free.start..free.start + now.len()].copy_from_slice(now);
+            free.start += now.len();
+            piece = later;
+        }
+    }
+}

@@ -1,0 +1,117 @@
+//! Vector arithmetic that gives the same bits on every machine.
+//!
+//! Loops are plain Rust that the compiler vectorises for the instruction set found at run time
+//! ([`vectorized`]). Elementwise arithmetic is exact per operation (no fused multiply-add, no
+//! approximate reciprocals), so the width of a vector does not matter and a tail runs the same operations as the
+//! body. Sums do depend on their order: they go over [`LANES`] partial sums, whatever the machine's vectors are.
+
+use pulp::Arch;
+
+/// Partial sums of a reduction: element i belongs to sum `i % LANES`.
+pub const LANES: usize = 16;
+
+/// Runs `body` compiled for the widest vectors of this machine. What `body` calls must be `#[inline(always)]`
+/// to be compiled with it.
+#[inline(always)]
+pub fn vectorized<R>(body: impl FnOnce() -> R) -> R {
+    Arch::new().dispatch(body)
+}
+
+/// `e^x` with an error below 1.5 units in the last place; branch-free, so that loops over it vectorise.
+///
+/// Below -87.33 (results under the smallest normal number) it is exactly 0, above 88.72 infinite; NaN stays NaN.
+/// Range reduction by `ln 2` in two parts, then `1 + r + r^2 q(r)` with the near-minimax polynomial of degree 5 for `q`.
+#[inline(always)]
+pub fn exp(x: f32) -> f32 {
+    const SMALLEST: f32 = -87.336_54;
+    const LARGEST: f32 = 88.722_83;
+    // 1.5 * 2^23: adding it rounds to an integer, which then stands in the low bits.
+    const ROUND: f32 = 12_582_912.0;
+    const LN2_HIGH: f32 = 0.693_359_4;
+    const LN2_LOW: f32 = -2.121_944_4e-4;
+    let rounded = x * std::f32::consts::LOG2_E + ROUND;
+    let n = rounded - ROUND;
+    let r = (x - n * LN2_HIGH) - n * LN2_LOW;
+    let mut q = 1.989_099_1e-4;
+    q = q * r + 1.393_365e-3;
+    q = q * r + 8.333_31e-3;
+    q = q * r + 4.166_646_7e-2;
+    q = q * r + 1.666_666_7e-1;
+    q = q * r + 0.5;
+    let mantissa = (q * (r * r) + r) + 1.0;
+    let scaled = f32::from_bits(mantissa.to_bits().wrapping_add(rounded.to_bits() << 23));
+    let bounded = if x < SMALLEST { 0.0 } else { scaled };
+    let bounded = if x > LARGEST { f32::INFINITY } else { bounded };
+    if x.is_nan() { x } else { bounded }
+}
+
+/// `1 / (1 + e^-x)`.
+#[inline(always)]
+pub fn sigmoid(x: f32) -> f32 {
+    1.0 / (1.0 + exp(-x))
+}
+
+/// `x * sigmoid(x)`.
+#[inline(always)]
+pub fn silu(x: f32) -> f32 {
+    x * sigmoid(x)
+}
+
+/// Joins the partial sums of a reduction: halves, pairwise.
+#[inline(always)]
+pub fn join(mut sums: [f32; LANES]) -> f32 {
+    let mut width = LANES / 2;
+    while width > 0 {
+        for lane in 0..width {
+            sums[lane] += sums[lane + width];
+        }
+        width /= 2;
+    }
+    sums[0]
+}
+
+/// Sum of `term(a[i], b[i])`, in [`LANES`] partial sums joined by [`join`]. Call it inside [`vectorized`].
+#[inline(always)]
+pub fn sum2(a: &[f32], b: &[f32], term: impl Fn(f32, f32) -> f32) -> f32 {
+    let mut sums = [0.0f32; LANES];
+    let (a_blocks, a_tail) = a.as_chunks::<LANES>();
+    let (b_blocks, b_tail) = b.as_chunks::<LANES>();
+    for (a, b) in a_blocks.iter().zip(b_blocks) {
+        for lane in 0..LANES {
+            sums[lane] += term(a[lane], b[lane]);
+        }
+    }
+    for (lane, (a, b)) in a_tail.iter().zip(b_tail).enumerate() {
+        sums[lane] += term(*a, *b);
+    }
+    join(sums)
+}
+
+/// Sum of `term(x[i])`, in [`LANES`] partial sums joined by [`join`]. Call it inside [`vectorized`].
+#[inline(always)]
+pub fn sum(x: &[f32], term: impl Fn(f32) -> f32) -> f32 {
+    sum2(x, x, |value, _| term(value))
+}
+
+/// Dot product, in [`LANES`] partial sums. Call it inside [`vectorized`].
+#[inline(always)]
+pub fn dot(a: &[f32], b: &[f32]) -> f32 {
+    sum2(a, b, |a, b| a * b)
+}
+
+/// The largest element, negative infinity for none; NaN elements are passed over. Call it inside [`vectorized`].
+#[inline(always)]
+pub fn max(x: &[f32]) -> f32 {
+    let larger = |best: f32, value: f32| if value > best { value } else { best };
+    let mut best = [f32::NEG_INFINITY; LANES];
+    let (blocks, tail) = x.as_chunks::<LANES>();
+    for block in blocks {
+        for lane in 0..LANES {
+            best[lane] = larger(best[lane], block[lane]);
+        }
+    }
+    for (lane, value) in tail.iter().enumerate() {
+        best[lane] = larger(best[lane], *value);
+    }
+    best.into_iter().fold(f32::NEG_INFINITY, larger)
+}
