@@ -22,9 +22,7 @@ pub(super) fn add(threads: &Threads, dst: &mut [f32], src: &[f32]) {
     assert_eq!(src.len(), dst.len(), "add: lengths differ");
     threads.chunks_mut(dst, CHUNK, |i, dst| {
         let src = &src[i * CHUNK..][..dst.len()];
-        vectorized(
-            || dst.iter_mut().zip(src).for_each(|(d, s)| *d += s),
-        );
+        vectorized(|| dst.iter_mut().zip(src).for_each(|(d, s)| *d += s));
     });
 }
 
@@ -36,9 +34,7 @@ pub(super) fn chunk_squares(threads: &Threads, x: &[f32], out: &mut Vec<f64>) {
         for (j, sum) in sums.iter_mut().enumerate() {
             let start = (i * per_task + j) * NORM_CHUNK;
             let chunk = &x[start..x.len().min(start + NORM_CHUNK)];
-            *sum = vectorized(
-                || squares(chunk),
-            );
+            *sum = vectorized(|| squares(chunk));
         }
     });
 }
@@ -71,20 +67,23 @@ pub(super) fn adamw(
     assert_eq!([parameter.len(), first.len(), second.len()], [len; 3], "adamw: lengths differ");
     let mut end = 0;
     for (run, _) in runs {
-        assert!(end <= run.start && run.start <= run.end, "adamw: runs must ascend and not overlap: {runs:?}");
+        assert!(
+            end <= run.start && run.start <= run.end,
+            "adamw: runs must ascend and not overlap: {runs:?}"
+        );
         end = run.end;
     }
-    let (parameter, first, second) = (DisjointMut::new(parameter), DisjointMut::new(first), DisjointMut::new(second));
+    let (parameter, first, second) =
+        (DisjointMut::new(parameter), DisjointMut::new(first), DisjointMut::new(second));
     let tasks = runs.iter().map(|(run, _)| run.len().div_ceil(CHUNK)).sum();
     threads.run(tasks, |task| {
         let (range, decay) = part_of_runs(runs, task);
         // SAFETY: runs do not overlap (asserted above), neither do the parts of a run.
-        let (p, m, v) =
-            unsafe { (parameter.range(range.clone()), first.range(range.clone()), second.range(range.clone())) };
+        let (p, m, v) = unsafe {
+            (parameter.range(range.clone()), first.range(range.clone()), second.range(range.clone()))
+        };
         let g = &gradient[range];
-        vectorized(
-            || adamw_part(step, decay, g, p, m, v),
-        );
+        vectorized(|| adamw_part(step, decay, g, p, m, v));
     });
 }
 

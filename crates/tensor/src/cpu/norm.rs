@@ -29,9 +29,7 @@ pub(super) fn rms_norm(
         // SAFETY: every task has rows of its own.
         let (x, y) = (&x[part.clone()], unsafe { y.range(part) });
         for ((y, x), rstd) in y.chunks_exact_mut(d).zip(x.chunks_exact(d)).zip(rstd) {
-            *rstd = vectorized(
-                || norm_row(x, weight, epsilon, y),
-            );
+            *rstd = vectorized(|| norm_row(x, weight, epsilon, y));
         }
     });
 }
@@ -60,14 +58,12 @@ pub(super) fn rms_norm_backward(
         let (dy, x, rstd) = (&dy[task * ROWS * d..], &x[task * ROWS * d..], &rstd[task * ROWS..]);
         let rows = dx.chunks_exact_mut(d).zip(dy.chunks_exact(d)).zip(x.chunks_exact(d)).zip(rstd);
         for (((dx, dy), x), &rstd) in rows {
-            vectorized(
-                || {
-                    let along = slope_along(dy, x, weight, rstd);
-                    for (((dx, dy), x), w) in dx.iter_mut().zip(dy).zip(x).zip(weight) {
-                        *dx += dy * w * rstd - x * along;
-                    }
-                },
-            );
+            vectorized(|| {
+                let along = slope_along(dy, x, weight, rstd);
+                for (((dx, dy), x), w) in dx.iter_mut().zip(dy).zip(x).zip(weight) {
+                    *dx += dy * w * rstd - x * along;
+                }
+            });
         }
     });
 }
@@ -123,11 +119,10 @@ pub(super) fn head_norm(
         let part = start..start + rstd.len() / normed * width;
         // SAFETY: every task has rows of its own.
         let (raw, out) = (&raw[part.clone()], unsafe { out.range(part) });
-        let rows = out.chunks_exact_mut(width).zip(raw.chunks_exact(width)).zip(rstd.chunks_exact_mut(normed));
+        let rows =
+            out.chunks_exact_mut(width).zip(raw.chunks_exact(width)).zip(rstd.chunks_exact_mut(normed));
         for ((out, raw), rstd) in rows {
-            vectorized(
-                || norm_heads(heads, raw, q_weight, k_weight, epsilon, out, rstd),
-            );
+            vectorized(|| norm_heads(heads, raw, q_weight, k_weight, epsilon, out, rstd));
         }
     });
 }
@@ -164,14 +159,16 @@ pub(super) fn head_norm_backward(
 ) {
     let (width, normed) = (heads.qkv_width(), heads.heads + heads.kv_heads);
     assert_eq!([raw.len(), d.len()], [rstd.len() / normed * width; 2], "head_norm_backward: rows of {width}");
-    assert_eq!([q_weight.len(), k_weight.len()], [heads.head_dim; 2], "head_norm_backward: weights of a head");
+    assert_eq!(
+        [q_weight.len(), k_weight.len()],
+        [heads.head_dim; 2],
+        "head_norm_backward: weights of a head"
+    );
     threads.chunks_mut(d, ROWS * width, |task, d| {
         let (raw, rstd) = (&raw[task * ROWS * width..], &rstd[task * ROWS * normed..]);
         let rows = d.chunks_exact_mut(width).zip(raw.chunks_exact(width)).zip(rstd.chunks_exact(normed));
         for ((d, raw), rstd) in rows {
-            vectorized(
-                || turn_head_gradients(heads, d, raw, q_weight, k_weight, rstd),
-            );
+            vectorized(|| turn_head_gradients(heads, d, raw, q_weight, k_weight, rstd));
         }
     });
 }
@@ -207,8 +204,16 @@ pub(super) fn head_norm_weight_grad(
     dk_weight: &mut [f32],
 ) {
     let (width, normed) = (heads.qkv_width(), heads.heads + heads.kv_heads);
-    assert_eq!([raw.len(), dout.len()], [rstd.len() / normed * width; 2], "head_norm_weight_grad: rows of {width}");
-    assert_eq!([dq_weight.len(), dk_weight.len()], [heads.head_dim; 2], "head_norm_weight_grad: weights of a head");
+    assert_eq!(
+        [raw.len(), dout.len()],
+        [rstd.len() / normed * width; 2],
+        "head_norm_weight_grad: rows of {width}"
+    );
+    assert_eq!(
+        [dq_weight.len(), dk_weight.len()],
+        [heads.head_dim; 2],
+        "head_norm_weight_grad: weights of a head"
+    );
     let queries = HeadRows {
         width,
         first: 0,
@@ -217,8 +222,7 @@ pub(super) fn head_norm_weight_grad(
         rstd_first: 0,
         head_dim: heads.head_dim,
     };
-    let keys =
-        HeadRows { first: heads.q_width(), count: heads.kv_heads, rstd_first: heads.heads, ..queries };
+    let keys = HeadRows { first: heads.q_width(), count: heads.kv_heads, rstd_first: heads.heads, ..queries };
     weight_grad(threads, dout, raw, rstd, queries, dq_weight);
     weight_grad(threads, dout, raw, rstd, keys, dk_weight);
 }
@@ -243,9 +247,7 @@ fn weight_grad(threads: &Threads, dy: &[f32], x: &[f32], rstd: &[f32], heads: He
         let columns = task * COLUMNS..task * COLUMNS + dweight.len();
         let blocks = dy.chunks(TOKEN_BLOCK * width).zip(x.chunks(TOKEN_BLOCK * width));
         for ((dy, x), rstd) in blocks.zip(rstd.chunks(TOKEN_BLOCK * rstd_width)) {
-            vectorized(
-                || add_block(dy, x, rstd, heads, columns.clone(), dweight),
-            );
+            vectorized(|| add_block(dy, x, rstd, heads, columns.clone(), dweight));
         }
     });
 }

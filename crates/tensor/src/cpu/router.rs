@@ -284,7 +284,11 @@ pub(super) fn router_backward(
     check(shape, logits);
     let rows = logits.len() / shape.experts;
     assert_eq!(dlogits.len(), logits.len(), "router_backward: dlogits is shaped like logits");
-    assert_eq!([dweights.len(), routing.experts.len()], [rows * shape.top_k; 2], "router_backward: {rows} rows");
+    assert_eq!(
+        [dweights.len(), routing.experts.len()],
+        [rows * shape.top_k; 2],
+        "router_backward: {rows} rows"
+    );
     assert_eq!(routing.counts.len(), rows / shape.sequence * shape.experts, "router_backward: counts");
     threads.chunks_mut(dlogits, ROWS * shape.experts, |task, dlogits| {
         let mut scratch = Scratch::take(4 * shape.experts);

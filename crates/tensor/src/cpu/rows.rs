@@ -88,15 +88,19 @@ pub(super) fn combine_rows(
             let pairs = row * top_k..(row + 1) * top_k;
             let choices = Choices { experts: &experts[pairs.clone()], index: &index[pairs], node_size };
             let [shared, base] = [shared, base].map(|addend| addend.map(|a| &a[row * d..(row + 1) * d]));
-            vectorized(
-                || combine_row(src, choices, shared, base, out),
-            );
+            vectorized(|| combine_row(src, choices, shared, base, out));
         }
     });
 }
 
 #[inline(always)]
-fn combine_row(src: &[f32], choices: Choices<'_>, shared: Option<&[f32]>, base: Option<&[f32]>, out: &mut [f32]) {
+fn combine_row(
+    src: &[f32],
+    choices: Choices<'_>,
+    shared: Option<&[f32]>,
+    base: Option<&[f32]>,
+    out: &mut [f32],
+) {
     let d = out.len();
     for start in (0..d).step_by(COLUMNS) {
         let width = COLUMNS.min(d - start);

@@ -3,7 +3,13 @@ use unisono_tensor::{AttentionShape, Backend, Cpu, Heads};
 use crate::support::*;
 
 /// Forward in f64, one query at a time: `out`, then `lse`.
-fn reference(shape: AttentionShape<'_>, q: &[f64], q_stride: usize, kv: &[f64], kv_stride: usize) -> [Vec<f64>; 2] {
+fn reference(
+    shape: AttentionShape<'_>,
+    q: &[f64],
+    q_stride: usize,
+    kv: &[f64],
+    kv_stride: usize,
+) -> [Vec<f64>; 2] {
     let Heads { heads, kv_heads, head_dim: hd } = shape.heads;
     let (mut out, mut lse) = (Vec::new(), Vec::new());
     for row in 0..shape.sequences * shape.queries {

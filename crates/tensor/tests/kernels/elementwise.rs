@@ -69,7 +69,13 @@ fn adamw_updates_its_runs_and_nothing_else() {
     let mut rng = Rng::new(8);
     let (gradient, parameter, first) = (rng.values(len), rng.values(len), rng.values(len));
     let second: Vec<f32> = rng.values(len).iter().map(|v| v.abs()).collect();
-    let runs = [(3..4, true), (4..40_007, true), (40_007..40_020, false), (41_000..41_000, false), (42_000..len, true)];
+    let runs = [
+        (3..4, true),
+        (4..40_007, true),
+        (40_007..40_020, false),
+        (41_000..41_000, false),
+        (42_000..len, true),
+    ];
     let got = on_any_threads(|cpu| {
         let mut state = [parameter.clone(), first.clone(), second.clone()];
         let [p, m, v] = &mut state;

@@ -113,7 +113,8 @@ fn head_norm(cpu: &Cpu, heads: Heads, raw: &[f32], weights: [&[f32]; 2], dout: &
 
 #[test]
 fn head_norm_is_the_reference_and_its_gradients_are_its_differences() {
-    for (rows, h, kv, head_dim) in [(1, 1, 1, 16), (3, 4, 2, 24), (TOKEN_BLOCK + 3, 2, 1, 64), (2, 3, 3, 128)] {
+    for (rows, h, kv, head_dim) in [(1, 1, 1, 16), (3, 4, 2, 24), (TOKEN_BLOCK + 3, 2, 1, 64), (2, 3, 3, 128)]
+    {
         let heads = Heads { heads: h, kv_heads: kv, head_dim };
         let mut rng = Rng::new(head_dim as u64);
         let raw = rng.values(rows * heads.qkv_width());
@@ -127,9 +128,8 @@ fn head_norm_is_the_reference_and_its_gradients_are_its_differences() {
         let dout = widen(&dout);
         assert_close("out", &parts[0], &head_reference(heads, &raw, &q_weight, &k_weight), 1e-6);
         let sampled: Vec<usize> = (0..150).map(|_| rng.below(raw.len())).collect();
-        let want = differences(&raw, &sampled, |raw| {
-            dot(&head_reference(heads, raw, &q_weight, &k_weight), &dout)
-        });
+        let want =
+            differences(&raw, &sampled, |raw| dot(&head_reference(heads, raw, &q_weight, &k_weight), &dout));
         let got: Vec<f32> = sampled.iter().map(|&i| parts[1][i]).collect();
         assert_close("draw", &got, &want, 2e-5);
         let slopes = gradient(&q_weight, |w| dot(&head_reference(heads, &raw, w, &k_weight), &dout));
@@ -149,7 +149,8 @@ fn values_pass_through_head_norm_and_heads_do_not_see_each_other() {
     let width = heads.qkv_width();
     let (raw, dout) = (rng.values(rows * width), rng.values(rows * width));
     let weights = [rng.values(32), rng.values(32)];
-    let run = |raw: &[f32], dout: &[f32]| head_norm(&Cpu::new(2), heads, raw, [&weights[0], &weights[1]], dout);
+    let run =
+        |raw: &[f32], dout: &[f32]| head_norm(&Cpu::new(2), heads, raw, [&weights[0], &weights[1]], dout);
     let whole = run(&raw, &dout);
     let values = heads.q_width() + heads.kv_width();
     for row in 0..rows {

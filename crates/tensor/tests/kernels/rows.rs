@@ -71,7 +71,9 @@ fn the_combine_sums_by_expert_node() {
             })
             .collect();
         let index: Vec<u32> = (0..rows * top_k).map(|_| rng.below(rows * top_k) as u32).collect();
-        for (shared, base) in [(None, None), (Some(&shared), None), (None, Some(&base)), (Some(&shared), Some(&base))] {
+        for (shared, base) in
+            [(None, None), (Some(&shared), None), (None, Some(&base)), (Some(&shared), Some(&base))]
+        {
             let (shared, base) = (shared.map(Vec::as_slice), base.map(Vec::as_slice));
             let out = on_any_threads(|cpu| {
                 let mut out = poison(rows * d);
