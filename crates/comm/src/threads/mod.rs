@@ -19,7 +19,7 @@ use board::Sends;
 use world::World;
 
 /// How long a rank looks for news before it sleeps, where every rank has a core.
-const SPIN: Duration = Duration::from_micros(20);
+const SPIN: Duration = Duration::from_micros(50);
 
 /// One thread rank's side of the world.
 struct ThreadTransport {
@@ -304,9 +304,21 @@ fn copy_stream<'a>(
                 }
             }
             let (now, later) = piece.split_at(piece.len().min(free.len()));
-            target[free.start..free.start + now.len()].copy_from_slice(now);
+            copy(now, &mut target[free.start..free.start + now.len()]);
             free.start += now.len();
             piece = later;
         }
+    }
+}
+
+/// A copy in runs of 512 bytes.
+///
+/// One `memcpy` of 4 KiB to 1 MiB takes the C library's `rep movsb` path, which is up to 10 times slower on some CPUs
+/// (measured on Zen 3) where the target lies less than a cache line behind the source within their pages. Short runs
+/// never take it, and are as fast otherwise.
+fn copy(source: &[u8], target: &mut [u8]) {
+    const RUN: usize = 512;
+    for (from, to) in source.chunks(RUN).zip(target.chunks_mut(RUN)) {
+        to.copy_from_slice(from);
     }
 }

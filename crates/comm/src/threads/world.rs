@@ -116,7 +116,8 @@ impl World {
         Ok(GroupId((state.groups.len() - 1) as u32))
     }
 
-    /// The board of a call, after `act` on it; boards that all members have left are dropped.
+    /// Notes that the posts of a call do not match. Judged when all are there, so that the blame is not a matter of who
+    /// came first, or when nothing else can go on.
     pub fn note_conflict(&self, state: &mut State, key: &CallKey) {
         if !state.conflicts.contains(key) {
             state.conflicts.push(key.clone());
@@ -240,8 +241,11 @@ impl State {
         let describe = |(rank, state): (usize, &RankState)| {
             let (key, position) = state.waiting.as_ref()?;
             let board = self.boards.get(key)?;
-            let for_ranks = board.missing(*position).into_iter().map(|p| board.members[p]).collect();
-            Some(Waiting { rank, call: board.site(*position)?.clone(), for_ranks })
+            let for_ranks: Vec<usize> =
+                board.missing(*position).into_iter().map(|p| board.members[p]).collect();
+            // A rank that could go on has only not woken up yet.
+            let call = board.site(*position)?.clone();
+            (!for_ranks.is_empty()).then_some(Waiting { rank, call, for_ranks })
         };
         self.ranks.iter().enumerate().filter_map(describe).collect()
     }

@@ -1,10 +1,19 @@
-#[allow(unused_imports)]
-use super::Cpu;
-use super::Threads;
-use crate::backend::*;
-#[allow(unused_imports)]
-use std::ops::Range;
+//! Products of whole matrices, cut into a grid of tiles.
 
+use super::gemm::{Matrix, MatrixMut, gemm};
+use super::{DisjointMut, Threads};
+use crate::backend::{Dims, Product};
+
+/// Columns of a tile: multiples of this, so that no tile ends within a vector.
+const COLUMN_STEP: usize = 64;
+/// Rows of a tile: multiples of this.
+const ROW_STEP: usize = 24;
+/// Multiply-adds below which a tile costs more in packing and dispatch than it gains.
+const SMALLEST_TILE: usize = 1 << 20;
+/// Tiles a thread, so that a late thread does not hold up the others for long.
+const TILES_A_THREAD: usize = 4;
+
+/// [`crate::Backend::matmul`].
 pub(super) fn matmul(
     threads: &Threads,
     product: Product,
@@ -14,5 +23,49 @@ pub(super) fn matmul(
     c: &mut [f32],
     accumulate: bool,
 ) {
-    todo!()
+    let Dims { m, n, k } = dims;
+    assert!(
+        a.len() == m * k && b.len() == k * n && c.len() == m * n,
+        "{product:?} with {dims:?} got operands of {} and {} elements and a result of {}",
+        a.len(),
+        b.len(),
+        c.len()
+    );
+    if m == 0 || n == 0 {
+        return;
+    }
+    let (rows, columns) = tile(dims, threads.count());
+    let across = n.div_ceil(columns);
+    let c = DisjointMut::new(c);
+    threads.run(m.div_ceil(rows) * across, |index| {
+        let (row, column) = (index / across * rows, index % across * columns);
+        let (m_tile, n_tile) = (rows.min(m - row), columns.min(n - column));
+        let lhs = match product {
+            Product::TransposedLeft => Matrix::columns(&a[row.min(a.len())..], m),
+            _ => Matrix::rows(&a[row * k..], k),
+        };
+        let rhs = match product {
+            Product::TransposedRight => Matrix::columns(&b[column * k..], k),
+            _ => Matrix::rows(&b[column.min(b.len())..], n),
+        };
+        let start = row * n + column;
+        // SAFETY: tiles of different tasks share no element, and `c` has `m` rows of `n`.
+        let dst = unsafe { MatrixMut::tile(c.pointer(start), c.len() - start, n) };
+        gemm(Dims { m: m_tile, n: n_tile, k }, lhs, rhs, dst, accumulate);
+    });
+}
+
+/// Rows and columns of a tile. Any shape gives the same bits; this one gives every thread several tiles that are as
+/// square as possible, because an operand is packed once for each tile that reads it.
+fn tile(dims: Dims, threads: usize) -> (usize, usize) {
+    let Dims { m, n, k } = dims;
+    if threads == 1 {
+        return (m, n);
+    }
+    let work = m * n * k.max(1);
+    let wanted = (threads * TILES_A_THREAD).min(work / SMALLEST_TILE).max(1);
+    let side = ((m * n / wanted) as f64).sqrt() as usize;
+    let columns = side.next_multiple_of(COLUMN_STEP).min(n);
+    let rows = (m * n / wanted / columns).max(1).next_multiple_of(ROW_STEP).min(m);
+    (rows, columns)
 }
