@@ -157,8 +157,14 @@ impl QueryTile<'_> {
                 false,
             );
             let masked = keys.start < starts.end || keys.end > self.positions.start + 1;
-            vectorized(|| softmax.visit(&mut scores[..keys.len() * width], start as u32, masked));
-            vectorized(|| rescale_rows(&mut mixed, &softmax.rescale[..columns]));
+            vectorized(
+                #[inline(always)]
+                || softmax.visit(&mut scores[..keys.len() * width], start as u32, masked),
+            );
+            vectorized(
+                #[inline(always)]
+                || rescale_rows(&mut mixed, &softmax.rescale[..columns]),
+            );
             let dims = Dims { m: columns, n: hd, k: keys.len() };
             gemm(
                 dims,
@@ -188,14 +194,14 @@ impl QueryTile<'_> {
     /// Sets which keys every column sees; returns the range from the first key that any sees to the last first key.
     fn set_visible(&self, softmax: &mut Softmax<'_>) -> Range<usize> {
         let (first, count) = (self.first_row(), self.positions.len());
-        let mut starts = usize::MAX..0;
+        let (mut least, mut most) = (usize::MAX, 0);
         for (column, (from, to)) in softmax.first.iter_mut().zip(softmax.last.iter_mut()).enumerate() {
             let position = self.positions.start + column % count;
             let start = (self.shape.document_start[first + column % count] as usize).min(position);
             (*from, *to) = (start as u32, position as u32);
-            starts = starts.start.min(start)..starts.end.max(start);
+            (least, most) = (least.min(start), most.max(start));
         }
-        starts
+        least..most
     }
 
     /// Divides by the sums of probabilities, writes the rows and their log-sum-exp.
@@ -303,13 +309,13 @@ impl<'a> Softmax<'a> {
 /// One group of columns.
 #[inline(always)]
 fn group<T>(row: &[T], start: usize) -> &[T; GROUP] {
-    row[start..start + GROUP].as_array().expect("the range has as many elements")
+    row[start..].first_chunk().expect("rows are padded to whole groups")
 }
 
 /// One group of columns, for writing.
 #[inline(always)]
 fn group_mut<T>(row: &mut [T], start: usize) -> &mut [T; GROUP] {
-    row[start..start + GROUP].as_mut_array().expect("the range has as many elements")
+    row[start..].first_chunk_mut().expect("rows are padded to whole groups")
 }
 
 #[inline(always)]
@@ -402,7 +408,10 @@ impl Backward<'_> {
         let mut delta = Scratch::take(self.group() * length);
         for (at, delta) in delta.iter_mut().enumerate() {
             let (row, column) = (self.first_row + at % length, self.head_column(at / length));
-            *delta = vectorized(|| simd::dot(self.dout.head(row, column), self.out.head(row, column)));
+            *delta = vectorized(
+                #[inline(always)]
+                || simd::dot(self.dout.head(row, column), self.out.head(row, column)),
+            );
             // SAFETY: the caller's rows and columns.
             unsafe { self.gradient_of(dqkv, row, column) }.fill(0.0);
         }
@@ -517,12 +526,15 @@ impl Backward<'_> {
                 ds[hidden].fill(0.0);
             }
             let delta = delta[position];
-            vectorized(|| {
-                for (p, ds) in p[start..end].iter_mut().zip(&mut ds[start..end]) {
-                    *p = simd::exp(*p * scale - lse);
-                    *ds = *p * (*ds - delta) * scale;
-                }
-            });
+            vectorized(
+                #[inline(always)]
+                || {
+                    for (p, ds) in p[start..end].iter_mut().zip(&mut ds[start..end]) {
+                        *p = simd::exp(*p * scale - lse);
+                        *ds = *p * (*ds - delta) * scale;
+                    }
+                },
+            );
         }
     }
 }

@@ -22,7 +22,10 @@ pub(super) fn add(threads: &Threads, dst: &mut [f32], src: &[f32]) {
     assert_eq!(src.len(), dst.len(), "add: lengths differ");
     threads.chunks_mut(dst, CHUNK, |i, dst| {
         let src = &src[i * CHUNK..][..dst.len()];
-        vectorized(|| dst.iter_mut().zip(src).for_each(|(d, s)| *d += s));
+        vectorized(
+            #[inline(always)]
+            || dst.iter_mut().zip(src).for_each(|(d, s)| *d += s),
+        );
     });
 }
 
@@ -34,7 +37,10 @@ pub(super) fn chunk_squares(threads: &Threads, x: &[f32], out: &mut Vec<f64>) {
         for (j, sum) in sums.iter_mut().enumerate() {
             let start = (i * per_task + j) * NORM_CHUNK;
             let chunk = &x[start..x.len().min(start + NORM_CHUNK)];
-            *sum = vectorized(|| squares(chunk));
+            *sum = vectorized(
+                #[inline(always)]
+                || squares(chunk),
+            );
         }
     });
 }
@@ -83,7 +89,10 @@ pub(super) fn adamw(
             (parameter.range(range.clone()), first.range(range.clone()), second.range(range.clone()))
         };
         let g = &gradient[range];
-        vectorized(|| adamw_part(step, decay, g, p, m, v));
+        vectorized(
+            #[inline(always)]
+            || adamw_part(step, decay, g, p, m, v),
+        );
     });
 }
 

@@ -29,7 +29,10 @@ pub(super) fn rms_norm(
         // SAFETY: every task has rows of its own.
         let (x, y) = (&x[part.clone()], unsafe { y.range(part) });
         for ((y, x), rstd) in y.chunks_exact_mut(d).zip(x.chunks_exact(d)).zip(rstd) {
-            *rstd = vectorized(|| norm_row(x, weight, epsilon, y));
+            *rstd = vectorized(
+                #[inline(always)]
+                || norm_row(x, weight, epsilon, y),
+            );
         }
     });
 }
@@ -58,12 +61,15 @@ pub(super) fn rms_norm_backward(
         let (dy, x, rstd) = (&dy[task * ROWS * d..], &x[task * ROWS * d..], &rstd[task * ROWS..]);
         let rows = dx.chunks_exact_mut(d).zip(dy.chunks_exact(d)).zip(x.chunks_exact(d)).zip(rstd);
         for (((dx, dy), x), &rstd) in rows {
-            vectorized(|| {
-                let along = slope_along(dy, x, weight, rstd);
-                for (((dx, dy), x), w) in dx.iter_mut().zip(dy).zip(x).zip(weight) {
-                    *dx += dy * w * rstd - x * along;
-                }
-            });
+            vectorized(
+                #[inline(always)]
+                || {
+                    let along = slope_along(dy, x, weight, rstd);
+                    for (((dx, dy), x), w) in dx.iter_mut().zip(dy).zip(x).zip(weight) {
+                        *dx += dy * w * rstd - x * along;
+                    }
+                },
+            );
         }
     });
 }
@@ -122,7 +128,10 @@ pub(super) fn head_norm(
         let rows =
             out.chunks_exact_mut(width).zip(raw.chunks_exact(width)).zip(rstd.chunks_exact_mut(normed));
         for ((out, raw), rstd) in rows {
-            vectorized(|| norm_heads(heads, raw, q_weight, k_weight, epsilon, out, rstd));
+            vectorized(
+                #[inline(always)]
+                || norm_heads(heads, raw, q_weight, k_weight, epsilon, out, rstd),
+            );
         }
     });
 }
@@ -168,7 +177,10 @@ pub(super) fn head_norm_backward(
         let (raw, rstd) = (&raw[task * ROWS * width..], &rstd[task * ROWS * normed..]);
         let rows = d.chunks_exact_mut(width).zip(raw.chunks_exact(width)).zip(rstd.chunks_exact(normed));
         for ((d, raw), rstd) in rows {
-            vectorized(|| turn_head_gradients(heads, d, raw, q_weight, k_weight, rstd));
+            vectorized(
+                #[inline(always)]
+                || turn_head_gradients(heads, d, raw, q_weight, k_weight, rstd),
+            );
         }
     });
 }
@@ -247,7 +259,10 @@ fn weight_grad(threads: &Threads, dy: &[f32], x: &[f32], rstd: &[f32], heads: He
         let columns = task * COLUMNS..task * COLUMNS + dweight.len();
         let blocks = dy.chunks(TOKEN_BLOCK * width).zip(x.chunks(TOKEN_BLOCK * width));
         for ((dy, x), rstd) in blocks.zip(rstd.chunks(TOKEN_BLOCK * rstd_width)) {
-            vectorized(|| add_block(dy, x, rstd, heads, columns.clone(), dweight));
+            vectorized(
+                #[inline(always)]
+                || add_block(dy, x, rstd, heads, columns.clone(), dweight),
+            );
         }
     });
 }

@@ -25,7 +25,10 @@ pub(super) fn rope(
             let Some(angles) = table.get(start..start + head_dim) else {
                 panic!("rope: position {position} of a table of {} positions", table.len() / head_dim);
             };
-            vectorized(|| turn(&mut row[..turned], angles, inverse));
+            vectorized(
+                #[inline(always)]
+                || turn(&mut row[..turned], angles, inverse),
+            );
         }
     });
 }

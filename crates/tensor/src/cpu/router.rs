@@ -95,16 +95,19 @@ fn route_rows(shape: RouterShape, rows: Range<usize>, logits: &[f32], bias: &[f3
         let logits = &logits[i * shape.experts..(i + 1) * shape.experts];
         let shares = &mut tile.shares[i * shape.experts..(i + 1) * shape.experts];
         let chosen = &mut tile.experts[i * shape.top_k..(i + 1) * shape.top_k];
-        (tile.log_sums[i], tile.entropies[i]) = vectorized(|| {
-            let log_sum = log_sum_exp(logits);
-            score(shape, logits, log_sum, &mut scores);
-            for ((key, s), b) in keys.iter_mut().zip(scores.iter()).zip(bias) {
-                let key_or_nan = s + b;
-                *key = if key_or_nan.is_nan() { f32::NEG_INFINITY } else { key_or_nan };
-            }
-            let sum = share(&scores, shares);
-            (log_sum, entropy(shape, logits, log_sum, sum, shares))
-        });
+        (tile.log_sums[i], tile.entropies[i]) = vectorized(
+            #[inline(always)]
+            || {
+                let log_sum = log_sum_exp(logits);
+                score(shape, logits, log_sum, &mut scores);
+                for ((key, s), b) in keys.iter_mut().zip(scores.iter()).zip(bias) {
+                    let key_or_nan = s + b;
+                    *key = if key_or_nan.is_nan() { f32::NEG_INFINITY } else { key_or_nan };
+                }
+                let sum = share(&scores, shares);
+                (log_sum, entropy(shape, logits, log_sum, sum, shares))
+            },
+        );
         if shape.force_balance {
             let first = row % shape.sequence * shape.top_k;
             chosen.iter_mut().enumerate().for_each(|(c, e)| *e = ((first + c) % shape.experts) as u32);
@@ -242,7 +245,10 @@ fn sum_sequences(
             counts[e as usize] += 1;
         }
         let shares = &shares[tokens.start * shape.experts..tokens.end * shape.experts];
-        *balance_loss = vectorized(|| balance_of(shape, shares, counts));
+        *balance_loss = vectorized(
+            #[inline(always)]
+            || balance_of(shape, shares, counts),
+        );
         *z_loss = log_sums[tokens.clone()].iter().map(|&l| f64::from(l) * f64::from(l)).sum();
         *entropy = entropies[tokens].iter().map(|&h| f64::from(h)).sum();
     });
@@ -302,7 +308,10 @@ pub(super) fn router_backward(
                 dweights: &dweights[pairs],
                 counts: &routing.counts[counts..counts + shape.experts],
             };
-            vectorized(|| row_backward(shape, row, balance, z, &mut scratch, dlogits));
+            vectorized(
+                #[inline(always)]
+                || row_backward(shape, row, balance, z, &mut scratch, dlogits),
+            );
         }
     });
 }

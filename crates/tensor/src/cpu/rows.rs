@@ -88,7 +88,10 @@ pub(super) fn combine_rows(
             let pairs = row * top_k..(row + 1) * top_k;
             let choices = Choices { experts: &experts[pairs.clone()], index: &index[pairs], node_size };
             let [shared, base] = [shared, base].map(|addend| addend.map(|a| &a[row * d..(row + 1) * d]));
-            vectorized(|| combine_row(src, choices, shared, base, out));
+            vectorized(
+                #[inline(always)]
+                || combine_row(src, choices, shared, base, out),
+            );
         }
     });
 }

@@ -22,6 +22,18 @@ fn fill_copy_and_add_touch_every_element() {
 }
 
 #[test]
+fn a_part_of_a_buffer_is_added_to_another_of_its_parts() {
+    let before = Rng::new(2).values(50);
+    for (into, from, len) in [(0, 20, 15), (30, 3, 20), (10, 20, 10), (5, 5, 0)] {
+        let mut buffer = before.clone();
+        Cpu::new(2).add_within(&mut buffer, into, from, len);
+        let mut want = before.clone();
+        (0..len).for_each(|i| want[into + i] += before[from + i]);
+        assert_eq!(buffer, want, "{into} {from} {len}");
+    }
+}
+
+#[test]
 fn chunk_squares_join_eight_lanes_in_order() {
     for len in [0, 1, NORM_CHUNK - 1, NORM_CHUNK, 5 * NORM_CHUNK + 13] {
         let x = Rng::new(len as u64).values(len);
