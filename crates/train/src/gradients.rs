@@ -72,7 +72,8 @@ impl<B: Backend> GradientFold<B> {
         } else {
             for (node, index) in dense {
                 let mut root = backend.alloc(self.dense_len);
-                backend.copy(slots.slice(index * self.dense_len..(index + 1) * self.dense_len), root.all_mut());
+                backend
+                    .copy(slots.slice(index * self.dense_len..(index + 1) * self.dense_len), root.all_mut());
                 self.dense.push(node, root, add);
             }
         }
@@ -102,7 +103,9 @@ impl<B: Backend> GradientFold<B> {
         if block == 0 {
             return BTreeMap::new();
         }
-        for (index, Instance { group, expert }) in self.placement.instances(wave.clone()).into_iter().enumerate() {
+        for (index, Instance { group, expert }) in
+            self.placement.instances(wave.clone()).into_iter().enumerate()
+        {
             let joiner = joiners.entry(expert).or_insert_with(|| Joiner::new(self.fold.grid().groups()));
             joiner.push(group..group + 1, index, |left, right| {
                 self.backend.add_within(gradients.experts.all_mut(), left * block, right * block, block);
@@ -156,7 +159,8 @@ enum ExpertRoots<H> {
 
 impl<H> ExpertRoots<H> {
     fn of(&self, expert: usize) -> Vec<Root<H>> {
-        let clone = |(node, buffer, offset): &Root<H>, more: usize| (node.clone(), Arc::clone(buffer), offset + more);
+        let clone =
+            |(node, buffer, offset): &Root<H>, more: usize| (node.clone(), Arc::clone(buffer), offset + more);
         match self {
             Self::Blocks(roots, block) => roots.iter().map(|root| clone(root, expert * block)).collect(),
             Self::Listed(map) => map.get(&expert).into_iter().flatten().map(|root| clone(root, 0)).collect(),

@@ -10,29 +10,13 @@ use std::path::Path;
 use std::time::Duration;
 
 use serde_json::{Value, json};
+use unisono_model::Lane;
 
-/// A rank's line in the trace.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Lane {
-    /// Kernels and everything else on the processor.
-    Compute,
-    /// Collectives and point-to-point transfers, waiting included.
-    Communication,
-}
-
-impl Lane {
-    fn thread_id(self) -> u32 {
-        match self {
-            Self::Compute => 0,
-            Self::Communication => 1,
-        }
-    }
-
-    fn name(self) -> &'static str {
-        match self {
-            Self::Compute => "compute",
-            Self::Communication => "communication",
-        }
+/// The thread number that stands for a lane.
+fn thread_id(lane: Lane) -> u32 {
+    match lane {
+        Lane::Compute => 0,
+        Lane::Communication => 1,
     }
 }
 
@@ -58,7 +42,7 @@ impl TraceWriter {
             // Without an index viewers sort processes by name: 10 before 2.
             writer.metadata(rank, 0, "process_sort_index", json!({"sort_index": rank}))?;
             for lane in [Lane::Compute, Lane::Communication] {
-                writer.metadata(rank, lane.thread_id(), "thread_name", json!({"name": lane.name()}))?;
+                writer.metadata(rank, thread_id(lane), "thread_name", json!({"name": lane.name()}))?;
             }
         }
         Ok(writer)
@@ -81,7 +65,7 @@ impl TraceWriter {
         let mut event = json!({
             "ph": "X",
             "pid": rank,
-            "tid": lane.thread_id(),
+            "tid": thread_id(lane),
             "name": name,
             "cat": lane.name(),
             "ts": microseconds(start),
