@@ -153,7 +153,7 @@ pub(crate) struct Moving<B: Backend>(Pending<B::Host>);
 impl<B: Backend> Moving<B> {
     /// Waits for the rows.
     pub fn finish(self, backend: &B) -> Result<B::Buf, CommError> {
-        Ok(backend.from_host(self.0.finish()?))
+        Ok(backend.take_from_host(self.0.finish()?))
     }
 }
 
@@ -176,7 +176,7 @@ impl Route {
         rows: B::Buf,
         width: usize,
     ) -> Result<Moving<B>, CommError> {
-        let rows = Arc::new(backend.into_host(rows));
+        let rows = Arc::new(backend.hand_to_host(rows));
         let sends =
             self.sent.iter().map(|range| vec![Part::new(Arc::clone(&rows), scaled(range, width))]).collect();
         drop(rows);
@@ -194,7 +194,7 @@ impl Route {
         rows: B::Buf,
         width: usize,
     ) -> Result<Moving<B>, CommError> {
-        let rows = Arc::new(backend.into_host(rows));
+        let rows = Arc::new(backend.hand_to_host(rows));
         let part = |range: &Range<usize>| Part::new(Arc::clone(&rows), scaled(range, width));
         let sends = self.received.iter().map(|list| list.iter().map(part).collect()).collect();
         drop(rows);

@@ -121,14 +121,14 @@ impl<B: Backend> Transformer<B> {
             let moving = route.start_dispatch(&self.dispatch, backend, rows, d)?;
             let mut sent = backend.alloc_host(route.sent_rows());
             route.in_sent_order(&routing.weights, sent.as_mut());
-            let weights = route.start_dispatch(&self.dispatch, backend, backend.from_host(sent), 1)?;
+            let weights = route.start_dispatch(&self.dispatch, backend, backend.take_from_host(sent), 1)?;
             Ok::<_, CommError>((moving, weights))
         })?;
         let shared = tensors.ffn.as_ref().map(|ffn| {
             profile.compute("shared experts", || self.feed_forward(ffn, parameters, batch, &normed))
         });
         let (expert_in, row_weight) = profile.communicate("dispatch", || {
-            let weights = backend.into_host(weights.finish(backend)?).as_ref().to_vec();
+            let weights = backend.hand_to_host(weights.finish(backend)?).as_ref().to_vec();
             Ok::<_, CommError>((moving.finish(backend)?, weights))
         })?;
         let runs = self.expert_runs(layer, batch, &route);
@@ -223,10 +223,10 @@ impl<B: Backend> Transformer<B> {
         });
         let (back, dweights) = profile.communicate("combine", || {
             let moving = route.start_combine(&self.dispatch, backend, expert_dx, d)?;
-            let dweight = backend.from_host(dweight);
+            let dweight = backend.take_from_host(dweight);
             let dweight = route.start_combine(&self.dispatch, backend, dweight, 1)?.finish(backend)?;
             let mut dweights = vec![0.0; routing.weights.len()];
-            route.in_choice_order(backend.into_host(dweight).as_ref(), &mut dweights);
+            route.in_choice_order(backend.hand_to_host(dweight).as_ref(), &mut dweights);
             Ok::<_, CommError>((moving.finish(backend)?, dweights))
         })?;
         let (dshared, shared) = shared.unzip();

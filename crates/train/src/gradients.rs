@@ -144,7 +144,7 @@ impl<B: Backend> GradientFold<B> {
     ) -> (Vec<Root<B::Host>>, ExpertRoots<B::Host>) {
         let shared = |joiner: Joiner<B::Buf>| -> Vec<Root<B::Host>> {
             let roots = joiner.into_roots().into_iter();
-            roots.map(|(node, buffer)| (node, Arc::new(backend.into_host(buffer)), 0)).collect()
+            roots.map(|(node, buffer)| (node, Arc::new(backend.hand_to_host(buffer)), 0)).collect()
         };
         (shared(dense), ExpertRoots::Blocks(shared(groups), block))
     }
@@ -175,8 +175,8 @@ impl<B: Backend> WaveRoots<B> {
         dense_len: usize,
         block: usize,
     ) -> (Vec<Root<B::Host>>, ExpertRoots<B::Host>) {
-        let slots = Arc::new(backend.into_host(self.gradients.dense));
-        let instances = Arc::new(backend.into_host(self.gradients.experts));
+        let slots = Arc::new(backend.hand_to_host(self.gradients.dense));
+        let instances = Arc::new(backend.hand_to_host(self.gradients.experts));
         let dense = self.dense.into_iter().map(|(node, index)| (node, Arc::clone(&slots), index * dense_len));
         let experts = self.experts.into_iter().map(|(expert, roots)| {
             let roots = roots.into_iter();

@@ -133,14 +133,14 @@ impl<B: Backend> ShardedAdamW<B> {
         let roots = gradients.into_roots(&self.shards);
         let out = self.backend.alloc_host(self.shards.owned_len(self.comm.rank()));
         let reduced = profile.communicate("reduce gradients", || self.reducer.reduce_scatter(&roots, out));
-        let gradient = self.backend.from_host(reduced?);
+        let gradient = self.backend.take_from_host(reduced?);
         drop(roots);
         let mut squares = Vec::with_capacity(gradient.len() / unisono_plan::NORM_CHUNK);
         profile.compute("gradient norm", || self.backend.chunk_squares(gradient.all(), &mut squares));
         let squares =
             profile.communicate("gradient norm", || sum_over_chunks(&self.comm, &self.shards, &squares))?;
         let norm = libm::sqrt(squares);
-        Ok(Reduced { gradient: self.backend.into_host(gradient), norm })
+        Ok(Reduced { gradient: self.backend.hand_to_host(gradient), norm })
     }
 
     /// Updates the shard and hands the new parameters to all ranks that hold them.
@@ -154,7 +154,7 @@ impl<B: Backend> ShardedAdamW<B> {
         parameters: &mut Parameters<B>,
         profile: &Profile,
     ) -> Result<(), CommError> {
-        let gradient = self.backend.from_host(reduced.gradient);
+        let gradient = self.backend.take_from_host(reduced.gradient);
         profile.compute("optimizer", || self.update_shard(&gradient, step, parameters));
         drop(gradient);
         profile.communicate("gather parameters", || {
@@ -192,9 +192,9 @@ impl<B: Backend> ShardedAdamW<B> {
             self.backend.copy(whole.slice(*place..*place + len), send.slice_mut(next..next + len));
             next += len;
         }
-        let send = Part::whole(Arc::new(self.backend.into_host(send)));
-        let whole = gather.gatherer.all_gather(send, self.backend.into_host(whole))?;
-        Ok(self.backend.from_host(whole))
+        let send = Part::whole(Arc::new(self.backend.hand_to_host(send)));
+        let whole = gather.gatherer.all_gather(send, self.backend.hand_to_host(whole))?;
+        Ok(self.backend.take_from_host(whole))
     }
 }
 
