@@ -64,6 +64,9 @@ mod shard;
 mod storage;
 mod writer;
 
+#[cfg(test)]
+mod crash_tests;
+
 pub use blake3::Hash;
 pub use compare::{Difference, ElementValue, compare, tensor_hash};
 pub use error::{Error, Result};

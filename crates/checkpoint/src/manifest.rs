@@ -5,17 +5,19 @@
 //! by its numbers.
 
 use std::cmp::Ordering;
+use std::fmt;
 
 use blake3::Hash;
-use serde::{Deserialize, Serialize};
+use serde::de::{Error as _, SeqAccess, Visitor};
+use serde::{Deserialize, Deserializer, Serialize};
 use serde_json::value::RawValue;
 
 /// The manifest's file name inside a step's folder.
 pub(crate) const MANIFEST_FILE: &str = "manifest.json";
 /// What a shard file's name ends with.
 pub(crate) const SHARD_SUFFIX: &str = ".safetensors";
-/// A larger manifest is refused unread: about 400,000 pieces fit.
-pub(crate) const MAX_MANIFEST_BYTES: u64 = 64 << 20;
+/// A larger manifest is refused unread: about 200,000 pieces fit.
+pub(crate) const MAX_MANIFEST_BYTES: u64 = 32 << 20;
 /// The caller's own state is meant to be small.
 pub(crate) const MAX_EXTRA_BYTES: usize = 1 << 20;
 
@@ -81,6 +83,7 @@ pub struct TensorInfo {
     /// Type of its elements.
     pub dtype: Dtype,
     /// Sizes of its dims; none for a scalar.
+    #[serde(deserialize_with = "bounded_shape")]
     pub shape: Vec<u64>,
 }
 
@@ -395,6 +398,30 @@ fn gap(tensor: &TensorInfo, from: u64, to: u64) -> String {
         "elements {from}..{to} of tensor {} are in no piece; did every rank report its shards?",
         tensor.name
     )
+}
+
+/// A crafted shape of millions of dims is refused while it is read, before it takes memory.
+fn bounded_shape<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Vec<u64>, D::Error> {
+    struct Dims;
+
+    impl<'de> Visitor<'de> for Dims {
+        type Value = Vec<u64>;
+
+        fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+            write!(f, "at most {MAX_DIMS} dims")
+        }
+
+        fn visit_seq<A: SeqAccess<'de>>(self, mut sequence: A) -> Result<Vec<u64>, A::Error> {
+            let (mut dims, mut len) = ([0; MAX_DIMS], 0);
+            while let Some(dim) = sequence.next_element()? {
+                *dims.get_mut(len).ok_or_else(|| A::Error::invalid_length(len + 1, &self))? = dim;
+                len += 1;
+            }
+            Ok(dims[..len].to_vec())
+        }
+    }
+
+    deserializer.deserialize_seq(Dims)
 }
 
 /// Hashes as 64 hexadecimal digits.

@@ -37,10 +37,12 @@ pub(crate) fn clean_with(storage: &dyn Storage, dir: &Path, epoch: u64) -> Resul
 fn settle(storage: &dyn Storage, dir: &Path, step: u64, aside: &Path) -> Result<()> {
     let path = dir.join(step_folder(step));
     if path.exists() {
-        if Reader::at(path.clone(), step).and_then(|reader| reader.verify()).is_ok() {
-            return remove_folder(storage, aside);
+        match Reader::at(path.clone(), step).and_then(|reader| reader.verify()) {
+            Ok(_) => return remove_folder(storage, aside),
+            Err(error) if error.is_corrupt() => remove_step(storage, dir, step, &path)?,
+            // Which one is whole cannot be told while the disk does not answer: both stay.
+            Err(error) => return Err(error),
         }
-        remove_step(storage, dir, step, &path)?;
     }
     storage.rename(aside, &path)
 }

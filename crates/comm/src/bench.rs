@@ -23,9 +23,9 @@ pub struct Measured {
     pub vector_bytes: usize,
     /// Bytes that a rank receives from others in a reduce-scatter and an all-gather of the vector.
     pub volume_bytes: usize,
-    /// Seconds of the reduce-scatter and the all-gather, on the slowest rank.
+    /// Seconds of the reduce-scatter and the all-gather, until all ranks are done.
     pub collective_seconds: f64,
-    /// Seconds in which every rank at once copies `volume_bytes` of its own memory, on the slowest rank.
+    /// Seconds in which every rank at once copies `volume_bytes` between the same buffers, until all ranks are done.
     pub copy_seconds: f64,
 }
 
@@ -42,14 +42,14 @@ impl Measured {
 }
 
 /// Measures reduce-scatter + all-gather of a vector of `vector_bytes` between `ranks` thread ranks, `repeats` times,
-/// in turn with plain copies of the volume the collectives move. Buffers are touched and caches warm.
+/// in turn with plain copies, of the same volume and between the same buffers. Both are timed from a barrier to the next.
 ///
 /// # Errors
 /// If a rank's thread cannot be started.
 pub fn reduce_gather(ranks: usize, vector_bytes: usize, repeats: usize) -> Result<Measured, RunError> {
     let elements = vector_bytes / size_of::<f32>();
     let volume = 2 * (elements - elements / ranks.max(1)) * size_of::<f32>();
-    let times = run_ranks(ranks, |comm| measure_rank(&comm, elements, volume, repeats))?;
+    let times = run_ranks(ranks, |comm| measure_rank(&comm, elements, repeats))?;
     let slowest = |pick: fn(&(Duration, Duration)) -> Duration| {
         let repeat = |i: usize| times.iter().map(|rank| pick(&rank[i])).max().unwrap_or_default();
         (0..repeats).map(repeat).min().unwrap_or_default().as_secs_f64()
@@ -67,7 +67,6 @@ pub fn reduce_gather(ranks: usize, vector_bytes: usize, repeats: usize) -> Resul
 fn measure_rank(
     comm: &Communicator,
     elements: usize,
-    volume: usize,
     repeats: usize,
 ) -> Result<Vec<(Duration, Duration)>, CommError> {
     let size = comm.size();
@@ -82,8 +81,7 @@ fn measure_rank(
     let gradient = Arc::new(vec![1.0f32 + comm.rank() as f32; elements]);
     let mut shard = vec![0.0f32; reducer.shard_len()];
     let mut parameters = vec![0.0f32; elements];
-    let source = vec![1u8; volume];
-    let mut target = vec![2u8; volume];
+    let from_others = elements - elements / size;
     let mut times = Vec::with_capacity(repeats);
     // One more round warms up.
     for round in 0..=repeats {
@@ -92,13 +90,17 @@ fn measure_rank(
         let roots = vec![vec![Part::whole(Arc::clone(&gradient))]];
         let sent = Arc::new(reducer.reduce_scatter(&roots, shard)?);
         parameters = gatherer.all_gather(Arc::clone(&sent), parameters)?;
+        comm.barrier()?;
         let collective = begin.elapsed();
         shard =
             Arc::try_unwrap(sent).map_err(|_| CommError::Transport("a send buffer is still held".into()))?;
         comm.barrier()?;
         let begin = Instant::now();
-        target.copy_from_slice(black_box(&source));
-        black_box(&mut target);
+        for _ in ["reduce-scatter", "all-gather"] {
+            parameters[..from_others].copy_from_slice(black_box(&gradient[..from_others]));
+            black_box(&mut parameters);
+        }
+        comm.barrier()?;
         if round > 0 {
             times.push((collective, begin.elapsed()));
         }

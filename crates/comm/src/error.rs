@@ -4,13 +4,15 @@ use std::error::Error;
 use std::fmt;
 use std::sync::Arc;
 
+use serde::{Serialize, Serializer};
+
 use crate::flight::FlightEntry;
 
 /// Which call: the `seq`-th of this kind of numbering on a group, at a step.
 ///
 /// Collective calls of a group are numbered from 0 in the order in which a rank starts them; sends and receives are
 /// numbered per (sender, receiver, tag).
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct CallSite {
     /// The step the rank was in, as it said with `set_step`.
     pub step: u64,
@@ -19,7 +21,12 @@ pub struct CallSite {
     /// What was called, for example `all_gather`.
     pub kind: &'static str,
     /// The group's name.
+    #[serde(serialize_with = "as_text")]
     pub group: Arc<str>,
+}
+
+fn as_text<S: Serializer>(text: &Arc<str>, serializer: S) -> Result<S::Ok, S::Error> {
+    serializer.serialize_str(text)
 }
 
 impl fmt::Display for CallSite {
@@ -29,7 +36,7 @@ impl fmt::Display for CallSite {
 }
 
 /// A rank that was waiting when the run failed.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct Waiting {
     /// The world rank that waits.
     pub rank: usize,
@@ -40,7 +47,8 @@ pub struct Waiting {
 }
 
 /// Why a run failed.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "snake_case")]
 pub enum Cause {
     /// The rank panicked.
     Panicked {
@@ -69,7 +77,7 @@ pub enum Cause {
 }
 
 /// The first failure of a run: which rank caused it, where, and who waited for what.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, Serialize)]
 pub struct Failure {
     /// The world rank that caused it.
     pub rank: usize,

@@ -25,7 +25,7 @@ pub enum CallState {
 }
 
 /// One call of a rank.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct FlightEntry {
     /// What was called, and at which step.
     pub call: CallSite,

@@ -30,7 +30,7 @@ mod tree_sum;
 pub use communicator::{Communicator, kind};
 pub use error::{CallSite, Cause, CommError, Failure, RunError, Waiting};
 pub use exact::{PendingReduce, ReducePlan, Reducer, Segment};
-pub use flight::{CallState, FlightEntry};
+pub use flight::{CallState, FlightEntry, FlightRecorder};
 pub use gather::{GatherPlan, GatherSegment, Gatherer};
 pub use ledger::{Ledger, LinkClass, RankTraffic, Row};
 pub use part::Part;

@@ -63,6 +63,9 @@ fn bytes_and_calls_are_exact_by_kind_group_and_link_class() {
     let (sent, received): (u64, u64) =
         all.rows.iter().fold((0, 0), |sum, row| (sum.0 + row.bytes_sent, sum.1 + row.bytes_received));
     assert_eq!(sent, received, "what is sent is received");
+    let text = serde_json::to_string(&all).unwrap();
+    assert!(text.contains(r#""kind":"barrier","group":"world","link":"same_node","calls":12"#), "{text}");
+    assert_eq!(serde_json::from_str::<Ledger>(&text).unwrap().ranks, all.ranks);
     assert_eq!(row(&all, "barrier", "world", LinkClass::SameNode).calls, 12);
 }
 
@@ -102,7 +105,7 @@ fn volumes(ranks: usize, items: usize, elements: usize, bucket_bytes: usize) -> 
         let segment = GatherSegment { shards: shards.clone(), wanted: vec![true; ranks], offset: 0 };
         let gatherer = GatherPlan { segments: vec![segment] }.compile(&comm)?;
         let all = gatherer.all_gather(Arc::new(shard), vec![0.0f32; elements])?;
-        assert!(all.iter().all(|&x| x == (roots * ranks) as f32 || items % ranks != 0));
+        assert!(all.iter().all(|&x| x == (roots * ranks) as f32 || !items.is_multiple_of(ranks)));
         Ok::<_, CommError>((reduced, comm.ledger().bytes_sent() - reduced))
     });
     run.unwrap()

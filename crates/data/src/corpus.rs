@@ -64,6 +64,21 @@ mod tests {
         }
     }
 
+    /// Pieces cut where text is cut have the tokens of the whole.
+    #[test]
+    fn cutting_does_not_change_tokens() {
+        let tokenizer = Tokenizer::builtin().unwrap();
+        for work in works().unwrap().iter().take(12) {
+            let mut tokens = Vec::new();
+            crate::pieces::pieces_of(&work.text, crate::pieces::CHUNK_BYTES, &mut |piece| {
+                tokens.extend(tokenizer.encode(&piece.text)?);
+                Ok(())
+            })
+            .unwrap();
+            assert!(tokens == tokenizer.encode(&work.text).unwrap(), "{}", work.name);
+        }
+    }
+
     /// Every work comes back to the byte, and `token_bytes` adds up to its length.
     #[test]
     fn the_whole_corpus_survives_its_tokenizer() {

@@ -199,6 +199,8 @@ fn write_dataset(
     for input in inputs {
         read_input(input, options, &mut preparation)?;
     }
+    preparation.assembler.flush()?;
+    preparation.tell();
     let text_bytes = preparation.assembler.text_bytes;
     let [mut train, mut validation] = preparation.assembler.finish()?.parts;
     train.end_shard()?;

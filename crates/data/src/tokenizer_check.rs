@@ -3,7 +3,7 @@
 //! The library panics on several kinds of malformed files; what is found here gets an error that
 //! names the field instead.
 
-use serde_json::Value;
+use serde_json::{Map, Value};
 use std::collections::BTreeSet;
 
 /// The largest `tokenizer.json` that is read, in bytes (the largest in wide use have 33 MB).
@@ -30,7 +30,12 @@ pub(crate) fn check(json: &[u8]) -> Result<(), String> {
         return Err("it is not a JSON object: expected a Hugging Face tokenizer.json".into());
     };
     let model = fields.get("model").and_then(Value::as_object).ok_or("it has no object \"model\"")?;
-    check_vocabulary(model.get("vocab").ok_or("it has no field \"model.vocab\"")?)?;
+    let vocabulary = model.get("vocab").ok_or("it has no field \"model.vocab\"")?;
+    check_vocabulary(vocabulary)?;
+    if let (Some(vocabulary), Some(Value::Array(merges))) = (vocabulary.as_object(), model.get("merges")) {
+        let prefix = model.get("continuing_subword_prefix").and_then(Value::as_str).unwrap_or_default();
+        check_merges(merges, vocabulary, prefix)?;
+    }
     if model.get("dropout").and_then(Value::as_f64).is_some_and(|dropout| dropout != 0.0) {
         return Err("\"model.dropout\" makes its output random: set it to null".into());
     }
@@ -64,6 +69,36 @@ fn check_vocabulary(vocabulary: &Value) -> Result<(), String> {
         Value::Object(_) | Value::Array(_) => Err("\"model.vocab\" is empty".into()),
         _ => Err("\"model.vocab\" is neither an object nor an array".into()),
     }
+}
+
+/// Both halves of a merge and what they join to must be tokens. The library copies the joined bytes into a buffer
+/// as long as the longest token, unseen, and cuts the prefix off the second half unseen.
+fn check_merges(merges: &[Value], vocabulary: &Map<String, Value>, prefix: &str) -> Result<(), String> {
+    let mut joined = String::new();
+    for (index, merge) in merges.iter().enumerate() {
+        let wrong = |problem: &str| format!("\"model.merges\", entry {index}: {problem}");
+        let halves = match merge {
+            Value::String(pair) => pair.split_once(' '),
+            Value::Array(pair) if pair.len() == 2 => pair[0].as_str().zip(pair[1].as_str()),
+            _ => None,
+        };
+        let Some((left, right)) = halves else {
+            return Err(wrong("it is not a pair of tokens"));
+        };
+        let Some(rest) = right.strip_prefix(prefix) else {
+            return Err(wrong(&format!(
+                "{right:?} does not begin with continuing_subword_prefix {prefix:?}"
+            )));
+        };
+        joined.clear();
+        joined.extend([left, rest]);
+        for token in [left, right, &joined] {
+            if !vocabulary.contains_key(token) {
+                return Err(wrong(&format!("{token:?} is not in \"model.vocab\"")));
+            }
+        }
+    }
+    Ok(())
 }
 
 fn check_added_tokens(tokens: &[Value]) -> Result<(), String> {
@@ -180,6 +215,12 @@ mod tests {
         refused(r#"{"model":{"vocab":{"a":4294967295}}}"#, "id 4294967295");
         refused(r#"{"model":{"vocab":{"a":0,"b":0}}}"#, "given twice");
         refused(r#"{"model":{"vocab":{"a":0},"dropout":0.1}}"#, "random");
+        refused(r#"{"model":{"vocab":{"a":0},"merges":["a"]}}"#, "entry 0: it is not a pair");
+        refused(r#"{"model":{"vocab":{"a":0},"merges":[["a","b"]]}}"#, "\"b\" is not in");
+        refused(r#"{"model":{"vocab":{"a":0},"merges":["a a"]}}"#, "\"aa\" is not in");
+        let prefixed =
+            r###"{"model":{"vocab":{"a":0,"aa":1},"merges":["a a"],"continuing_subword_prefix":"##"}}"###;
+        refused(prefixed, "begin with");
         refused(r#"{"model":{"vocab":{"a":0}},"added_tokens":7}"#, "not an array");
         refused(
             r#"{"model":{"vocab":{"a":0}},"added_tokens":[{"content":"x"}]}"#,

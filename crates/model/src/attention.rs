@@ -53,7 +53,15 @@ impl<B: Backend> Transformer<B> {
         let mut lse = backend.alloc(rows * self.heads.heads);
         let kv = qkv.slice(self.heads.q_width()..qkv.len());
         let width = self.heads.qkv_width();
-        backend.attention(self.attention_shape(batch), qkv.all(), width, kv, width, out.all_mut(), lse.all_mut());
+        backend.attention(
+            self.attention_shape(batch),
+            qkv.all(),
+            width,
+            kv,
+            width,
+            out.all_mut(),
+            lse.all_mut(),
+        );
         let mut y = self.project(&out, tensors.wo.range(), self.model.hidden_size, parameters);
         backend.add(y.all_mut(), x.all());
         let all = keep == Recompute::None;
@@ -87,7 +95,15 @@ impl<B: Backend> Transformer<B> {
                 let q_weight = parameters.dense.slice(q_norm.range());
                 let k_weight = parameters.dense.slice(k_norm.range());
                 let epsilon = self.model.rms_norm_eps;
-                self.backend.head_norm(self.heads, raw.all(), q_weight, k_weight, epsilon, qkv.all_mut(), rstd.all_mut());
+                self.backend.head_norm(
+                    self.heads,
+                    raw.all(),
+                    q_weight,
+                    k_weight,
+                    epsilon,
+                    qkv.all_mut(),
+                    rstd.all_mut(),
+                );
                 (qkv, Some((raw, rstd)))
             }
         };
@@ -148,7 +164,14 @@ impl<B: Backend> Transformer<B> {
         self.backend.copy(dqkv.all(), after.all_mut());
         let q_weight = parameters.dense.slice(q_norm.range());
         let k_weight = parameters.dense.slice(k_norm.range());
-        self.backend.head_norm_backward(self.heads, dqkv.all_mut(), raw.all(), q_weight, k_weight, rstd.all());
+        self.backend.head_norm_backward(
+            self.heads,
+            dqkv.all_mut(),
+            raw.all(),
+            q_weight,
+            k_weight,
+            rstd.all(),
+        );
         Some((after, raw, rstd))
     }
 
@@ -166,10 +189,34 @@ impl<B: Backend> Transformer<B> {
         for index in 0..batch.slots.len() {
             let rows = batch.rows_of(index);
             let base = index * self.layout.dense_len();
-            self.product_gradient(&work.out, heads.q_width(), &work.dy, d, &rows, base + tensors.wo.offset, gradients);
-            self.product_gradient(&work.normed, d, &work.dqkv, width, &rows, base + tensors.wqkv.offset, gradients);
-            self.norm_gradient(&work.dnormed, &work.x, &work.rstd, &rows, base + tensors.attn_norm.offset, gradients);
-            let (Some([q_norm, k_norm]), Some((after, raw, rstd))) = (&tensors.qk_norm, &work.head_norm) else {
+            self.product_gradient(
+                &work.out,
+                heads.q_width(),
+                &work.dy,
+                d,
+                &rows,
+                base + tensors.wo.offset,
+                gradients,
+            );
+            self.product_gradient(
+                &work.normed,
+                d,
+                &work.dqkv,
+                width,
+                &rows,
+                base + tensors.wqkv.offset,
+                gradients,
+            );
+            self.norm_gradient(
+                &work.dnormed,
+                &work.x,
+                &work.rstd,
+                &rows,
+                base + tensors.attn_norm.offset,
+                gradients,
+            );
+            let (Some([q_norm, k_norm]), Some((after, raw, rstd))) = (&tensors.qk_norm, &work.head_norm)
+            else {
                 continue;
             };
             let normed_heads = heads.heads + heads.kv_heads;

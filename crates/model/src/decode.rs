@@ -46,7 +46,8 @@ impl<'a, B: Backend> Decoder<'a, B> {
     /// An empty cache for at most `capacity` tokens, which the model's rotary table must cover.
     pub fn cache(&self, capacity: usize) -> Cache<B> {
         let width = 2 * self.model.heads.kv_width();
-        let layers = (0..self.model.model.num_hidden_layers).map(|_| self.model.backend.zeros(capacity * width));
+        let layers =
+            (0..self.model.model.num_hidden_layers).map(|_| self.model.backend.zeros(capacity * width));
         Cache { layers: layers.collect(), capacity, len: 0 }
     }
 
@@ -58,7 +59,10 @@ impl<'a, B: Backend> Decoder<'a, B> {
     /// # Panics
     /// If `tokens` is empty or the cache has no room for it.
     pub fn advance(&self, cache: &mut Cache<B>, tokens: &[u32]) -> Result<Vec<f32>, CommError> {
-        assert!(!tokens.is_empty() && cache.len + tokens.len() <= cache.capacity, "tokens must fit the cache");
+        assert!(
+            !tokens.is_empty() && cache.len + tokens.len() <= cache.capacity,
+            "tokens must fit the cache"
+        );
         let model = self.model;
         let (backend, d) = (&model.backend, model.model.hidden_size);
         let batch = self.batch(cache.len, tokens);
@@ -75,7 +79,14 @@ impl<'a, B: Backend> Decoder<'a, B> {
         let mut logits = backend.alloc(vocab);
         let last = normed.slice((tokens.len() - 1) * d..tokens.len() * d);
         let head = self.parameters.dense.slice(model.layout.head.range());
-        backend.matmul(Product::TransposedRight, Dims { m: 1, n: vocab, k: d }, last, head, logits.all_mut(), false);
+        backend.matmul(
+            Product::TransposedRight,
+            Dims { m: 1, n: vocab, k: d },
+            last,
+            head,
+            logits.all_mut(),
+            false,
+        );
         let mut host = vec![0.0; vocab];
         backend.download(logits.all(), &mut host);
         Ok(host)
@@ -108,8 +119,13 @@ impl<'a, B: Backend> Decoder<'a, B> {
             backend.copy(qkv.slice(from), past.slice_mut(to));
         }
         let keys = cache.len + rows;
-        let shape =
-            AttentionShape { heads, sequences: 1, queries: rows, keys, document_start: &batch.document_start };
+        let shape = AttentionShape {
+            heads,
+            sequences: 1,
+            queries: rows,
+            keys,
+            document_start: &batch.document_start,
+        };
         let mut out = backend.alloc(rows * heads.q_width());
         let mut lse = backend.alloc(rows * heads.heads);
         let kv = past.slice(0..keys * kv_width);

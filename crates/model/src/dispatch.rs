@@ -8,7 +8,7 @@ use std::sync::Arc;
 
 use unisono_comm::{CommError, Communicator, Part, Pending};
 use unisono_mesh::{ExpertPlacement, Fold, Instance};
-use unisono_tensor::{Backend, Buffer, Routing};
+use unisono_tensor::{Backend, Routing};
 
 use crate::batch::Batch;
 
@@ -48,7 +48,11 @@ pub(crate) struct DispatchGroup<'a> {
 impl DispatchGroup<'_> {
     /// The slots that group member `peer` brings to the wave.
     fn slots_of(&self, peer: usize) -> Range<usize> {
-        if self.comm.size() == 1 { self.slots.clone() } else { self.fold.slots_of(self.comm.world_rank(peer)) }
+        if self.comm.size() == 1 {
+            self.slots.clone()
+        } else {
+            self.fold.slots_of(self.comm.world_rank(peer))
+        }
     }
 
     fn group_of(&self, slot: usize) -> usize {
@@ -149,7 +153,7 @@ pub(crate) struct Moving<B: Backend>(Pending<B::Host>);
 impl<B: Backend> Moving<B> {
     /// Waits for the rows.
     pub fn finish(self, backend: &B) -> Result<B::Buf, CommError> {
-        Ok(backend.from_host(self.0.finish()?))
+        Ok(backend.take_from_host(self.0.finish()?))
     }
 }
 
@@ -172,11 +176,13 @@ impl Route {
         rows: B::Buf,
         width: usize,
     ) -> Result<Moving<B>, CommError> {
-        let rows = Arc::new(backend.into_host(rows));
-        let sends = self.sent.iter().map(|range| vec![Part::new(Arc::clone(&rows), scaled(range, width))]).collect();
+        let rows = Arc::new(backend.hand_to_host(rows));
+        let sends =
+            self.sent.iter().map(|range| vec![Part::new(Arc::clone(&rows), scaled(range, width))]).collect();
         drop(rows);
         let recv = backend.alloc_host(self.received_rows * width);
-        let ranges = self.received.iter().map(|list| list.iter().map(|r| scaled(r, width)).collect()).collect();
+        let ranges =
+            self.received.iter().map(|list| list.iter().map(|r| scaled(r, width)).collect()).collect();
         comm.start_exchange(DISPATCH, sends, recv, ranges).map(Moving)
     }
 
@@ -188,7 +194,7 @@ impl Route {
         rows: B::Buf,
         width: usize,
     ) -> Result<Moving<B>, CommError> {
-        let rows = Arc::new(backend.into_host(rows));
+        let rows = Arc::new(backend.hand_to_host(rows));
         let part = |range: &Range<usize>| Part::new(Arc::clone(&rows), scaled(range, width));
         let sends = self.received.iter().map(|list| list.iter().map(part).collect()).collect();
         drop(rows);

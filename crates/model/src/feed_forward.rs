@@ -66,7 +66,17 @@ impl<B: Backend> Transformer<B> {
         let runs = self.feed_forward_runs(ffn, batch);
         let weights = parameters.dense.all();
         let (gu_mut, hidden_mut) = (gu.all_mut(), hidden.all_mut());
-        self.backend.ffn_backward(shape, &runs, dy.all(), weights, None, gu_mut, hidden_mut, dx.all_mut(), None);
+        self.backend.ffn_backward(
+            shape,
+            &runs,
+            dy.all(),
+            weights,
+            None,
+            gu_mut,
+            hidden_mut,
+            dx.all_mut(),
+            None,
+        );
         (dx, FeedForwardWeights { dgu: gu, hidden })
     }
 

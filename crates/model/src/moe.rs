@@ -114,20 +114,21 @@ impl<B: Backend> Transformer<B> {
             (normed, rstd, logits, routing)
         });
         let group = self.dispatch_group(batch);
-        let route = profile.communicate("dispatch counts", || group.route(&routing, batch, self.model.top_k))?;
+        let route =
+            profile.communicate("dispatch counts", || group.route(&routing, batch, self.model.top_k))?;
         let rows = profile.compute("permute", || self.gather(&normed, &route));
         let (moving, weights) = profile.communicate("dispatch", || {
             let moving = route.start_dispatch(&self.dispatch, backend, rows, d)?;
             let mut sent = backend.alloc_host(route.sent_rows());
             route.in_sent_order(&routing.weights, sent.as_mut());
-            let weights = route.start_dispatch(&self.dispatch, backend, backend.from_host(sent), 1)?;
+            let weights = route.start_dispatch(&self.dispatch, backend, backend.take_from_host(sent), 1)?;
             Ok::<_, CommError>((moving, weights))
         })?;
         let shared = tensors.ffn.as_ref().map(|ffn| {
             profile.compute("shared experts", || self.feed_forward(ffn, parameters, batch, &normed))
         });
         let (expert_in, row_weight) = profile.communicate("dispatch", || {
-            let weights = backend.into_host(weights.finish(backend)?).as_ref().to_vec();
+            let weights = backend.hand_to_host(weights.finish(backend)?).as_ref().to_vec();
             Ok::<_, CommError>((moving.finish(backend)?, weights))
         })?;
         let runs = self.expert_runs(layer, batch, &route);
@@ -174,7 +175,17 @@ impl<B: Backend> Transformer<B> {
         let node = self.model.num_experts / self.fold.grid().expert_nodes;
         let (d, top_k) = (self.model.hidden_size, self.model.top_k);
         let (experts, places) = (&routing.experts, &route.places);
-        self.backend.combine_rows(back.all(), d, experts, places, top_k, node, shared, Some(base), y.all_mut());
+        self.backend.combine_rows(
+            back.all(),
+            d,
+            experts,
+            places,
+            top_k,
+            node,
+            shared,
+            Some(base),
+            y.all_mut(),
+        );
     }
 
     /// Gradient of `x` from that of `y`.
@@ -190,9 +201,11 @@ impl<B: Backend> Transformer<B> {
         let (backend, profile) = (&self.backend, &self.profile);
         let tensors = &self.layout.layers[layer];
         let d = self.model.hidden_size;
-        let MoeSaved { x, rstd, normed, logits, routing, route, row_weight, expert_in, mut gu, shared_gu } = saved;
+        let MoeSaved { x, rstd, normed, logits, routing, route, row_weight, expert_in, mut gu, shared_gu } =
+            saved;
         let rows = profile.compute("permute", || self.gather(&dy, &route));
-        let moving = profile.communicate("dispatch", || route.start_dispatch(&self.dispatch, backend, rows, d))?;
+        let moving =
+            profile.communicate("dispatch", || route.start_dispatch(&self.dispatch, backend, rows, d))?;
         let shared = tensors.ffn.as_ref().zip(shared_gu).map(|(ffn, gu)| {
             profile.compute("shared experts", || self.feed_forward_backward(ffn, parameters, batch, &dy, gu))
         });
@@ -210,10 +223,10 @@ impl<B: Backend> Transformer<B> {
         });
         let (back, dweights) = profile.communicate("combine", || {
             let moving = route.start_combine(&self.dispatch, backend, expert_dx, d)?;
-            let dweight = backend.from_host(dweight);
+            let dweight = backend.take_from_host(dweight);
             let dweight = route.start_combine(&self.dispatch, backend, dweight, 1)?.finish(backend)?;
             let mut dweights = vec![0.0; routing.weights.len()];
-            route.in_choice_order(backend.into_host(dweight).as_ref(), &mut dweights);
+            route.in_choice_order(backend.hand_to_host(dweight).as_ref(), &mut dweights);
             Ok::<_, CommError>((moving.finish(backend)?, dweights))
         })?;
         let (dshared, shared) = shared.unzip();
@@ -228,8 +241,20 @@ impl<B: Backend> Transformer<B> {
             let dx = self.norm_backward(&dy, &dnormed, &x, &rstd, &tensors.ffn_norm, parameters);
             (dx, normed, dnormed, dlogits)
         });
-        let weights =
-            MoeWeights { dy, x, rstd, normed, dnormed, dlogits, shared, runs, expert_in, dgu: gu, hidden, expert_dy };
+        let weights = MoeWeights {
+            dy,
+            x,
+            rstd,
+            normed,
+            dnormed,
+            dlogits,
+            shared,
+            runs,
+            expert_in,
+            dgu: gu,
+            hidden,
+            expert_dy,
+        };
         Ok((dx, weights))
     }
 
@@ -265,7 +290,8 @@ impl<B: Backend> Transformer<B> {
         let tensors = &self.layout.layers[layer];
         let (d, experts) = (self.model.hidden_size, self.model.num_experts);
         self.profile.compute("expert weights", || {
-            let (x, dgu, hidden, dy) = (work.expert_in.all(), work.dgu.all(), work.hidden.all(), work.expert_dy.all());
+            let (x, dgu, hidden, dy) =
+                (work.expert_in.all(), work.dgu.all(), work.hidden.all(), work.expert_dy.all());
             let shape = self.expert_shape();
             self.backend.ffn_weight_grad(shape, &work.runs, x, dgu, hidden, dy, gradients.experts.all_mut());
         });
@@ -277,7 +303,15 @@ impl<B: Backend> Transformer<B> {
             for index in 0..batch.slots.len() {
                 let rows = batch.rows_of(index);
                 let base = index * self.layout.dense_len();
-                self.product_gradient(&work.normed, d, &work.dlogits, experts, &rows, base + router, gradients);
+                self.product_gradient(
+                    &work.normed,
+                    d,
+                    &work.dlogits,
+                    experts,
+                    &rows,
+                    base + router,
+                    gradients,
+                );
                 let norm = base + tensors.ffn_norm.offset;
                 self.norm_gradient(&work.dnormed, &work.x, &work.rstd, &rows, norm, gradients);
             }

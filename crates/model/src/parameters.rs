@@ -49,7 +49,8 @@ pub(crate) fn generator(seed: u64, purpose: &str, name: &str) -> ChaCha8Rng {
 
 /// The 64-bit FNV-1a hash (Fowler, Noll and Vo).
 fn fnv1a(text: &str) -> u64 {
-    text.bytes().fold(0xcbf2_9ce4_8422_2325, |hash, byte| (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3))
+    text.bytes()
+        .fold(0xcbf2_9ce4_8422_2325, |hash, byte| (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3))
 }
 
 /// Normal values by Box and Muller's method, two for every pair of uniform ones.

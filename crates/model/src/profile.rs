@@ -14,6 +14,16 @@ pub enum Lane {
     Communication,
 }
 
+impl Lane {
+    /// `compute` or `communication`.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Compute => "compute",
+            Self::Communication => "communication",
+        }
+    }
+}
+
 /// One phase, once.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Span {

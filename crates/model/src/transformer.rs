@@ -8,7 +8,7 @@ use unisono_mesh::{ExpertPlacement, Fold};
 use unisono_plan::{Layout, ModelConfig, ScoreFunction, TensorSpec};
 use unisono_tensor::{Backend, Buffer, Dims, HeadGradients, Heads, Product, RouterShape};
 
-use crate::attention::{AttentionSaved, AttentionWeights};
+use crate::attention::AttentionSaved;
 use crate::batch::{Batch, LossScale, SlotLosses};
 use crate::feed_forward::FeedForwardWeights;
 use crate::moe::{MoeSaved, MoeWeights};
@@ -63,7 +63,14 @@ pub(crate) enum FfnSaved<B: Backend> {
 }
 
 pub(crate) enum FfnWeights<B: Backend> {
-    Dense { dy: B::Buf, x: B::Buf, rstd: B::Buf, normed: B::Buf, dnormed: B::Buf, work: FeedForwardWeights<B> },
+    Dense {
+        dy: B::Buf,
+        x: B::Buf,
+        rstd: B::Buf,
+        normed: B::Buf,
+        dnormed: B::Buf,
+        work: FeedForwardWeights<B>,
+    },
     Moe(Box<MoeWeights<B>>),
 }
 
@@ -168,7 +175,14 @@ impl<B: Backend> Transformer<B> {
         let m = x.len() / k;
         let mut y = self.backend.alloc(m * columns);
         let dims = Dims { m, n: columns, k };
-        self.backend.matmul(Product::Plain, dims, x.all(), parameters.dense.slice(weight), y.all_mut(), false);
+        self.backend.matmul(
+            Product::Plain,
+            dims,
+            x.all(),
+            parameters.dense.slice(weight),
+            y.all_mut(),
+            false,
+        );
         y
     }
 
@@ -190,7 +204,12 @@ impl<B: Backend> Transformer<B> {
     }
 
     /// `(norm(x), rstd)`.
-    pub(crate) fn norm(&self, x: &B::Buf, weight: &TensorSpec, parameters: &Parameters<B>) -> (B::Buf, B::Buf) {
+    pub(crate) fn norm(
+        &self,
+        x: &B::Buf,
+        weight: &TensorSpec,
+        parameters: &Parameters<B>,
+    ) -> (B::Buf, B::Buf) {
         let mut y = self.backend.alloc(x.len());
         let mut rstd = self.backend.alloc(x.len() / self.model.hidden_size);
         let weight = parameters.dense.slice(weight.range());
@@ -236,7 +255,8 @@ impl<B: Backend> Transformer<B> {
         }
         Ok(self.profile.compute("dense ffn", || {
             let tensors = &self.layout.layers[layer];
-            let ffn = tensors.ffn.as_ref().expect("the layout gives every dense layer a feed-forward network");
+            let ffn =
+                tensors.ffn.as_ref().expect("the layout gives every dense layer a feed-forward network");
             let (normed, rstd) = self.norm(&x, &tensors.ffn_norm, parameters);
             let (mut y, gu) = self.feed_forward(ffn, parameters, batch, &normed);
             self.backend.add(y.all_mut(), x.all());
@@ -263,7 +283,8 @@ impl<B: Backend> Transformer<B> {
         };
         Ok(self.profile.compute("dense ffn", || {
             let tensors = &self.layout.layers[layer];
-            let ffn = tensors.ffn.as_ref().expect("the layout gives every dense layer a feed-forward network");
+            let ffn =
+                tensors.ffn.as_ref().expect("the layout gives every dense layer a feed-forward network");
             let normed = normed.unwrap_or_else(|| self.norm(&x, &tensors.ffn_norm, parameters).0);
             let (dnormed, work) = self.feed_forward_backward(ffn, parameters, batch, &dy, gu);
             let dx = self.norm_backward(&dy, &dnormed, &x, &rstd, &tensors.ffn_norm, parameters);
@@ -271,27 +292,30 @@ impl<B: Backend> Transformer<B> {
         }))
     }
 
-    fn layer_weight_grad(
+    fn ffn_weight_grad(
         &self,
         layer: usize,
         batch: &Batch,
-        attention: &AttentionWeights<B>,
         ffn: &FfnWeights<B>,
         gradients: &mut Gradients<B>,
     ) {
         match ffn {
             FfnWeights::Moe(work) => self.moe_weight_grad(layer, batch, work, gradients),
-            FfnWeights::Dense { dy, x, rstd, normed, dnormed, work } => self.profile.compute("dense weights", || {
-                let tensors = &self.layout.layers[layer];
-                let ffn = tensors.ffn.as_ref().expect("the layout gives every dense layer a feed-forward network");
-                self.feed_forward_weight_grad(ffn, batch, normed, dy, work, gradients);
-                for index in 0..batch.slots.len() {
-                    let offset = index * self.layout.dense_len() + tensors.ffn_norm.offset;
-                    self.norm_gradient(dnormed, x, rstd, &batch.rows_of(index), offset, gradients);
-                }
-            }),
+            FfnWeights::Dense { dy, x, rstd, normed, dnormed, work } => {
+                self.profile.compute("dense weights", || {
+                    let tensors = &self.layout.layers[layer];
+                    let ffn = tensors
+                        .ffn
+                        .as_ref()
+                        .expect("the layout gives every dense layer a feed-forward network");
+                    self.feed_forward_weight_grad(ffn, batch, normed, dy, work, gradients);
+                    for index in 0..batch.slots.len() {
+                        let offset = index * self.layout.dense_len() + tensors.ffn_norm.offset;
+                        self.norm_gradient(dnormed, x, rstd, &batch.rows_of(index), offset, gradients);
+                    }
+                })
+            }
         }
-        self.profile.compute("dense weights", || self.attention_weight_grad(layer, batch, attention, gradients));
     }
 
     fn layer_forward(
@@ -361,7 +385,8 @@ impl<B: Backend> Transformer<B> {
     /// # Errors
     /// If an exchange fails.
     pub fn evaluate(&self, parameters: &Parameters<B>, batch: &Batch) -> Result<Outcome, CommError> {
-        let mut outcome = Outcome { losses: vec![SlotLosses::default(); batch.slots.len()], counts: Vec::new() };
+        let mut outcome =
+            Outcome { losses: vec![SlotLosses::default(); batch.slots.len()], counts: Vec::new() };
         let (x, _) = self.forward(parameters, batch, None, &mut outcome)?;
         self.profile.compute("head", || {
             let (normed, _) = self.norm(&x, &self.layout.final_norm, parameters);
@@ -388,7 +413,8 @@ impl<B: Backend> Transformer<B> {
         scale: &LossScale,
         gradients: &mut Gradients<B>,
     ) -> Result<Outcome, CommError> {
-        let mut outcome = Outcome { losses: vec![SlotLosses::default(); batch.slots.len()], counts: Vec::new() };
+        let mut outcome =
+            Outcome { losses: vec![SlotLosses::default(); batch.slots.len()], counts: Vec::new() };
         let (x, mut saved) = self.forward(parameters, batch, Some(self.recompute), &mut outcome)?;
         let mut dx =
             self.profile.compute("head", || self.head(parameters, batch, scale, x, gradients, &mut outcome));
@@ -396,15 +422,19 @@ impl<B: Backend> Transformer<B> {
             let (attention, ffn) = match saved.pop().expect("the forward saved every layer") {
                 LayerSaved::Kept(attention, ffn) => (attention, ffn),
                 LayerSaved::Again(x) => {
-                    let (_, attention, ffn) = self.layer_forward(layer, parameters, batch, x, Recompute::None)?;
+                    let (_, attention, ffn) =
+                        self.layer_forward(layer, parameters, batch, x, Recompute::None)?;
                     (attention, ffn)
                 }
             };
-            let (dmiddle, ffn) = self.ffn_backward(layer, parameters, batch, scale, dx, ffn)?;
-            let (dinput, attention) = self
-                .profile
-                .compute("attention", || self.attention_backward(layer, parameters, batch, dmiddle, *attention));
-            self.layer_weight_grad(layer, batch, &attention, &ffn, gradients);
+            let (dmiddle, work) = self.ffn_backward(layer, parameters, batch, scale, dx, ffn)?;
+            self.ffn_weight_grad(layer, batch, &work, gradients);
+            drop(work);
+            let (dinput, work) = self.profile.compute("attention", || {
+                self.attention_backward(layer, parameters, batch, dmiddle, *attention)
+            });
+            self.profile
+                .compute("dense weights", || self.attention_weight_grad(layer, batch, &work, gradients));
             dx = dinput;
         }
         self.profile.compute("embedding", || {
@@ -413,7 +443,12 @@ impl<B: Backend> Transformer<B> {
                 let rows = batch.rows_of(index);
                 let table = self.slot_gradient(index, &self.layout.embed);
                 let dout = dx.slice(rows.start * d..rows.end * d);
-                self.backend.embedding_backward(&batch.inputs[rows], dout, d, gradients.dense.slice_mut(table));
+                self.backend.embedding_backward(
+                    &batch.inputs[rows],
+                    dout,
+                    d,
+                    gradients.dense.slice_mut(table),
+                );
             }
         });
         Ok(outcome)

@@ -216,9 +216,9 @@ pub trait Backend: Clone + Send + Sync + 'static {
         buffer
     }
     /// Hands a buffer to the host (free on a CPU).
-    fn into_host(&self, buffer: Self::Buf) -> Self::Host;
+    fn hand_to_host(&self, buffer: Self::Buf) -> Self::Host;
     /// Takes a buffer from the host (free on a CPU).
-    fn from_host(&self, host: Self::Host) -> Self::Buf;
+    fn take_from_host(&self, host: Self::Host) -> Self::Buf;
     /// A host buffer of `len` elements with unspecified contents.
     fn alloc_host(&self, len: usize) -> Self::Host;
     /// Bytes held now and at most since the start by this rank's buffers, `(now, peak)`.
@@ -454,7 +454,7 @@ pub trait Backend: Clone + Send + Sync + 'static {
 }
 
 /// Where [`Backend::head_loss`] writes its gradients.
-pub struct HeadGradients<'a, B: Backend + ?Sized> {
+pub struct HeadGradients<'a, B: Backend> {
     /// Factor of the loss: one over the number of target tokens of the step.
     pub scale: f32,
     /// Gradient of `x`, written.

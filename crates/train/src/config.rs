@@ -312,8 +312,18 @@ impl RunConfig {
         let sample = &self.sample;
         let finite = sample.temperature.is_finite() && sample.temperature >= 0.0;
         check(finite, "sample.temperature", sample.temperature, "must be finite and at least 0")?;
-        check(sample.top_p > 0.0 && sample.top_p <= 1.0, "sample.top_p", sample.top_p, "must be above 0, at most 1")?;
-        check(self.evaluation.sequences >= 1, "evaluation.sequences", self.evaluation.sequences, "must be at least 1")?;
+        check(
+            sample.top_p > 0.0 && sample.top_p <= 1.0,
+            "sample.top_p",
+            sample.top_p,
+            "must be above 0, at most 1",
+        )?;
+        check(
+            self.evaluation.sequences >= 1,
+            "evaluation.sequences",
+            self.evaluation.sequences,
+            "must be at least 1",
+        )?;
         check(self.log.every >= 1, "log.every", self.log.every, "must be at least 1")
     }
 
@@ -328,9 +338,19 @@ impl RunConfig {
         for (field, value, most) in sizes {
             check((1..=most).contains(&value), field, value, &format!("must be between 1 and {most}"))?;
         }
-        check(train.seed <= i64::MAX as u64, "train.seed", train.seed, "must fit a TOML integer (below 2^63)")?;
+        check(
+            train.seed <= i64::MAX as u64,
+            "train.seed",
+            train.seed,
+            "must fit a TOML integer (below 2^63)",
+        )?;
         let clip = train.clip_norm.is_finite() && train.clip_norm >= 0.0;
-        check(clip, "train.clip_norm", train.clip_norm, "must be finite and at least 0 (0 switches clipping off)")
+        check(
+            clip,
+            "train.clip_norm",
+            train.clip_norm,
+            "must be finite and at least 0 (0 switches clipping off)",
+        )
     }
 
     fn validate_optimizer(&self) -> Result<(), ConfigError> {
@@ -348,7 +368,12 @@ impl RunConfig {
             check(value.is_finite() && value >= 0.0, field, value, "must be finite and at least 0")?;
         }
         let epsilon = optimizer.epsilon;
-        check(epsilon.is_finite() && epsilon > 0.0, "optimizer.epsilon", epsilon, "must be finite and above 0")?;
+        check(
+            epsilon.is_finite() && epsilon > 0.0,
+            "optimizer.epsilon",
+            epsilon,
+            "must be finite and above 0",
+        )?;
         let busy = schedule.warmup_steps.saturating_add(schedule.decay_steps);
         let fits = schedule.kind == ScheduleKind::Cosine || busy <= self.train.steps;
         let rule = format!(
@@ -370,7 +395,11 @@ impl RunConfig {
 }
 
 fn check(holds: bool, field: &'static str, value: impl ToString, rule: &str) -> Result<(), ConfigError> {
-    if holds { Ok(()) } else { Err(ConfigError::Value { field, value: value.to_string(), rule: rule.into() }) }
+    if holds {
+        Ok(())
+    } else {
+        Err(ConfigError::Value { field, value: value.to_string(), rule: rule.into() })
+    }
 }
 
 /// Sets `a.b.c=value` in a table. The value is TOML; a bare word is a string.
@@ -378,7 +407,9 @@ fn apply_override(table: &mut toml::Table, text: &str) -> Result<(), ConfigError
     let refuse = |reason: &str| ConfigError::Override { text: text.into(), reason: reason.into() };
     let (path, value) = text.split_once('=').ok_or_else(|| refuse("must be key.path=value"))?;
     let value = match toml::from_str::<toml::Table>(&format!("value = {value}")) {
-        Ok(mut parsed) if parsed.len() == 1 => parsed.remove("value").ok_or_else(|| refuse("has no value"))?,
+        Ok(mut parsed) if parsed.len() == 1 => {
+            parsed.remove("value").ok_or_else(|| refuse("has no value"))?
+        }
         _ => toml::Value::String(value.into()),
     };
     let keys: Vec<&str> = path.trim().split('.').collect();
@@ -416,11 +447,17 @@ mod tests {
     #[test]
     fn errors_name_key_value_and_rule() {
         assert!(said("[train]\nstep = 3", &[]).contains("unknown field `step`"));
-        assert_eq!(said("", &["train.micro_batch=0"]), "train.micro_batch = 0: must be between 1 and 1048576");
+        assert_eq!(
+            said("", &["train.micro_batch=0"]),
+            "train.micro_batch = 0: must be between 1 and 1048576"
+        );
         assert!(said("", &["train.stepz=1"]).contains("stepz"));
         assert_eq!(said("", &["train.steps"]), "--set train.steps: must be key.path=value");
         assert_eq!(said("", &["train..steps=1"]), "--set train..steps=1: has an empty key");
-        assert_eq!(said("", &["grid.replicas=8", "grid.expert_group=4", "model.score_function=softmax"]), "ok");
+        assert_eq!(
+            said("", &["grid.replicas=8", "grid.expert_group=4", "model.score_function=softmax"]),
+            "ok"
+        );
         assert!(said("", &["train.steps=x"]).contains("invalid type"));
     }
 

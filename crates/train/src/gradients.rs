@@ -72,7 +72,8 @@ impl<B: Backend> GradientFold<B> {
         } else {
             for (node, index) in dense {
                 let mut root = backend.alloc(self.dense_len);
-                backend.copy(slots.slice(index * self.dense_len..(index + 1) * self.dense_len), root.all_mut());
+                backend
+                    .copy(slots.slice(index * self.dense_len..(index + 1) * self.dense_len), root.all_mut());
                 self.dense.push(node, root, add);
             }
         }
@@ -102,7 +103,9 @@ impl<B: Backend> GradientFold<B> {
         if block == 0 {
             return BTreeMap::new();
         }
-        for (index, Instance { group, expert }) in self.placement.instances(wave.clone()).into_iter().enumerate() {
+        for (index, Instance { group, expert }) in
+            self.placement.instances(wave.clone()).into_iter().enumerate()
+        {
             let joiner = joiners.entry(expert).or_insert_with(|| Joiner::new(self.fold.grid().groups()));
             joiner.push(group..group + 1, index, |left, right| {
                 self.backend.add_within(gradients.experts.all_mut(), left * block, right * block, block);
@@ -141,7 +144,7 @@ impl<B: Backend> GradientFold<B> {
     ) -> (Vec<Root<B::Host>>, ExpertRoots<B::Host>) {
         let shared = |joiner: Joiner<B::Buf>| -> Vec<Root<B::Host>> {
             let roots = joiner.into_roots().into_iter();
-            roots.map(|(node, buffer)| (node, Arc::new(backend.into_host(buffer)), 0)).collect()
+            roots.map(|(node, buffer)| (node, Arc::new(backend.hand_to_host(buffer)), 0)).collect()
         };
         (shared(dense), ExpertRoots::Blocks(shared(groups), block))
     }
@@ -156,7 +159,8 @@ enum ExpertRoots<H> {
 
 impl<H> ExpertRoots<H> {
     fn of(&self, expert: usize) -> Vec<Root<H>> {
-        let clone = |(node, buffer, offset): &Root<H>, more: usize| (node.clone(), Arc::clone(buffer), offset + more);
+        let clone =
+            |(node, buffer, offset): &Root<H>, more: usize| (node.clone(), Arc::clone(buffer), offset + more);
         match self {
             Self::Blocks(roots, block) => roots.iter().map(|root| clone(root, expert * block)).collect(),
             Self::Listed(map) => map.get(&expert).into_iter().flatten().map(|root| clone(root, 0)).collect(),
@@ -171,8 +175,8 @@ impl<B: Backend> WaveRoots<B> {
         dense_len: usize,
         block: usize,
     ) -> (Vec<Root<B::Host>>, ExpertRoots<B::Host>) {
-        let slots = Arc::new(backend.into_host(self.gradients.dense));
-        let instances = Arc::new(backend.into_host(self.gradients.experts));
+        let slots = Arc::new(backend.hand_to_host(self.gradients.dense));
+        let instances = Arc::new(backend.hand_to_host(self.gradients.experts));
         let dense = self.dense.into_iter().map(|(node, index)| (node, Arc::clone(&slots), index * dense_len));
         let experts = self.experts.into_iter().map(|(expert, roots)| {
             let roots = roots.into_iter();

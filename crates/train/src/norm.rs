@@ -26,9 +26,13 @@ pub fn sum_over_chunks(comm: &Communicator, shards: &Shards, values: &[f64]) -> 
         own.extend(joiner.into_roots().into_iter().map(|(_, value)| value));
     }
     let all = comm.all_gather_values(&own)?;
-    let nodes_of = |rank: usize| shards.owned_chunks(rank).into_iter().flat_map(move |range| roots(range, chunks));
-    let mut nodes: Vec<(Range<usize>, f64)> =
-        all.iter().enumerate().flat_map(|(rank, values)| nodes_of(rank).zip(values.iter().copied())).collect();
+    let nodes_of =
+        |rank: usize| shards.owned_chunks(rank).into_iter().flat_map(move |range| roots(range, chunks));
+    let mut nodes: Vec<(Range<usize>, f64)> = all
+        .iter()
+        .enumerate()
+        .flat_map(|(rank, values)| nodes_of(rank).zip(values.iter().copied()))
+        .collect();
     nodes.sort_unstable_by_key(|(node, _)| node.start);
     let mut joiner = Joiner::new(chunks);
     for (node, value) in nodes {

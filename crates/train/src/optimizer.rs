@@ -5,7 +5,7 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use unisono_comm::{CommError, Communicator, Gatherer, Part, Reducer};
-use unisono_model::Parameters;
+use unisono_model::{Parameters, Profile};
 use unisono_plan::Layout;
 use unisono_tensor::{AdamW, Backend, Buffer};
 
@@ -125,15 +125,22 @@ impl<B: Backend> ShardedAdamW<B> {
     ///
     /// # Errors
     /// If an exchange fails.
-    pub fn reduce(&self, gradients: GradientFold<B>) -> Result<Reduced<B::Host>, CommError> {
+    pub fn reduce(
+        &self,
+        gradients: GradientFold<B>,
+        profile: &Profile,
+    ) -> Result<Reduced<B::Host>, CommError> {
         let roots = gradients.into_roots(&self.shards);
         let out = self.backend.alloc_host(self.shards.owned_len(self.comm.rank()));
-        let gradient = self.backend.from_host(self.reducer.reduce_scatter(&roots, out)?);
+        let reduced = profile.communicate("reduce gradients", || self.reducer.reduce_scatter(&roots, out));
+        let gradient = self.backend.take_from_host(reduced?);
         drop(roots);
         let mut squares = Vec::with_capacity(gradient.len() / unisono_plan::NORM_CHUNK);
-        self.backend.chunk_squares(gradient.all(), &mut squares);
-        let norm = sum_over_chunks(&self.comm, &self.shards, &squares)?.sqrt();
-        Ok(Reduced { gradient: self.backend.into_host(gradient), norm })
+        profile.compute("gradient norm", || self.backend.chunk_squares(gradient.all(), &mut squares));
+        let squares =
+            profile.communicate("gradient norm", || sum_over_chunks(&self.comm, &self.shards, &squares))?;
+        let norm = libm::sqrt(squares);
+        Ok(Reduced { gradient: self.backend.hand_to_host(gradient), norm })
     }
 
     /// Updates the shard and hands the new parameters to all ranks that hold them.
@@ -145,8 +152,21 @@ impl<B: Backend> ShardedAdamW<B> {
         reduced: Reduced<B::Host>,
         step: AdamW,
         parameters: &mut Parameters<B>,
+        profile: &Profile,
     ) -> Result<(), CommError> {
-        let gradient = self.backend.from_host(reduced.gradient);
+        let gradient = self.backend.take_from_host(reduced.gradient);
+        profile.compute("optimizer", || self.update_shard(&gradient, step, parameters));
+        drop(gradient);
+        profile.communicate("gather parameters", || {
+            let dense = replace(&self.backend, &mut parameters.dense);
+            parameters.dense = self.gather(&self.dense, dense)?;
+            let experts = replace(&self.backend, &mut parameters.experts);
+            parameters.experts = self.gather(&self.experts, experts)?;
+            Ok(())
+        })
+    }
+
+    fn update_shard(&mut self, gradient: &B::Buf, step: AdamW, parameters: &mut Parameters<B>) {
         for PlacedPiece { piece, place, runs } in &self.pieces {
             let shard = piece.offset..piece.offset + piece.range.len();
             let target = match piece.kind {
@@ -162,10 +182,6 @@ impl<B: Backend> ShardedAdamW<B> {
                 self.second.slice_mut(shard),
             );
         }
-        drop(gradient);
-        parameters.dense = self.gather(&self.dense, replace(&self.backend, &mut parameters.dense))?;
-        parameters.experts = self.gather(&self.experts, replace(&self.backend, &mut parameters.experts))?;
-        Ok(())
     }
 
     fn gather(&self, gather: &Gather, whole: B::Buf) -> Result<B::Buf, CommError> {
@@ -176,9 +192,9 @@ impl<B: Backend> ShardedAdamW<B> {
             self.backend.copy(whole.slice(*place..*place + len), send.slice_mut(next..next + len));
             next += len;
         }
-        let send = Part::whole(Arc::new(self.backend.into_host(send)));
-        let whole = gather.gatherer.all_gather(send, self.backend.into_host(whole))?;
-        Ok(self.backend.from_host(whole))
+        let send = Part::whole(Arc::new(self.backend.hand_to_host(send)));
+        let whole = gather.gatherer.all_gather(send, self.backend.hand_to_host(whole))?;
+        Ok(self.backend.take_from_host(whole))
     }
 }
 
@@ -194,7 +210,8 @@ fn decay_runs(layout: &Layout, piece: &Piece) -> Vec<(Range<usize>, bool)> {
     }
     let mut runs: Vec<(Range<usize>, bool)> = Vec::new();
     for tensor in layout.dense_tensors() {
-        let shared = unisono_mesh::shard::overlap(&(tensor.offset..tensor.offset + tensor.padded), &piece.range);
+        let shared =
+            unisono_mesh::shard::overlap(&(tensor.offset..tensor.offset + tensor.padded), &piece.range);
         if shared.is_empty() {
             continue;
         }
@@ -208,7 +225,13 @@ fn decay_runs(layout: &Layout, piece: &Piece) -> Vec<(Range<usize>, bool)> {
 }
 
 /// The scalars of one AdamW step, computed in f64 and rounded once. `step` counts updates, the first is 1.
-pub fn adamw_step(optimizer: &OptimizerConfig, learning_rate: f64, step: u64, norm: f64, clip_norm: f64) -> AdamW {
+pub fn adamw_step(
+    optimizer: &OptimizerConfig,
+    learning_rate: f64,
+    step: u64,
+    norm: f64,
+    clip_norm: f64,
+) -> AdamW {
     let correction = |beta: f64| 1.0 / (1.0 - libm::pow(beta, step as f64));
     let clip = if clip_norm > 0.0 && norm > clip_norm { clip_norm / norm } else { 1.0 };
     AdamW {

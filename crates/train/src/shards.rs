@@ -161,7 +161,11 @@ impl Shards {
             let wanted: Vec<bool> = segment.held.iter().map(|leaves| !leaves.is_empty()).collect();
             let shared = wanted.iter().filter(|wants| **wants).count() > 1;
             if shared && (segment.kind == SegmentKind::Dense) == dense {
-                segments.push(GatherSegment { shards: segment.shards.clone(), wanted, offset: offset(segment.kind) });
+                segments.push(GatherSegment {
+                    shards: segment.shards.clone(),
+                    wanted,
+                    offset: offset(segment.kind),
+                });
                 chosen.push(index);
             }
         }
@@ -182,16 +186,23 @@ mod tests {
 
     #[test]
     fn every_chunk_is_owned_once_on_every_fold() {
-        let model = ModelConfig { num_experts: 12, hidden_size: 64, vocab_size: 300, ..ModelConfig::default() };
+        let model =
+            ModelConfig { num_experts: 12, hidden_size: 64, vocab_size: 300, ..ModelConfig::default() };
         let layout = Layout::new(&model);
         for (replicas, expert_group) in [(6, 3), (6, 6), (6, 2), (6, 1)] {
             for ranks in [1, 2, 3, 6] {
-                let fold = Fold::new(Grid { replicas, expert_group, ..Grid::default() }, ranks).expect("divides");
+                let fold =
+                    Fold::new(Grid { replicas, expert_group, ..Grid::default() }, ranks).expect("divides");
                 let shards = Shards::new(&layout, &ExpertPlacement::new(fold, 12), &fold);
                 assert_eq!(shards.chunks(), layout.chunks());
-                let mut owned: Vec<usize> = (0..ranks).flat_map(|r| shards.owned_chunks(r)).flatten().collect();
+                let mut owned: Vec<usize> =
+                    (0..ranks).flat_map(|r| shards.owned_chunks(r)).flatten().collect();
                 owned.sort_unstable();
-                assert_eq!(owned, (0..layout.chunks()).collect::<Vec<_>>(), "{replicas} {expert_group} {ranks}");
+                assert_eq!(
+                    owned,
+                    (0..layout.chunks()).collect::<Vec<_>>(),
+                    "{replicas} {expert_group} {ranks}"
+                );
             }
         }
     }

@@ -19,7 +19,7 @@ use board::Sends;
 use world::World;
 
 /// How long a rank looks for news before it sleeps, where every rank has a core.
-const SPIN: Duration = Duration::from_micros(50);
+const SPIN: Duration = Duration::from_micros(200);
 
 /// One thread rank's side of the world.
 struct ThreadTransport {
@@ -320,5 +320,43 @@ fn copy(source: &[u8], target: &mut [u8]) {
     const RUN: usize = 512;
     for (from, to) in source.chunks(RUN).zip(target.chunks_mut(RUN)) {
         to.copy_from_slice(from);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::Communicator;
+
+    #[test]
+    fn streams_are_cut_anew_across_empty_pieces_and_ranges() {
+        let bytes: Vec<u8> = (0..100).collect();
+        let pieces = [&bytes[0..0], &bytes[0..7], &bytes[7..7], &bytes[7..10]];
+        let mut target = [255u8; 12];
+        copy_stream(pieces.into_iter(), &mut target, &[4..4, 8..12, 0..5, 5..6]);
+        assert_eq!(target, [4, 5, 6, 7, 8, 9, 255, 255, 0, 1, 2, 3]);
+    }
+
+    #[test]
+    fn finished_calls_leave_nothing_behind() {
+        let world = Arc::new(World::new(3, usize::MAX, false, None));
+        std::thread::scope(|scope| {
+            for rank in 0..3 {
+                let transport = ThreadTransport::new(Arc::clone(&world), rank);
+                scope.spawn(move || {
+                    let comm = Communicator::over(Arc::new(transport)).unwrap();
+                    for _ in 0..50 {
+                        comm.barrier().unwrap();
+                        comm.all_gather_values(&[rank]).unwrap();
+                        comm.broadcast(1, vec![0u8; 9]).unwrap();
+                        let (next, last) = ((rank + 1) % 3, (rank + 2) % 3);
+                        comm.shift(next, Arc::new(vec![1u8]), last, vec![0u8], 0..1, 0).unwrap();
+                    }
+                });
+            }
+        });
+        let state = world.lock();
+        assert!(state.boards.is_empty());
+        assert!(state.ranks.iter().all(|rank| rank.started.is_empty() && rank.waiting.is_none()));
     }
 }

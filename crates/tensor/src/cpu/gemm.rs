@@ -10,9 +10,10 @@
 //! - results with one row or one column go to kernels with another order: we compute two and keep one;
 //! - so do small results (up to 256 elements) whose operands are both contiguous along the sum: we repack one.
 
-use crate::backend::Dims;
-use crate::cpu::parallel::Scratch;
 use std::marker::PhantomData;
+
+use super::Scratch;
+use crate::backend::Dims;
 
 /// Sums are cut into blocks of this many products, ascending; each block is added to the result in place.
 pub const K_BLOCK: usize = 256;
@@ -37,6 +38,12 @@ impl<'a> Matrix<'a> {
     /// Columns stored one after another: the transpose of [`Matrix::rows`].
     pub fn columns(data: &'a [f32], column_stride: usize) -> Self {
         Self { data, row_stride: 1, column_stride }
+    }
+
+    /// The same matrix without its first `rows` rows and `columns` columns.
+    pub fn skip(self, rows: usize, columns: usize) -> Self {
+        let start = rows * self.row_stride + columns * self.column_stride;
+        Self { data: &self.data[start.min(self.data.len())..], ..self }
     }
 
     fn check(&self, rows: usize, columns: usize, what: &str) {

@@ -31,27 +31,38 @@ pub(super) fn matmul(
         b.len(),
         c.len()
     );
+    let (lhs, rhs) = match product {
+        Product::Plain => (Matrix::rows(a, k), Matrix::rows(b, n)),
+        Product::TransposedRight => (Matrix::rows(a, k), Matrix::columns(b, k)),
+        Product::TransposedLeft => (Matrix::columns(a, m), Matrix::rows(b, n)),
+    };
+    tiled(threads, dims, lhs, rhs, c, n, accumulate);
+}
+
+/// A product on all threads; `dst` has rows of `row_stride` elements, `n` of them written.
+pub(super) fn tiled(
+    threads: &Threads,
+    dims: Dims,
+    lhs: Matrix<'_>,
+    rhs: Matrix<'_>,
+    dst: &mut [f32],
+    row_stride: usize,
+    accumulate: bool,
+) {
+    let Dims { m, n, k } = dims;
     if m == 0 || n == 0 {
         return;
     }
     let (rows, columns) = tile(dims, threads.count());
     let across = n.div_ceil(columns);
-    let c = DisjointMut::new(c);
+    let dst = DisjointMut::new(dst);
     threads.run(m.div_ceil(rows) * across, |index| {
         let (row, column) = (index / across * rows, index % across * columns);
-        let (m_tile, n_tile) = (rows.min(m - row), columns.min(n - column));
-        let lhs = match product {
-            Product::TransposedLeft => Matrix::columns(&a[row.min(a.len())..], m),
-            _ => Matrix::rows(&a[row * k..], k),
-        };
-        let rhs = match product {
-            Product::TransposedRight => Matrix::columns(&b[column * k..], k),
-            _ => Matrix::rows(&b[column.min(b.len())..], n),
-        };
-        let start = row * n + column;
-        // SAFETY: tiles of different tasks share no element, and `c` has `m` rows of `n`.
-        let dst = unsafe { MatrixMut::tile(c.pointer(start), c.len() - start, n) };
-        gemm(Dims { m: m_tile, n: n_tile, k }, lhs, rhs, dst, accumulate);
+        let start = row * row_stride + column;
+        let dims = Dims { m: rows.min(m - row), n: columns.min(n - column), k };
+        // SAFETY: tiles of different tasks share no element: they differ in their rows or in their columns.
+        let dst = unsafe { MatrixMut::tile(dst.pointer(start), dst.len() - start, row_stride) };
+        gemm(dims, lhs.skip(row, 0), rhs.skip(0, column), dst, accumulate);
     });
 }
 

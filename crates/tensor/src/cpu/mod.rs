@@ -52,10 +52,10 @@ impl Backend for Cpu {
     fn alloc(&self, len: usize) -> HostBuffer {
         self.pool.take(len)
     }
-    fn into_host(&self, buffer: HostBuffer) -> HostBuffer {
+    fn hand_to_host(&self, buffer: HostBuffer) -> HostBuffer {
         buffer
     }
-    fn from_host(&self, host: HostBuffer) -> HostBuffer {
+    fn take_from_host(&self, host: HostBuffer) -> HostBuffer {
         host
     }
     fn alloc_host(&self, len: usize) -> HostBuffer {

@@ -2,6 +2,9 @@
 
 mod attention;
 mod elementwise;
+mod ffn;
+mod head;
+mod matmul;
 mod norm;
 mod rope;
 mod router;

@@ -1,0 +1,77 @@
+//! Memory before the first step: estimated, and refused with a remedy where it cannot fit.
+
+use unisono_mesh::Fold;
+use unisono_mesh::{ExpertPlacement, tree};
+use unisono_plan::{KeptActivations, Layout, MemoryEstimate, StepShape};
+
+use crate::config::{RecomputeConfig, RunConfig};
+use crate::error::TrainError;
+use crate::shards::Shards;
+use crate::system::{available_memory, readable};
+
+/// What the process needs besides its ranks: the corpus and its tokenizer, code, stacks.
+const PROCESS_BYTES: u64 = 96 << 20;
+
+/// The estimate of the rank that needs most, by part.
+pub fn estimate(config: &RunConfig, fold: &Fold) -> Vec<(&'static str, u64)> {
+    let most = estimate_all(config, fold).into_iter().max_by_key(MemoryEstimate::total);
+    most.unwrap_or_default().parts()
+}
+
+/// The estimate of every rank.
+pub fn estimate_all(config: &RunConfig, fold: &Fold) -> Vec<MemoryEstimate> {
+    let layout = Layout::new(&config.model);
+    let shards = Shards::new(&layout, &ExpertPlacement::new(*fold, config.model.num_experts), fold);
+    let step = StepShape {
+        slot_rows: config.train.micro_batch * config.train.sequence_length,
+        kept: match config.train.recompute {
+            RecomputeConfig::None => KeptActivations::All,
+            RecomputeConfig::Selective => KeptActivations::Products,
+            RecomputeConfig::Full => KeptActivations::LayerInputs,
+        },
+    };
+    let rank_estimate = |rank: usize| {
+        let sent: usize = shards
+            .segments
+            .iter()
+            .filter(|segment| segment.held.iter().filter(|leaves| !leaves.is_empty()).count() > 1)
+            .map(|segment| segment.shards[rank].len())
+            .sum();
+        MemoryEstimate::new(&config.model, fold, rank, step, shards.owned_len(rank), sent)
+    };
+    (0..fold.ranks()).map(rank_estimate).collect()
+}
+
+/// Refuses a run that cannot fit into the machine's free memory.
+///
+/// # Errors
+/// [`TrainError::Memory`] with what would help.
+pub fn check_fits(config: &RunConfig, fold: &Fold, parts: &[(&'static str, u64)]) -> Result<(), TrainError> {
+    let needed: u64 =
+        PROCESS_BYTES + estimate_all(config, fold).iter().map(MemoryEstimate::total).sum::<u64>();
+    let Some(available) = available_memory() else { return Ok(()) };
+    if needed <= available {
+        return Ok(());
+    }
+    let largest = parts.iter().max_by_key(|(_, bytes)| *bytes).map_or("", |(name, _)| name);
+    let remedy = match largest {
+        "activations" if config.train.recompute != RecomputeConfig::Full => "set train.recompute=full, or a smaller \
+             train.micro_batch with more train.accumulate (another computation, the same batch)"
+            .to_string(),
+        "activations" => "lower train.micro_batch and raise train.accumulate, or train.sequence_length".to_string(),
+        "gradients" => format!(
+            "folding {} slots onto a rank keeps their accumulators: lower grid.expert_group, or spread the run over more \
+             machines",
+            fold.slots_per_rank()
+        ),
+        _ => "the model itself is too large for this machine: lower model.num_experts or model.hidden_size, or spread \
+             the run over more machines"
+            .to_string(),
+    };
+    Err(TrainError::Memory { needed: readable(needed), available: readable(available), remedy })
+}
+
+/// Partial sums that a rank of a fold sends for its dense gradients: 1 for aligned folds.
+pub fn dense_roots(fold: &Fold, rank: usize) -> usize {
+    tree::roots(fold.slots_of(rank), fold.grid().slots()).len()
+}

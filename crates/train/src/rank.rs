@@ -1,0 +1,445 @@
+//! One rank's training state and its step.
+
+use std::ops::Range;
+use std::time::Instant;
+
+use unisono_comm::{Communicator, Ledger};
+use unisono_data::Dataset;
+use unisono_mesh::{Fold, tree};
+use unisono_model::{
+    Gradients, Lane, LossScale, Parameters, Profile, Recompute, SlotLosses, Transformer, initialize_dense,
+    initialize_expert,
+};
+use unisono_tensor::{Backend, Buffer};
+
+use crate::config::{RecomputeConfig, RunConfig};
+use crate::error::TrainError;
+use crate::feed::{Fed, Feed};
+use crate::gradients::GradientFold;
+use crate::optimizer::{ShardedAdamW, adamw_step};
+use crate::record::{StepRecord, ValidationRecord};
+use crate::schedule::learning_rate;
+use crate::shards::Shards;
+
+/// A rank of a run.
+pub struct RankState<'a, B: Backend> {
+    pub(crate) config: &'a RunConfig,
+    pub(crate) fold: Fold,
+    pub(crate) comm: Communicator,
+    pub(crate) model: Transformer<B>,
+    pub(crate) parameters: Parameters<B>,
+    pub(crate) optimizer: ShardedAdamW<B>,
+    pub(crate) progress: Progress,
+    dataset: &'a Dataset,
+    feed: Feed<'a>,
+    fault: Option<Fault>,
+}
+
+/// What changes from step to step besides tensors; the small state of a checkpoint.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+pub struct Progress {
+    /// Steps done.
+    pub step: u64,
+    /// Updates made: steps that were not skipped.
+    pub updates: u64,
+    /// Tokens read.
+    pub tokens: u64,
+}
+
+/// A change of one gradient element, for tests of the numerics contract and of non-finite numbers.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub enum Fault {
+    /// One dense gradient element of slot 0 moves by one unit in the last place at this step.
+    NudgeGradient {
+        /// The step.
+        step: u64,
+    },
+    /// One dense gradient element of slot 0 becomes NaN at this step.
+    PoisonGradient {
+        /// The step.
+        step: u64,
+    },
+}
+
+/// Sums of one step on one rank, by slot.
+#[derive(Default)]
+struct Sums {
+    /// `(losses, target tokens, bytes of text)` of each slot.
+    slots: Vec<(SlotLosses, u64, u64)>,
+    /// `[MoE layer][expert]`
+    counts: Vec<Vec<u64>>,
+    data_s: f64,
+}
+
+impl<'a, B: Backend> RankState<'a, B> {
+    /// A rank at step 0 with initial parameters.
+    ///
+    /// # Errors
+    /// If the dataset is too small or groups cannot be made.
+    pub fn new(
+        config: &'a RunConfig,
+        dataset: &'a Dataset,
+        backend: B,
+        fold: Fold,
+        comm: Communicator,
+        profile: Profile,
+    ) -> Result<Self, TrainError> {
+        let members: Vec<usize> = fold.dispatch_ranks(comm.rank()).collect();
+        let recompute = match config.train.recompute {
+            RecomputeConfig::None => Recompute::None,
+            RecomputeConfig::Selective => Recompute::Selective,
+            RecomputeConfig::Full => Recompute::Full,
+        };
+        let model = Transformer::new(
+            backend.clone(),
+            config.model.clone(),
+            fold,
+            comm.rank(),
+            comm.subgroup("experts", &members)?,
+            config.train.sequence_length,
+            recompute,
+            config.train.expert_row_block,
+            profile,
+        );
+        let parameters = initial_parameters(&model, config.train.seed);
+        let shards = Shards::new(model.layout(), model.placement(), &fold);
+        let optimizer =
+            ShardedAdamW::new(backend, model.layout(), shards, model.held_experts(), comm.clone())?;
+        let feed = Feed::new(dataset, config)?;
+        let progress = Progress::default();
+        Ok(Self { config, fold, comm, model, parameters, optimizer, progress, dataset, feed, fault: None })
+    }
+
+    /// Plants a fault; for tests.
+    pub fn plant(&mut self, fault: Fault) {
+        self.fault = Some(fault);
+    }
+
+    /// Steps done so far, and what goes with them.
+    pub fn progress(&self) -> Progress {
+        self.progress
+    }
+
+    /// The run's config.
+    pub fn config(&self) -> &RunConfig {
+        self.config
+    }
+
+    /// What it reads.
+    pub fn dataset(&self) -> &Dataset {
+        self.dataset
+    }
+
+    /// The model.
+    pub fn model(&self) -> &Transformer<B> {
+        &self.model
+    }
+
+    /// The parameters.
+    pub fn parameters(&self) -> &Parameters<B> {
+        &self.parameters
+    }
+
+    /// Runs the next step on all ranks. Every rank returns the same record but for times.
+    ///
+    /// # Errors
+    /// If data cannot be read, an exchange fails, or a number is not finite and the policy is to halt.
+    pub fn step(&mut self) -> Result<StepRecord, TrainError> {
+        let begin = Instant::now();
+        let step = self.progress.step + 1;
+        self.comm.set_step(step);
+        let traffic = self.comm.ledger();
+        let busy = self.model.profile().total(Lane::Communication);
+        let (gradients, sums) = self.accumulate(step)?;
+        let totals = self.join(&sums)?;
+        let profile = self.model.profile().clone();
+        let reduced = self.optimizer.reduce(gradients, &profile)?;
+        let rate = learning_rate(
+            &self.config.schedule,
+            self.config.optimizer.learning_rate,
+            step,
+            self.config.train.steps,
+        );
+        let norm = reduced.norm;
+        let finite = norm.is_finite() && totals.loss.is_finite();
+        if finite {
+            let clip = self.config.train.clip_norm;
+            let scalars = adamw_step(&self.config.optimizer, rate, self.progress.updates + 1, norm, clip);
+            let (optimizer, parameters) = (&mut self.optimizer, &mut self.parameters);
+            optimizer.update(reduced, scalars, parameters, &profile)?;
+            self.update_bias(&totals.counts);
+            self.progress.updates += 1;
+        }
+        self.progress.step = step;
+        self.progress.tokens += self.config.tokens_per_step() as u64;
+        let busy = self.model.profile().total(Lane::Communication) - busy;
+        let moved = self.comm.ledger().since(&traffic);
+        let seconds = begin.elapsed().as_secs_f64();
+        let times = self.times(&moved, busy.as_secs_f64(), seconds)?;
+        Ok(self.record(step, totals, norm, rate, !finite, seconds, times, sums.data_s))
+    }
+
+    /// All waves and accumulation steps: gradients of the step, not yet joined over ranks.
+    fn accumulate(&mut self, step: u64) -> Result<(GradientFold<B>, Sums), TrainError> {
+        let waves = self.fold.waves(self.comm.rank());
+        let backend = self.model.backend().clone();
+        let layout = self.model.layout().clone();
+        let mut fold = GradientFold::new(backend.clone(), self.fold, *self.model.placement(), &layout);
+        let mut sums = Sums::default();
+        let scale = self.loss_scale(step, &mut sums)?;
+        for wave in &waves {
+            let instances = self.instances(wave);
+            let mut gradients = Gradients::zeros(&backend, &layout, wave.len(), instances);
+            let first = sums.slots.len();
+            sums.slots.resize_with(first + wave.len(), Default::default);
+            for turn in 0..self.feed.turns() {
+                let fed = self.feed_train(step, turn, wave, &mut sums)?;
+                let outcome =
+                    self.model.forward_backward(&self.parameters, &fed.batch, &scale, &mut gradients)?;
+                for (index, losses) in outcome.losses.iter().enumerate() {
+                    let slot = &mut sums.slots[first + index];
+                    slot.0 += *losses;
+                    slot.1 += fed.targets[index];
+                    slot.2 += fed.target_bytes[index];
+                }
+                add_counts(&mut sums.counts, &outcome.counts);
+            }
+            self.inject(step, wave, &mut gradients);
+            fold.absorb(wave.clone(), gradients, waves.len() == 1);
+        }
+        Ok((fold, sums))
+    }
+
+    fn instances(&self, wave: &Range<usize>) -> usize {
+        if self.config.model.moe_layers() == 0 {
+            0
+        } else {
+            self.model.placement().instances(wave.clone()).len()
+        }
+    }
+
+    fn feed_train(
+        &self,
+        step: u64,
+        turn: usize,
+        slots: &Range<usize>,
+        sums: &mut Sums,
+    ) -> Result<Fed, TrainError> {
+        let begin = Instant::now();
+        let fed = self.feed.train(step - 1, turn, slots.clone())?;
+        sums.data_s += begin.elapsed().as_secs_f64();
+        Ok(fed)
+    }
+
+    /// The divisors of the losses, known before the first forward: target tokens over all slots and turns.
+    fn loss_scale(&self, step: u64, sums: &mut Sums) -> Result<LossScale, TrainError> {
+        let slots = self.fold.slots_of(self.comm.rank());
+        let mut targets = 0;
+        for turn in 0..self.feed.turns() {
+            targets += self.feed_train(step, turn, &slots, sums)?.targets.iter().sum::<u64>();
+        }
+        let targets =
+            self.model.profile().communicate("targets", || self.comm.all_reduce_u64(&[targets]))?[0];
+        Ok(LossScale {
+            targets,
+            sequences: self.config.global_batch() as u64,
+            sequence_length: self.config.train.sequence_length,
+        })
+    }
+
+    /// Joins losses over slots by the tree, and counts over ranks.
+    fn join(&self, sums: &Sums) -> Result<Totals, TrainError> {
+        let profile = self.model.profile();
+        let values: Vec<f64> = sums
+            .slots
+            .iter()
+            .flat_map(|(losses, targets, bytes)| {
+                let SlotLosses { cross_entropy, balance, z, entropy } = *losses;
+                [cross_entropy, balance, z, entropy, *targets as f64, *bytes as f64]
+            })
+            .collect();
+        let flat: Vec<u64> = sums.counts.iter().flatten().copied().collect();
+        let (all, counts) = profile.communicate("losses", || {
+            Ok::<_, TrainError>((
+                self.comm.all_gather_values(&values)?.concat(),
+                self.comm.all_reduce_u64(&flat)?,
+            ))
+        })?;
+        let column = |which: usize| all.iter().skip(which).step_by(6).copied().collect::<Vec<f64>>();
+        let [cross_entropy, balance, z, entropy, targets, bytes] =
+            std::array::from_fn(|which| tree::sum(&column(which)));
+        let means = column(0).into_iter().zip(column(4)).map(|(sum, n)| if n > 0.0 { sum / n } else { 0.0 });
+        let model = &self.config.model;
+        let sequences = self.config.global_batch() as f64;
+        let tokens = sequences * self.config.train.sequence_length as f64;
+        let layers = model.moe_layers().max(1) as f64;
+        Ok(Totals {
+            loss: cross_entropy / targets.max(1.0),
+            max_loss: means.fold(f64::NEG_INFINITY, f64::max),
+            bits_per_byte: cross_entropy / std::f64::consts::LN_2 / bytes.max(1.0),
+            targets: targets as u64,
+            balance: f64::from(model.balance_loss_coef) * balance / sequences,
+            z: f64::from(model.z_loss_coef) * z / tokens,
+            entropy: entropy / tokens / layers,
+            counts: counts.chunks(model.num_experts.max(1)).map(<[u64]>::to_vec).collect(),
+        })
+    }
+
+    /// Auxiliary-loss-free balancing (Wang et al., 2024): a step up for experts below the mean load, down for those above.
+    fn update_bias(&mut self, counts: &[Vec<u64>]) {
+        let rate = self.config.model.bias_update_rate;
+        for (bias, counts) in self.parameters.bias.iter_mut().zip(counts) {
+            let total: u64 = counts.iter().sum();
+            for (bias, count) in bias.iter_mut().zip(counts) {
+                match (count * counts.len() as u64).cmp(&total) {
+                    std::cmp::Ordering::Less => *bias += rate,
+                    std::cmp::Ordering::Equal => {}
+                    std::cmp::Ordering::Greater => *bias -= rate,
+                }
+            }
+        }
+    }
+
+    /// Means and sums over ranks of what only the layout decides.
+    fn times(&self, moved: &Ledger, busy_s: f64, seconds: f64) -> Result<(f64, u64), TrainError> {
+        let sent: u64 = moved.ranks.iter().map(|rank| rank.bytes_sent).sum();
+        let all = self.comm.all_gather_values(&[busy_s / seconds.max(1e-9), sent as f64])?;
+        let share = all.iter().map(|values| values[0]).sum::<f64>() / all.len() as f64;
+        Ok((share.clamp(0.0, 1.0), all.iter().map(|values| values[1] as u64).sum()))
+    }
+
+    fn record(
+        &self,
+        step: u64,
+        totals: Totals,
+        grad_norm: f64,
+        learning_rate: f64,
+        skipped: bool,
+        step_s: f64,
+        (communication_share, bytes_moved): (f64, u64),
+        data_s: f64,
+    ) -> StepRecord {
+        let tokens_per_s = self.config.tokens_per_step() as f64 / step_s;
+        let flops = self.config.model.train_flops(self.config.train.sequence_length);
+        StepRecord {
+            step,
+            loss: totals.loss,
+            max_loss: totals.max_loss,
+            bits_per_byte: totals.bits_per_byte,
+            balance_loss: totals.balance,
+            z_loss: totals.z,
+            grad_norm,
+            learning_rate,
+            skipped,
+            tokens: self.progress.tokens,
+            expert_load_max_over_mean: max_over_mean(&totals.counts),
+            router_entropy: totals.entropy,
+            expert_load: totals.counts,
+            step_s,
+            tokens_per_s,
+            tflops: flops * tokens_per_s / 1e12,
+            communication_share,
+            bytes_moved,
+            data_s,
+        }
+    }
+
+    /// Validates on about `sequences` sequences of the validation part.
+    ///
+    /// # Errors
+    /// If data cannot be read or an exchange fails.
+    pub fn validate(&self, sequences: usize) -> Result<Option<ValidationRecord>, TrainError> {
+        let turns = self.feed.validation_turns(sequences);
+        if turns == 0 {
+            return Ok(None);
+        }
+        let mut sums = Sums::default();
+        for wave in self.fold.waves(self.comm.rank()) {
+            let first = sums.slots.len();
+            sums.slots.resize_with(first + wave.len(), Default::default);
+            for turn in 0..turns {
+                let fed = self.feed.validation(turn, turns, wave.clone())?;
+                let outcome = self.model.evaluate(&self.parameters, &fed.batch)?;
+                for (index, losses) in outcome.losses.iter().enumerate() {
+                    let slot = &mut sums.slots[first + index];
+                    slot.0 += *losses;
+                    slot.1 += fed.targets[index];
+                    slot.2 += fed.target_bytes[index];
+                }
+                add_counts(&mut sums.counts, &outcome.counts);
+            }
+        }
+        let totals = self.join(&sums)?;
+        Ok(Some(ValidationRecord {
+            validation_step: self.progress.step,
+            loss: totals.loss,
+            bits_per_byte: totals.bits_per_byte,
+            tokens: totals.targets,
+        }))
+    }
+
+    fn inject(&self, step: u64, wave: &Range<usize>, gradients: &mut Gradients<B>) {
+        let at = self.model.layout().layers[0].wqkv.offset;
+        let change: fn(f32) -> f32 = match self.fault {
+            Some(Fault::NudgeGradient { step: when }) if when == step => {
+                |value| f32::from_bits(value.to_bits() + 1)
+            }
+            Some(Fault::PoisonGradient { step: when }) if when == step => |_| f32::NAN,
+            _ => return,
+        };
+        if wave.start == 0 {
+            let mut value = [0.0];
+            self.model.backend().download(gradients.dense.slice(at..at + 1), &mut value);
+            self.model.backend().upload(&[change(value[0])], gradients.dense.slice_mut(at..at + 1));
+        }
+    }
+}
+
+/// A step's sums over all ranks.
+struct Totals {
+    loss: f64,
+    max_loss: f64,
+    bits_per_byte: f64,
+    targets: u64,
+    balance: f64,
+    z: f64,
+    entropy: f64,
+    counts: Vec<Vec<u64>>,
+}
+
+fn add_counts(sums: &mut Vec<Vec<u64>>, counts: &[Vec<u64>]) {
+    if sums.is_empty() {
+        sums.extend_from_slice(counts);
+        return;
+    }
+    for (sum, count) in sums.iter_mut().flatten().zip(counts.iter().flatten()) {
+        *sum += count;
+    }
+}
+
+/// Largest over mean load of an expert, averaged over layers.
+pub fn max_over_mean(counts: &[Vec<u64>]) -> f64 {
+    let ratio = |layer: &Vec<u64>| {
+        let total: u64 = layer.iter().sum();
+        let largest = layer.iter().copied().max().unwrap_or(0);
+        largest as f64 * layer.len() as f64 / total.max(1) as f64
+    };
+    if counts.is_empty() { 0.0 } else { counts.iter().map(ratio).sum::<f64>() / counts.len() as f64 }
+}
+
+fn initial_parameters<B: Backend>(model: &Transformer<B>, seed: u64) -> Parameters<B> {
+    let (backend, layout) = (model.backend(), model.layout());
+    let upload = |values: &[f32], buffer: &mut B::Buf, at: usize| {
+        backend.upload(values, buffer.slice_mut(at..at + values.len()));
+    };
+    let mut dense = backend.zeros(layout.dense_len());
+    upload(&initialize_dense(layout, seed), &mut dense, 0);
+    let held = model.held_experts();
+    let mut experts = backend.zeros(layout.moe_layers().len() * held.len() * layout.expert_len());
+    let blocks = layout.moe_layers().flat_map(|layer| held.iter().map(move |expert| (layer, *expert)));
+    for (index, (layer, expert)) in blocks.enumerate() {
+        upload(&initialize_expert(layout, layer, expert, seed), &mut experts, index * layout.expert_len());
+    }
+    let bias = layout.moe_layers().map(|_| vec![0.0; layout.num_experts()]).collect();
+    Parameters { dense, experts, bias }
+}

@@ -1,0 +1,180 @@
+//! What a run writes down: one record a step, one a validation, and the events an observer sees.
+
+use std::path::PathBuf;
+
+use serde::{Deserialize, Serialize};
+use unisono_comm::Ledger;
+
+/// One step, as `metrics.jsonl` has it. Numbers of the computation (all but times and bytes) do not depend on the layout.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct StepRecord {
+    /// The step; the first is 1.
+    pub step: u64,
+    /// Mean cross-entropy of the target tokens, in nats.
+    pub loss: f64,
+    /// The largest of the slots' mean losses.
+    pub max_loss: f64,
+    /// The loss in bits per byte of text.
+    pub bits_per_byte: f64,
+    /// Balance loss, with its coefficient.
+    pub balance_loss: f64,
+    /// Router z-loss, with its coefficient.
+    pub z_loss: f64,
+    /// Global norm of the gradient before clipping.
+    pub grad_norm: f64,
+    /// Learning rate of the step.
+    pub learning_rate: f64,
+    /// Whether the update was skipped because a number was not finite.
+    pub skipped: bool,
+    /// Tokens since the run's start.
+    pub tokens: u64,
+    /// Largest over mean load of an expert, averaged over MoE layers; 0 for dense models.
+    pub expert_load_max_over_mean: f64,
+    /// Mean entropy of the router's scores, in nats; 0 for dense models.
+    pub router_entropy: f64,
+    /// `[MoE layer][expert]` routed rows of the step.
+    pub expert_load: Vec<Vec<u64>>,
+    /// Seconds of the step.
+    pub step_s: f64,
+    /// Tokens a second.
+    pub tokens_per_s: f64,
+    /// Floating-point operations of the model a second, all ranks, in 10^12.
+    pub tflops: f64,
+    /// Share of the ranks' time in communication.
+    pub communication_share: f64,
+    /// Bytes that ranks sent to other ranks.
+    pub bytes_moved: u64,
+    /// Seconds of the step spent on reading data.
+    pub data_s: f64,
+}
+
+impl StepRecord {
+    /// What two runs of one config must agree on to the bit: the numbers without times and bytes.
+    pub fn numbers(&self) -> Vec<(&'static str, String)> {
+        let bits = |value: f64| format!("{value:?} ({:016x})", value.to_bits());
+        vec![
+            ("loss", bits(self.loss)),
+            ("max_loss", bits(self.max_loss)),
+            ("bits_per_byte", bits(self.bits_per_byte)),
+            ("balance_loss", bits(self.balance_loss)),
+            ("z_loss", bits(self.z_loss)),
+            ("grad_norm", bits(self.grad_norm)),
+            ("learning_rate", bits(self.learning_rate)),
+            ("skipped", self.skipped.to_string()),
+            ("expert_load", format!("{:?}", self.expert_load)),
+            ("router_entropy", bits(self.router_entropy)),
+        ]
+    }
+}
+
+/// One validation.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct ValidationRecord {
+    /// After this step.
+    pub validation_step: u64,
+    /// Mean cross-entropy of the target tokens, in nats.
+    pub loss: f64,
+    /// The loss in bits per byte of text.
+    pub bits_per_byte: f64,
+    /// Target tokens.
+    pub tokens: u64,
+}
+
+/// Memory of a rank, in bytes.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct MemoryRecord {
+    /// Estimated before the first step.
+    pub estimated: u64,
+    /// Largest that was in use.
+    pub measured: u64,
+}
+
+/// What was found before the first step.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Started {
+    /// The run folder.
+    pub folder: PathBuf,
+    /// The step that the run goes on from; 0 for a new run.
+    pub from_step: u64,
+    /// Steps in all.
+    pub steps: u64,
+    /// Ranks and compute threads a rank.
+    pub ranks: usize,
+    /// Compute threads a rank.
+    pub threads: usize,
+    /// Parameters, and those active for a token.
+    pub parameters: (usize, usize),
+    /// Tokens of a step.
+    pub tokens_per_step: usize,
+    /// Training tokens of the dataset.
+    pub train_tokens: u64,
+    /// Estimated memory: `(what, bytes)` of the rank that needs most.
+    pub memory: Vec<(&'static str, u64)>,
+    /// Hash of the kernels' results on fixed inputs.
+    pub probe: String,
+    /// Checkpoints that were passed over on resume, and why.
+    pub rejected: Vec<String>,
+}
+
+/// What a finished (or stopped) run has to show.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Summary {
+    /// The last step.
+    pub step: u64,
+    /// Whether it was stopped before its last step.
+    pub stopped: bool,
+    /// Seconds of all steps of this start.
+    pub seconds: f64,
+    /// Tokens of this start.
+    pub tokens: u64,
+    /// The last step's loss.
+    pub last_loss: f64,
+    /// The last validation.
+    pub validation: Option<ValidationRecord>,
+    /// What moved, all ranks.
+    pub ledger: Ledger,
+    /// `(lane, phase, seconds)` of the mean rank.
+    pub phases: Vec<(String, String, f64)>,
+    /// `[MoE layer][expert]` routed rows of this start.
+    pub expert_load: Vec<Vec<u64>>,
+    /// A rank each.
+    pub memory: Vec<MemoryRecord>,
+    /// Peak resident memory of the process in bytes, where the system tells.
+    pub peak_rss: Option<u64>,
+    /// Updates skipped for non-finite numbers.
+    pub skipped_steps: u64,
+    /// A sample of text.
+    pub sample: Option<String>,
+}
+
+/// What an observer is told, by rank 0.
+#[derive(Debug, Clone)]
+pub enum Event {
+    /// The run begins.
+    Started(Box<Started>),
+    /// A step is done.
+    Step(Box<StepRecord>),
+    /// A validation is done.
+    Validation(ValidationRecord),
+    /// A checkpoint is committed.
+    Checkpoint {
+        /// Its step.
+        step: u64,
+        /// Its size.
+        bytes: u64,
+        /// Seconds it took.
+        seconds: f64,
+    },
+    /// Something that does not stop the run.
+    Warning(String),
+}
+
+/// Watches a run. Called on rank 0's thread: it must be quick.
+pub trait Observer: Sync {
+    /// Something happened.
+    fn event(&self, event: Event);
+    /// Asked before every step: true ends the run after a checkpoint.
+    fn stop(&self) -> bool {
+        false
+    }
+}

@@ -1,0 +1,49 @@
+//! What the system tells about memory.
+
+use std::fs;
+
+/// A field of a `/proc` file in kB, as bytes.
+fn kilobytes(path: &str, field: &str) -> Option<u64> {
+    let text = fs::read_to_string(path).ok()?;
+    let line = text.lines().find(|line| line.starts_with(field))?;
+    line.split_whitespace().nth(1)?.parse::<u64>().ok().map(|kb| kb * 1024)
+}
+
+/// Peak resident memory of this process in bytes, where the system tells.
+pub fn peak_rss() -> Option<u64> {
+    kilobytes("/proc/self/status", "VmHWM:")
+}
+
+/// Resident memory of this process in bytes, where the system tells.
+pub fn rss() -> Option<u64> {
+    kilobytes("/proc/self/status", "VmRSS:")
+}
+
+/// Memory that new processes can have, in bytes, where the system tells.
+pub fn available_memory() -> Option<u64> {
+    kilobytes("/proc/meminfo", "MemAvailable:")
+}
+
+/// Bytes, readable.
+pub fn readable(bytes: u64) -> String {
+    let units = ["B", "KiB", "MiB", "GiB", "TiB"];
+    let mut value = bytes as f64;
+    let mut unit = 0;
+    while value >= 1024.0 && unit + 1 < units.len() {
+        value /= 1024.0;
+        unit += 1;
+    }
+    if unit == 0 { format!("{bytes} B") } else { format!("{value:.1} {}", units[unit]) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn bytes_are_readable() {
+        assert_eq!(readable(1023), "1023 B");
+        assert_eq!(readable(1536), "1.5 KiB");
+        assert_eq!(readable(5 << 30), "5.0 GiB");
+    }
+}
