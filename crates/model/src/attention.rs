@@ -48,7 +48,10 @@ impl<B: Backend> Transformer<B> {
         let rows = batch.rows();
         let (normed, rstd) = self.norm(&x, &tensors.attn_norm, parameters);
         let qkv = self.project(&normed, tensors.wqkv.range(), self.model.qkv_width(), parameters);
+        self.note("", layer, "attn_norm", &normed);
+        self.note("", layer, "qkv_raw", &qkv);
         let (qkv, raw) = self.place(layer, parameters, batch, qkv);
+        self.note("", layer, "qkv", &qkv);
         let mut out = backend.alloc(rows * self.heads.q_width());
         let mut lse = backend.alloc(rows * self.heads.heads);
         let kv = qkv.slice(self.heads.q_width()..qkv.len());
@@ -62,6 +65,7 @@ impl<B: Backend> Transformer<B> {
             out.all_mut(),
             lse.all_mut(),
         );
+        self.note("", layer, "attention", &out);
         let mut y = self.project(&out, tensors.wo.range(), self.model.hidden_size, parameters);
         backend.add(y.all_mut(), x.all());
         let all = keep == Recompute::None;
@@ -143,10 +147,14 @@ impl<B: Backend> Transformer<B> {
         let mut dqkv = backend.alloc(qkv.len());
         let shape = self.attention_shape(batch);
         backend.attention_backward(shape, dout.all(), qkv.all(), out.all(), lse.all(), dqkv.all_mut());
+        self.note("grad.", layer, "attention", &dout);
+        self.note("grad.", layer, "qkv", &dqkv);
         drop((dout, qkv, lse));
         backend.rope(self.heads, dqkv.all_mut(), &batch.positions, self.rope.all(), true);
         let head_norm = self.head_norm_backward(layer, parameters, &mut dqkv, raw);
         let dnormed = self.project_back(&dqkv, tensors.wqkv.range(), self.model.hidden_size, parameters);
+        self.note("grad.", layer, "qkv_raw", &dqkv);
+        self.note("grad.", layer, "attn_norm", &dnormed);
         let dx = self.norm_backward(&dy, &dnormed, &x, &rstd, &tensors.attn_norm, parameters);
         (dx, AttentionWeights { dy, out, dqkv, head_norm, normed, dnormed, x, rstd })
     }

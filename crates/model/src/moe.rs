@@ -113,6 +113,8 @@ impl<B: Backend> Transformer<B> {
             let routing = backend.router(self.router_shape(batch), logits.all(), bias);
             (normed, rstd, logits, routing)
         });
+        self.note("", layer, "ffn_norm", &normed);
+        self.note("", layer, "router_logits", &logits);
         let group = self.dispatch_group(batch);
         let route =
             profile.communicate("dispatch counts", || group.route(&routing, batch, self.model.top_k))?;
@@ -238,6 +240,8 @@ impl<B: Backend> Transformer<B> {
             let mut dnormed = backend.alloc(x.len());
             let dshared = dshared.as_ref().map(Buffer::all);
             self.combine(&back, &routing, &route, dshared, base.all(), &mut dnormed);
+            self.note("grad.", layer, "router_logits", &dlogits);
+            self.note("grad.", layer, "ffn_norm", &dnormed);
             let dx = self.norm_backward(&dy, &dnormed, &x, &rstd, &tensors.ffn_norm, parameters);
             (dx, normed, dnormed, dlogits)
         });

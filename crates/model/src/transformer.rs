@@ -1,5 +1,6 @@
 //! The whole model on one rank: what a wave of slots computes in one accumulation step.
 
+use std::cell::RefCell;
 use std::collections::BTreeMap;
 use std::ops::Range;
 
@@ -55,6 +56,7 @@ pub struct Transformer<B: Backend> {
     pub(crate) expert_row_block: usize,
     pub(crate) profile: Profile,
     recompute: Recompute,
+    activations: Option<RefCell<Activations>>,
 }
 
 pub(crate) enum FfnSaved<B: Backend> {
@@ -130,6 +132,30 @@ impl<B: Backend> Transformer<B> {
             expert_row_block,
             profile,
             recompute,
+            activations: None,
+        }
+    }
+
+    /// Keeps every named activation and its gradient from now on, for comparison with a reference.
+    pub fn keep_activations(&mut self) {
+        self.activations = Some(RefCell::default());
+    }
+
+    /// The activations kept so far.
+    pub fn take_activations(&self) -> Activations {
+        self.activations.as_ref().map(RefCell::take).unwrap_or_default()
+    }
+
+    /// Keeps `buffer` as layer `layer`'s activation `what` (gradients have the prefix `grad.`), if they are kept.
+    pub(crate) fn note(&self, prefix: &str, layer: usize, what: &str, buffer: &B::Buf) {
+        self.note_as(buffer, || format!("{prefix}layers.{layer}.act.{what}"));
+    }
+
+    fn note_as(&self, buffer: &B::Buf, name: impl FnOnce() -> String) {
+        if let Some(kept) = &self.activations {
+            let mut values = vec![0.0; buffer.len()];
+            self.backend.download(buffer.all(), &mut values);
+            kept.borrow_mut().insert(name(), values);
         }
     }
 
@@ -258,7 +284,9 @@ impl<B: Backend> Transformer<B> {
             let ffn =
                 tensors.ffn.as_ref().expect("the layout gives every dense layer a feed-forward network");
             let (normed, rstd) = self.norm(&x, &tensors.ffn_norm, parameters);
+            self.note("", layer, "ffn_norm", &normed);
             let (mut y, gu) = self.feed_forward(ffn, parameters, batch, &normed);
+            self.note("", layer, "ffn", &y);
             self.backend.add(y.all_mut(), x.all());
             let normed = (keep == Recompute::None).then_some(normed);
             (y, FfnSaved::Dense { x, rstd, normed, gu })
@@ -287,6 +315,7 @@ impl<B: Backend> Transformer<B> {
                 tensors.ffn.as_ref().expect("the layout gives every dense layer a feed-forward network");
             let normed = normed.unwrap_or_else(|| self.norm(&x, &tensors.ffn_norm, parameters).0);
             let (dnormed, work) = self.feed_forward_backward(ffn, parameters, batch, &dy, gu);
+            self.note("grad.", layer, "ffn_norm", &dnormed);
             let dx = self.norm_backward(&dy, &dnormed, &x, &rstd, &tensors.ffn_norm, parameters);
             (dx, FfnWeights::Dense { dy, x, rstd, normed, dnormed, work })
         }))
@@ -328,7 +357,9 @@ impl<B: Backend> Transformer<B> {
     ) -> Result<(B::Buf, Box<AttentionSaved<B>>, FfnSaved<B>), CommError> {
         let (x, attention) =
             self.profile.compute("attention", || self.attention_forward(layer, parameters, batch, x, keep));
+        self.note("", layer, "attn_residual", &x);
         let (y, ffn) = self.ffn_forward(layer, parameters, batch, x, keep)?;
+        self.note("", layer, "out", &y);
         Ok((y, Box::new(attention), ffn))
     }
 
@@ -340,6 +371,7 @@ impl<B: Backend> Transformer<B> {
         outcome: &mut Outcome,
     ) -> Result<(B::Buf, Vec<LayerSaved<B>>), CommError> {
         let mut x = self.profile.compute("embedding", || self.embed(parameters, &batch.inputs));
+        self.note_as(&x, || "act.embed".into());
         let mut saved = Vec::with_capacity(self.model.num_hidden_layers);
         for layer in 0..self.model.num_hidden_layers {
             let input = (keep == Some(Recompute::Full)).then(|| self.duplicate(&x));
@@ -427,9 +459,11 @@ impl<B: Backend> Transformer<B> {
                     (attention, ffn)
                 }
             };
+            self.note("grad.", layer, "out", &dx);
             let (dmiddle, work) = self.ffn_backward(layer, parameters, batch, scale, dx, ffn)?;
             self.ffn_weight_grad(layer, batch, &work, gradients);
             drop(work);
+            self.note("grad.", layer, "attn_residual", &dmiddle);
             let (dinput, work) = self.profile.compute("attention", || {
                 self.attention_backward(layer, parameters, batch, dmiddle, *attention)
             });
@@ -437,6 +471,7 @@ impl<B: Backend> Transformer<B> {
                 .compute("dense weights", || self.attention_weight_grad(layer, batch, &work, gradients));
             dx = dinput;
         }
+        self.note_as(&dx, || "grad.act.embed".into());
         self.profile.compute("embedding", || {
             let d = self.model.hidden_size;
             for index in 0..batch.slots.len() {
@@ -488,6 +523,8 @@ impl<B: Backend> Transformer<B> {
             let norm = self.slot_gradient(index, &self.layout.final_norm).start;
             self.norm_gradient(&dnormed, &x, &rstd, &rows, norm, gradients);
         }
+        self.note_as(&normed, || "act.final_norm".into());
+        self.note_as(&dnormed, || "grad.act.final_norm".into());
         let mut dx = self.backend.zeros(x.len());
         let weight = parameters.dense.slice(self.layout.final_norm.range());
         self.backend.rms_norm_backward(dnormed.all(), x.all(), weight, rstd.all(), dx.all_mut());
