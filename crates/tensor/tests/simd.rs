@@ -28,8 +28,11 @@ fn exp_at_the_edges() {
     assert_eq!(exp(-0.0), 1.0);
     assert_eq!(exp(f32::NEG_INFINITY).to_bits(), 0);
     assert_eq!(exp(-1e30).to_bits(), 0);
-    assert_eq!(exp(-87.34).to_bits(), 0);
+    assert_eq!(exp(-104.0).to_bits(), 0);
     assert!(exp(-87.33) >= f32::MIN_POSITIVE);
+    for x in every_so_often(-104.0, -87.3) {
+        assert!((f64::from(exp(x)) - f64::from(x).exp()).abs() <= 2.1e-45, "exp({x})");
+    }
     assert!(exp(88.72).is_finite() && exp(88.72) > 3.3e38);
     assert_eq!(exp(88.73), f32::INFINITY);
     assert_eq!(exp(f32::INFINITY), f32::INFINITY);
@@ -38,7 +41,7 @@ fn exp_at_the_edges() {
 
 #[test]
 fn exp_has_the_same_bits_alone_and_in_a_vectorized_loop() {
-    let x: Vec<f32> = every_so_often(-100.0, 100.0).collect();
+    let x: Vec<f32> = every_so_often(-110.0, 100.0).collect();
     let mut together = x.clone();
     vectorized(
         #[inline(always)]

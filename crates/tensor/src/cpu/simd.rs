@@ -17,18 +17,20 @@ pub fn vectorized<R>(body: impl FnOnce() -> R) -> R {
     Arch::new().dispatch(body)
 }
 
-/// `e^x` with an error below 1.5 units in the last place; branch-free, so that loops over it vectorise.
+/// `e^x` with an error below 1.5 units in the last place; without branches, so that loops over it vectorise.
 ///
-/// Below -87.33 (results under the smallest normal number) it is exactly 0, above 88.72 infinite; NaN stays NaN.
-/// Range reduction by `ln 2` in two parts, then `1 + r + r^2 q(r)` with the near-minimax polynomial of degree 5 for `q`.
+/// Exactly 0 from -104 down, infinite above 88.73; NaN stays NaN. Range reduction by `ln 2` in two parts, then
+/// `1 + r + r^2 q(r)` with the near-minimax polynomial of degree 5 for `q`, times `2^n` in two factors.
 #[inline(always)]
 pub fn exp(x: f32) -> f32 {
-    const SMALLEST: f32 = -87.336_54;
-    const LARGEST: f32 = 88.722_83;
+    const SMALLEST: f32 = -104.0;
+    const LARGEST: f32 = 89.0;
     // 1.5 * 2^23: adding it rounds to an integer, which then stands in the low bits.
     const ROUND: f32 = 12_582_912.0;
     const LN2_HIGH: f32 = 0.693_359_4;
     const LN2_LOW: f32 = -2.121_944_4e-4;
+    let x = if x < SMALLEST { SMALLEST } else { x };
+    let x = if x > LARGEST { LARGEST } else { x };
     let rounded = x * std::f32::consts::LOG2_E + ROUND;
     let n = rounded - ROUND;
     let r = (x - n * LN2_HIGH) - n * LN2_LOW;
@@ -39,10 +41,15 @@ pub fn exp(x: f32) -> f32 {
     q = q * r + 1.666_666_7e-1;
     q = q * r + 0.5;
     let mantissa = (q * (r * r) + r) + 1.0;
-    let scaled = f32::from_bits(mantissa.to_bits().wrapping_add(rounded.to_bits() << 23));
-    let bounded = if x < SMALLEST { 0.0 } else { scaled };
-    let bounded = if x > LARGEST { f32::INFINITY } else { bounded };
-    if x.is_nan() { x } else { bounded }
+    let n = rounded.to_bits().wrapping_sub(ROUND.to_bits()) as i32;
+    let half = n >> 1;
+    mantissa * power_of_two(half) * power_of_two(n.wrapping_sub(half))
+}
+
+/// `2^n` for `n` from -126 to 127.
+#[inline(always)]
+fn power_of_two(n: i32) -> f32 {
+    f32::from_bits((n.wrapping_add(127) as u32) << 23)
 }
 
 /// `1 / (1 + e^-x)`.
