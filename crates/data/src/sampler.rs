@@ -63,7 +63,9 @@ impl Sampler {
 
     /// Where `position` (in `0..sequences`) of the pass number `epoch` lands.
     fn permuted(&self, epoch: u64, position: u64) -> u64 {
-        let half_bits = (self.sequences.next_power_of_two_exponent()).div_ceil(2).max(1);
+        // Half the bits of the largest position, rounded up: at most four times as many values as sequences.
+        let bits = u64::BITS - (self.sequences - 1).leading_zeros();
+        let half_bits = bits.div_ceil(2).max(1);
         let keys = self.round_keys(epoch);
         let mut value = u128::from(position);
         loop {
@@ -85,20 +87,6 @@ impl Sampler {
             output.fill(&mut key);
             u64::from_le_bytes(key)
         })
-    }
-}
-
-/// The exponent of the smallest power of two that is at least the number.
-trait PowerOfTwoExponent {
-    fn next_power_of_two_exponent(self) -> u32;
-}
-
-impl PowerOfTwoExponent for u64 {
-    fn next_power_of_two_exponent(self) -> u32 {
-        match self {
-            0 | 1 => 0,
-            _ => u64::BITS - (self - 1).leading_zeros(),
-        }
     }
 }
 

@@ -89,7 +89,7 @@ impl Tokenizer {
     /// The result does not depend on their number.
     ///
     /// # Errors
-    /// As [`Tokenizer::encode`], for the first text in order that cannot be encoded by its thread.
+    /// As [`Tokenizer::encode`], for one of the texts that cannot be encoded.
     pub fn encode_batch<T: AsRef<str> + Sync>(&self, texts: &[T], threads: usize) -> Result<Vec<Vec<u32>>> {
         let threads = threads.clamp(1, texts.len().max(1));
         // Neighbours go to different threads: long texts tend to stand together.
