@@ -1,11 +1,12 @@
 #!/usr/bin/env python3
 """The training step of `unisono bench step` in PyTorch, for comparison: the same model, shapes and loss.
 
-    PYTHON scripts/torch_moe.py [--threads 2] [--compile] [--steps 10] [--d-model 256] ...
+    PYTHON scripts/torch_moe.py [--threads 2] [--compile] [--grouped] [--steps 10] [--d-model 256] ...
 
 A decoder-only transformer: RMSNorm, rotary causal attention with grouped KV heads, and in every layer a sigmoid router with a balance
 bias, top-k routed SwiGLU experts and a shared one; cross-entropy on an untied head; gradient accumulation, clipping, AdamW, f32.
-Tokens are random. With RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT set, as torchrun does, processes share the
+Experts run one after the other, as most PyTorch code has them; --grouped takes
+torch's grouped product instead, which spares a copy of the gradient of all experts for each expert. Tokens are random. With RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT set, as torchrun does, processes share the
 batch: dense gradients are all-reduced in one buffer, experts are sharded and reached by all-to-all, over gloo.
 
 Rank 0 prints one JSON line: peer, world, tokens_per_s, step_s (median, min, max), peak_rss_mib (its own), loss.
@@ -35,7 +36,10 @@ def parse_sizes():
     for name, default in SIZES.items():
         parser.add_argument("--" + name.replace("_", "-"), type=int, default=default)
     parser.add_argument("--compile", action="store_true", help="run the model through torch.compile")
+    parser.add_argument("--grouped", action="store_true", help="experts by torch.nn.functional.grouped_mm")
     o = parser.parse_args()
+    if o.grouped and not hasattr(F, "grouped_mm"):
+        parser.error(f"torch {torch.__version__} has no grouped_mm; leave --grouped out")
     for what, number, divisor in [
         ("--batch by processes", o.batch, WORLD), ("--experts by processes", o.experts, WORLD),
         ("--d-model by --heads", o.d_model, o.heads), ("--heads by --kv-heads", o.heads, o.kv_heads),
@@ -95,7 +99,7 @@ class Attention(nn.Module):
 class Moe(nn.Module):
     def __init__(self, o):
         super().__init__()
-        self.experts, self.top_k, self.local = o.experts, o.top_k, o.experts // WORLD
+        self.experts, self.top_k, self.local, self.grouped = o.experts, o.top_k, o.experts // WORLD, o.grouped
         mine = slice(RANK * self.local, (RANK + 1) * self.local)
         self.router = weight(o.d_model, o.experts)
         self.register_buffer("bias", torch.zeros(o.experts))
@@ -108,13 +112,17 @@ class Moe(nn.Module):
             self.shared_w2 = weight(o.shared * o.expert_ff, o.d_model)
 
     def run_experts(self, rows, counts):
-        parts = rows.split(counts)
+        if self.grouped:
+            ends = counts.cumsum(0, dtype=torch.int32)
+            gate, up = F.grouped_mm(rows, self.w13, offs=ends).chunk(2, dim=-1)
+            return F.grouped_mm(F.silu(gate) * up, self.w2, offs=ends)
+        parts = rows.split(counts.tolist())
         return torch.cat([swiglu(part, self.w13[e], self.w2[e]) for e, part in enumerate(parts)])
 
     def dispatch(self, rows, counts):
         """Rows sorted by expert -> their outputs in the same order; `counts` [ranks, experts]."""
         if WORLD == 1:
-            return self.run_experts(rows, counts[0].tolist())
+            return self.run_experts(rows, counts[0])
         send = counts[RANK].view(WORLD, -1).sum(1).tolist()
         incoming = counts[:, RANK * self.local : (RANK + 1) * self.local]
         receive = incoming.sum(1).tolist()
@@ -122,7 +130,7 @@ class Moe(nn.Module):
         # Rows arrive by (rank, expert); experts want them by (expert, rank).
         expert = torch.arange(self.local).repeat(WORLD).repeat_interleave(incoming.flatten())
         by_expert = expert.argsort(stable=True)
-        y = self.run_experts(arrived.index_select(0, by_expert), incoming.sum(0).tolist())
+        y = self.run_experts(arrived.index_select(0, by_expert), incoming.sum(0))
         return Exchange.apply(torch.empty_like(y).index_copy(0, by_expert, y), receive, send)
 
     def forward(self, x):
@@ -163,7 +171,8 @@ class Block(nn.Module):
 class Model(nn.Module):
     def __init__(self, o):
         super().__init__()
-        self.embedding, self.head = weight(o.vocab, o.d_model), weight(o.vocab, o.d_model)
+        # Embeddings of unit size keep tokens apart, so that the router spreads them from the first step on.
+        self.embedding, self.head = nn.Parameter(torch.randn(o.vocab, o.d_model)), weight(o.vocab, o.d_model)
         self.blocks = nn.ModuleList(Block(o) for _ in range(o.layers))
         self.norm = nn.RMSNorm(o.d_model, eps=1e-5)
         half = o.d_model // o.heads // 2
