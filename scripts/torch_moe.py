@@ -3,11 +3,12 @@
 
     PYTHON scripts/torch_moe.py [--threads 2] [--compile] [--grouped] [--steps 10] [--d-model 256] ...
 
-A decoder-only transformer: RMSNorm, rotary causal attention with grouped KV heads, and in every layer a sigmoid router with a balance
-bias, top-k routed SwiGLU experts and a shared one; cross-entropy on an untied head; gradient accumulation, clipping, AdamW, f32.
-Experts run one after the other, as most PyTorch code has them; --grouped takes
-torch's grouped product instead, which spares a copy of the gradient of all experts for each expert. Tokens are random. With RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT set, as torchrun does, processes share the
-batch: dense gradients are all-reduced in one buffer, experts are sharded and reached by all-to-all, over gloo.
+A decoder-only transformer: RMSNorm, rotary causal attention with grouped KV heads, and in every layer a sigmoid
+router with a balance bias, top-k routed SwiGLU experts and a shared one; cross-entropy on an untied head; gradient
+accumulation, clipping, AdamW, f32. Tokens are random. Experts run one after the other, as most PyTorch code has
+them; --grouped takes torch's grouped product instead, which spares each expert a gradient the size of all experts.
+With RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT set, as torchrun does, processes share the batch: dense gradients
+are all-reduced in one buffer, experts are sharded and reached by all-to-all, over gloo.
 
 Rank 0 prints one JSON line: peer, world, tokens_per_s, step_s (median, min, max), peak_rss_mib (its own), loss.
 """
