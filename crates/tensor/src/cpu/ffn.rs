@@ -6,12 +6,12 @@
 use std::ops::Range;
 
 use super::gemm::{Matrix, MatrixMut, gemm};
-use super::simd::{dot, sigmoid, silu, vectorized};
+use super::simd::{LANES, dot, sigmoid, silu, vectorized};
 use super::{DisjointMut, Scratch, Threads};
 use crate::backend::{Dims, FfnRun, FfnShape};
 
 /// Rows of a task at most: more would push hidden values out of the second-level cache.
-const MOST_ROWS: usize = 240;
+const MOST_ROWS: usize = 384;
 /// Rows of a task at least: fewer do not pay for packing the weights.
 const LEAST_ROWS: usize = 48;
 /// Rows of a task are multiples of this, which suits the register tile of the product.
@@ -242,14 +242,31 @@ fn swiglu_backward(
 /// One row: `gate` and `up` become their gradients, `h` is written without the weight.
 #[inline(always)]
 fn swiglu_backward_row(weight: f32, dh: &[f32], gate: &mut [f32], up: &mut [f32], h: &mut [f32]) {
+    let (dh, dh_tail) = dh.as_chunks::<LANES>();
+    let (gate, gate_tail) = gate.as_chunks_mut::<LANES>();
+    let (up, up_tail) = up.as_chunks_mut::<LANES>();
+    let (h, h_tail) = h.as_chunks_mut::<LANES>();
     for (((dh, gate), up), h) in dh.iter().zip(gate).zip(up).zip(h) {
-        let share = sigmoid(*gate);
-        let active = *gate * share;
-        let dh = weight * *dh;
-        *h = active * *up;
-        *gate = dh * *up * (share + active * (1.0 - share));
-        *up = dh * active;
+        // Results go through arrays of their own: `gate` and `up` lie in one row, and the compiler would check in vain
+        // that the rows of one stay apart from those of the other.
+        let (mut dgate, mut dup, mut product) = ([0.0; LANES], [0.0; LANES], [0.0; LANES]);
+        for lane in 0..LANES {
+            let all = swiglu_gradient(weight * dh[lane], gate[lane], up[lane]);
+            (dgate[lane], dup[lane], product[lane]) = all;
+        }
+        (*gate, *up, *h) = (dgate, dup, product);
     }
+    for (((dh, gate), up), h) in dh_tail.iter().zip(gate_tail).zip(up_tail).zip(h_tail) {
+        (*gate, *up, *h) = swiglu_gradient(weight * *dh, *gate, *up);
+    }
+}
+
+/// Gradients of `gate` and `up`, and `h` itself.
+#[inline(always)]
+fn swiglu_gradient(dh: f32, gate: f32, up: f32) -> (f32, f32, f32) {
+    let share = sigmoid(gate);
+    let active = gate * share;
+    (dh * up * (share + active * (1.0 - share)), dh * active, active * up)
 }
 
 /// Multiplies each row of `y` `[rows, d]` by its weight.

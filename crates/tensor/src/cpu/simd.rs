@@ -19,12 +19,14 @@ pub fn vectorized<R>(body: impl FnOnce() -> R) -> R {
 
 /// `e^x` with an error below 1.5 units in the last place; without branches, so that loops over it vectorise.
 ///
-/// Exactly 0 from -104 down, infinite above 88.73; NaN stays NaN. Range reduction by `ln 2` in two parts, then
-/// `1 + r + r^2 q(r)` with the near-minimax polynomial of degree 5 for `q`, times `2^n` in two factors.
+/// Exactly 0 below -87.7 and infinite above 88.4, a little earlier than rounding would have it; NaN stays NaN. Range
+/// reduction by `ln 2` in two parts, then `2^n (1 + r + r^2 q(r))` with the near-minimax polynomial of degree 5 for
+/// `q`, evaluated as a tree (Estrin), because a loop over `exp` waits for latencies.
 #[inline(always)]
 pub fn exp(x: f32) -> f32 {
-    const SMALLEST: f32 = -104.0;
-    const LARGEST: f32 = 89.0;
+    // Their exponents are those of zero and of infinity.
+    const SMALLEST: f32 = -88.0;
+    const LARGEST: f32 = 88.7;
     // 1.5 * 2^23: adding it rounds to an integer, which then stands in the low bits.
     const ROUND: f32 = 12_582_912.0;
     const LN2_HIGH: f32 = 0.693_359_4;
@@ -34,22 +36,13 @@ pub fn exp(x: f32) -> f32 {
     let rounded = x * std::f32::consts::LOG2_E + ROUND;
     let n = rounded - ROUND;
     let r = (x - n * LN2_HIGH) - n * LN2_LOW;
-    let mut q = 1.989_099_1e-4;
-    q = q * r + 1.393_365e-3;
-    q = q * r + 8.333_31e-3;
-    q = q * r + 4.166_646_7e-2;
-    q = q * r + 1.666_666_7e-1;
-    q = q * r + 0.5;
-    let mantissa = (q * (r * r) + r) + 1.0;
-    let n = rounded.to_bits().wrapping_sub(ROUND.to_bits()) as i32;
-    let half = n >> 1;
-    mantissa * power_of_two(half) * power_of_two(n.wrapping_sub(half))
-}
-
-/// `2^n` for `n` from -126 to 127.
-#[inline(always)]
-fn power_of_two(n: i32) -> f32 {
-    f32::from_bits((n.wrapping_add(127) as u32) << 23)
+    let square = r * r;
+    let high = 1.393_365e-3 + r * 1.989_099_1e-4;
+    let middle = 4.166_646_7e-2 + r * 8.333_31e-3;
+    let low = 0.5 + r * 1.666_666_7e-1;
+    let q = low + square * (middle + square * high);
+    let mantissa = (q * square + r) + 1.0;
+    mantissa * f32::from_bits(rounded.to_bits().wrapping_add(127) << 23)
 }
 
 /// `1 / (1 + e^-x)`.
@@ -65,7 +58,9 @@ pub fn silu(x: f32) -> f32 {
 }
 
 /// Joins the partial sums of a reduction: halves, pairwise.
-#[inline(always)]
+///
+/// A call of its own: inlined, its order of additions would keep the compiler from vectorising the loop before it.
+#[inline(never)]
 pub fn join(mut sums: [f32; LANES]) -> f32 {
     let mut width = LANES / 2;
     while width > 0 {
@@ -88,10 +83,12 @@ pub fn sum2(a: &[f32], b: &[f32], term: impl Fn(f32, f32) -> f32) -> f32 {
             sums[lane] += term(a[lane], b[lane]);
         }
     }
+    // A copy, so that the sums of the loop above stay in registers.
+    let mut total = sums;
     for (lane, (a, b)) in a_tail.iter().zip(b_tail).enumerate() {
-        sums[lane] += term(*a, *b);
+        total[lane] += term(*a, *b);
     }
-    join(sums)
+    join(total)
 }
 
 /// Sum of `term(x[i])`, in [`LANES`] partial sums joined by [`join`]. Call it inside [`vectorized`].
@@ -117,8 +114,12 @@ pub fn max(x: &[f32]) -> f32 {
             best[lane] = larger(best[lane], block[lane]);
         }
     }
-    for (lane, value) in tail.iter().enumerate() {
-        best[lane] = larger(best[lane], *value);
-    }
-    best.into_iter().fold(f32::NEG_INFINITY, larger)
+    let rest = tail.iter().fold(f32::NEG_INFINITY, |best, value| larger(best, *value));
+    larger(rest, largest(best))
+}
+
+/// The largest lane; a call of its own, as [`join`].
+#[inline(never)]
+fn largest(lanes: [f32; LANES]) -> f32 {
+    lanes.into_iter().fold(f32::NEG_INFINITY, |best, value| if value > best { value } else { best })
 }
