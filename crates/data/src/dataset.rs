@@ -93,6 +93,42 @@ impl Dataset {
         Ok(Self { tokenizer, streams, fingerprint: *hasher.finalize().as_bytes() })
     }
 
+    /// Tokens without meaning, for benchmarks: `tokens` uniform ids below `vocab`, all in the training part, with
+    /// the built-in tokenizer beside them.
+    ///
+    /// # Errors
+    /// If `vocab` is larger than the built-in tokenizer's.
+    pub fn random(seed: u64, tokens: usize, vocab: u32) -> Result<Self> {
+        let tokenizer = Tokenizer::builtin()?;
+        let largest = tokenizer.vocab_size();
+        if vocab == 0 || vocab > largest {
+            return Err(DataError::Request(format!(
+                "random tokens need a vocabulary of 1 to {largest}, not {vocab}"
+            )));
+        }
+        let mut reader = blake3::Hasher::new().update(&seed.to_le_bytes()).finalize_xof();
+        let mut word = [0; 4];
+        let mut draw = || {
+            reader.fill(&mut word);
+            u32::from_le_bytes(word) % vocab
+        };
+        let train: Vec<u32> = (0..tokens).map(|_| draw()).collect();
+        let stream = |tokens: Vec<u32>| Stream {
+            documents: 1,
+            tokens: tokens.len() as u64,
+            source: Source::Memory(tokens),
+        };
+        let mut hasher = blake3::Hasher::new();
+        for number in [seed, tokens as u64, u64::from(vocab)] {
+            hasher.update(&number.to_le_bytes());
+        }
+        Ok(Self {
+            tokenizer,
+            streams: [stream(train), stream(Vec::new())],
+            fingerprint: *hasher.finalize().as_bytes(),
+        })
+    }
+
     /// Opens a folder made by [`prepare`](crate::prepare()). Manifest, tokenizer and the headers of all shards are
     /// checked against each other in any case.
     ///

@@ -1,5 +1,6 @@
 //! Runs training: steps over ranks, the sharded optimizer, metrics, checkpoints, evaluation and generation.
 
+pub mod bench;
 mod checkpointing;
 pub mod config;
 mod error;
@@ -30,4 +31,4 @@ pub use memory::{check_fits, dense_roots, estimate, estimate_all};
 pub use probe::probe;
 pub use rank::{Fault, Progress, RankState, max_over_mean};
 pub use record::{Event, MemoryRecord, Observer, Started, StepRecord, Summary, ValidationRecord};
-pub use run::{RunOptions, fingerprint, open_dataset, read_extra, train};
+pub use run::{RunOptions, fingerprint, open_dataset, read_extra, train, train_on};

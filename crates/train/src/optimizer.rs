@@ -121,20 +121,26 @@ impl<B: Backend> ShardedAdamW<B> {
         (&mut self.first, &mut self.second)
     }
 
-    /// Reduces all gradients to this rank's shard and finds the global norm.
+    /// Reduces all gradients to this rank's shard and finds the global norm. `fault`, for tests, changes one
+    /// element of rank 0's shard.
     ///
     /// # Errors
     /// If an exchange fails.
     pub fn reduce(
         &self,
         gradients: GradientFold<B>,
+        fault: Option<(usize, fn(f32) -> f32)>,
         profile: &Profile,
     ) -> Result<Reduced<B::Host>, CommError> {
         let roots = gradients.into_roots(&self.shards);
         let out = self.backend.alloc_host(self.shards.owned_len(self.comm.rank()));
         let reduced = profile.communicate("reduce gradients", || self.reducer.reduce_scatter(&roots, out));
-        let gradient = self.backend.take_from_host(reduced?);
+        let mut reduced = reduced?;
         drop(roots);
+        if let (Some((element, change)), 0) = (fault, self.comm.rank()) {
+            reduced.as_mut()[element] = change(reduced.as_ref()[element]);
+        }
+        let gradient = self.backend.take_from_host(reduced);
         let mut squares = Vec::with_capacity(gradient.len() / unisono_plan::NORM_CHUNK);
         profile.compute("gradient norm", || self.backend.chunk_squares(gradient.all(), &mut squares));
         let squares =

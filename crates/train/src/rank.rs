@@ -49,12 +49,14 @@ pub struct Progress {
 /// A change of one gradient element, for tests of the numerics contract and of non-finite numbers.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub enum Fault {
-    /// One dense gradient element of slot 0 moves by one unit in the last place at this step.
+    /// One element of the joined gradient moves by one unit in the last place at this step.
     NudgeGradient {
         /// The step.
         step: u64,
+        /// The element, in rank 0's shard.
+        element: usize,
     },
-    /// One dense gradient element of slot 0 becomes NaN at this step.
+    /// One element of the joined gradient becomes NaN at this step.
     PoisonGradient {
         /// The step.
         step: u64,
@@ -153,7 +155,7 @@ impl<'a, B: Backend> RankState<'a, B> {
         let (gradients, sums) = self.accumulate(step)?;
         let totals = self.join(&sums)?;
         let profile = self.model.profile().clone();
-        let reduced = self.optimizer.reduce(gradients, &profile)?;
+        let reduced = self.optimizer.reduce(gradients, self.fault_at(step), &profile)?;
         let rate = learning_rate(
             &self.config.schedule,
             self.config.optimizer.learning_rate,
@@ -204,7 +206,6 @@ impl<'a, B: Backend> RankState<'a, B> {
                 }
                 add_counts(&mut sums.counts, &outcome.counts);
             }
-            self.inject(step, wave, &mut gradients);
             fold.absorb(wave.clone(), gradients, waves.len() == 1);
         }
         Ok((fold, sums))
@@ -378,19 +379,14 @@ impl<'a, B: Backend> RankState<'a, B> {
         }))
     }
 
-    fn inject(&self, step: u64, wave: &Range<usize>, gradients: &mut Gradients<B>) {
-        let at = self.model.layout().layers[0].wqkv.offset;
-        let change: fn(f32) -> f32 = match self.fault {
-            Some(Fault::NudgeGradient { step: when }) if when == step => {
-                |value| f32::from_bits(value.to_bits() + 1)
+    /// What the planted fault does to the reduced gradient at `step`.
+    fn fault_at(&self, step: u64) -> Option<(usize, fn(f32) -> f32)> {
+        match self.fault {
+            Some(Fault::NudgeGradient { step: when, element }) if when == step => {
+                Some((element, |value| f32::from_bits(value.to_bits() + 1)))
             }
-            Some(Fault::PoisonGradient { step: when }) if when == step => |_| f32::NAN,
-            _ => return,
-        };
-        if wave.start == 0 {
-            let mut value = [0.0];
-            self.model.backend().download(gradients.dense.slice(at..at + 1), &mut value);
-            self.model.backend().upload(&[change(value[0])], gradients.dense.slice_mut(at..at + 1));
+            Some(Fault::PoisonGradient { step: when }) if when == step => Some((0, |_| f32::NAN)),
+            _ => None,
         }
     }
 }

@@ -131,16 +131,30 @@ pub fn train(
 ) -> Result<Summary, TrainError> {
     config.validate()?;
     let fold = Fold::new(config.grid, options.ranks)?;
-    let memory = estimate(config, &fold);
-    check_fits(config, &fold, &memory)?;
+    check_fits(config, &fold, &estimate(config, &fold))?;
     let dataset = open_dataset(config, options.ranks * options.threads)?;
-    let (start, rejected) = find_start(config, options, &dataset)?;
+    train_on(config, options, &dataset, observer)
+}
+
+/// [`train`] on a dataset that is open already.
+///
+/// # Errors
+/// As [`train`].
+pub fn train_on(
+    config: &RunConfig,
+    options: &RunOptions,
+    dataset: &Dataset,
+    observer: &dyn Observer,
+) -> Result<Summary, TrainError> {
+    let fold = Fold::new(config.grid, options.ranks)?;
+    let memory = estimate(config, &fold);
+    let (start, rejected) = find_start(config, options, dataset)?;
     let folder = RunFolder::open(&options.folder, config, start)?;
     let trace = options.trace.then(|| new_trace(&options.folder, options.ranks)).transpose()?;
     let shared = Shared {
         config,
         options,
-        dataset: &dataset,
+        dataset,
         observer,
         fold,
         start,

@@ -115,10 +115,14 @@ impl RunFolder {
         let append = |path: &Path| {
             OpenOptions::new().create(true).append(true).open(path).map_err(TrainError::io("open", path))
         };
+        let mut events = EventWriter::create(path).map_err(TrainError::io("write events in", path))?;
+        let text = format!("```toml\n{}\n```", config.to_toml()?);
+        let file = events.path().to_path_buf();
+        events.text(keep_until.unwrap_or(0), "config", &text).map_err(TrainError::io("write", file))?;
         Ok(Self {
             metrics: append(&metrics)?,
             hashes: (config.log.hashes_every > 0).then(|| append(&hashes)).transpose()?,
-            events: EventWriter::create(path).map_err(TrainError::io("write events in", path))?,
+            events,
             path: path.to_path_buf(),
         })
     }

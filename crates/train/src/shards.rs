@@ -57,7 +57,6 @@ pub struct Piece {
 pub struct Shards {
     /// All segments, in order.
     pub segments: Vec<ShardedSegment>,
-    ranks: usize,
     chunks: usize,
 }
 
@@ -93,7 +92,7 @@ impl Shards {
                 first_chunk += layout.expert_len() / NORM_CHUNK;
             }
         }
-        Self { segments, ranks, chunks: first_chunk }
+        Self { segments, chunks: first_chunk }
     }
 
     /// Chunks of the whole model.
@@ -170,11 +169,6 @@ impl Shards {
             }
         }
         (GatherPlan { segments }, chosen)
-    }
-
-    /// Ranks.
-    pub fn ranks(&self) -> usize {
-        self.ranks
     }
 }
 

@@ -43,7 +43,7 @@ impl EventWriter {
         Err(io::Error::new(io::ErrorKind::AlreadyExists, "1,000 event files of this second; remove some"))
     }
 
-    /// Where the file is.
+    /// The file.
     pub fn path(&self) -> &Path {
         &self.path
     }

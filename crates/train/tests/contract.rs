@@ -1,0 +1,180 @@
+//! The numerics contract on real text: one logical computation, any layout, the same bits.
+
+use std::path::Path;
+use std::sync::OnceLock;
+
+use unisono_data::Dataset;
+use unisono_mesh::Grid;
+use unisono_plan::ModelConfig;
+use unisono_train::config::{RecomputeConfig, TrainConfig};
+use unisono_train::{Event, Fault, Observer, RunConfig, RunOptions, StepHashes, run_folder, train_on};
+
+const STEPS: u64 = 20;
+
+fn dataset() -> &'static Dataset {
+    static DATASET: OnceLock<Dataset> = OnceLock::new();
+    DATASET.get_or_init(|| Dataset::builtin(2).expect("the built-in corpus opens"))
+}
+
+struct Quiet;
+
+impl Observer for Quiet {
+    fn event(&self, _: Event) {}
+}
+
+fn config(replicas: usize, expert_group: usize, num_experts: usize) -> RunConfig {
+    let mut config = RunConfig {
+        grid: Grid { replicas, expert_group, expert_nodes: 2, ..Grid::default() },
+        model: ModelConfig {
+            hidden_size: 32,
+            num_hidden_layers: 3,
+            num_attention_heads: 4,
+            num_key_value_heads: 2,
+            head_dim: 8,
+            intermediate_size: 48,
+            moe_intermediate_size: 24,
+            num_experts,
+            num_groups: 4,
+            top_groups: 2,
+            z_loss_coef: 1e-3,
+            balance_loss_coef: 1e-2,
+            routed_scaling_factor: 1.5,
+            ..ModelConfig::default()
+        },
+        train: TrainConfig {
+            steps: STEPS,
+            sequence_length: 24,
+            micro_batch: 1,
+            accumulate: 2,
+            expert_row_block: 8,
+            ..TrainConfig::default()
+        },
+        ..RunConfig::default()
+    };
+    config.schedule.warmup_steps = 4;
+    config.evaluation.every = 10;
+    config.evaluation.sequences = 16;
+    config.checkpoint.every = 0;
+    config.log.hashes_every = STEPS;
+    config
+}
+
+/// What a run must agree on: every step's numbers, the hashes of all tensors after the last, validation losses.
+#[derive(Debug, PartialEq)]
+struct Outcome {
+    steps: Vec<Vec<(&'static str, String)>>,
+    hashes: Vec<StepHashes>,
+    validation: u64,
+}
+
+fn run(config: &RunConfig, options: &RunOptions) -> Outcome {
+    let summary = train_on(config, options, dataset(), &Quiet).expect("the run succeeds");
+    let folder = &options.folder;
+    let steps = run_folder::read_steps(folder).expect("the run wrote its metrics");
+    Outcome {
+        steps: steps.iter().map(|step| step.numbers()).collect(),
+        hashes: run_folder::read_hashes(folder).expect("the run wrote its hashes"),
+        validation: summary.validation.map_or(0, |record| record.loss.to_bits()),
+    }
+}
+
+fn assert_same(what: &str, outcome: &Outcome, reference: &Outcome) {
+    for (index, (ours, theirs)) in outcome.steps.iter().zip(&reference.steps).enumerate() {
+        assert_eq!(ours, theirs, "{what}: step {}", index + 1);
+    }
+    assert_eq!(outcome, reference, "{what}");
+}
+
+fn reference(config: &RunConfig, folder: &Path) -> Outcome {
+    let outcome = run(config, &RunOptions::new(folder.join("reference"), 1, 1));
+    assert_eq!(outcome.steps.len() as u64, STEPS);
+    assert_eq!(outcome.hashes.len(), 1);
+    outcome
+}
+
+fn with_recompute(config: &RunConfig, recompute: RecomputeConfig) -> RunConfig {
+    let mut config = config.clone();
+    config.train.recompute = recompute;
+    config
+}
+
+/// Every rank count x 1 and 2 compute threads x every recompute mode, messages in shuffled order.
+fn check_layouts(config: &RunConfig, ranks: &[usize], folder: &Path, reference: &Outcome) {
+    for &ranks in ranks {
+        for threads in [1, 2] {
+            for recompute in [RecomputeConfig::None, RecomputeConfig::Selective, RecomputeConfig::Full] {
+                let what = format!("{ranks} ranks x {threads} threads, {recompute:?}");
+                let mut options = RunOptions::new(folder.join(&what), ranks, threads);
+                options.jitter = (threads == 2).then_some(ranks as u64);
+                assert_same(&what, &run(&with_recompute(config, recompute), &options), reference);
+            }
+        }
+    }
+}
+
+/// Checkpoint at some step on one rank count, resume on another, for every pair.
+fn check_resumes(config: &RunConfig, ranks: &[usize], folder: &Path, reference: &Outcome) {
+    for &before in ranks {
+        for &after in ranks {
+            // A step that differs from pair to pair, without a pattern.
+            let stop = 1 + (before * 31 + after * 17 + config.grid.expert_group * 7) as u64 % (STEPS - 1);
+            let what = format!("{before} ranks until step {stop}, then {after}");
+            let mut options = RunOptions::new(folder.join(&what), before, 1);
+            options.stop_after = Some(stop);
+            train_on(config, &options, dataset(), &Quiet).expect("the first part succeeds");
+            let mut options = RunOptions::new(folder.join(&what), after, 1);
+            options.resume = true;
+            assert_same(&what, &run(config, &options), reference);
+        }
+    }
+}
+
+fn check_grid(replicas: usize, expert_group: usize, num_experts: usize) {
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    let ranks: Vec<usize> = (1..=replicas).filter(|ranks| replicas.is_multiple_of(*ranks)).collect();
+    let config = config(replicas, expert_group, num_experts);
+    let reference = reference(&config, folder.path());
+    check_layouts(&config, &ranks, folder.path(), &reference);
+    check_resumes(&config, &ranks, folder.path(), &reference);
+}
+
+#[test]
+fn eight_replicas_in_groups_of_one() {
+    check_grid(8, 1, 8);
+}
+
+#[test]
+fn eight_replicas_in_groups_of_two() {
+    check_grid(8, 2, 8);
+}
+
+#[test]
+fn eight_replicas_in_groups_of_four() {
+    check_grid(8, 4, 8);
+}
+
+#[test]
+fn eight_replicas_in_one_group() {
+    check_grid(8, 8, 8);
+}
+
+#[test]
+fn six_replicas_in_groups_of_three() {
+    check_grid(6, 3, 12);
+}
+
+#[test]
+fn six_replicas_in_one_group() {
+    check_grid(6, 6, 12);
+}
+
+#[test]
+fn one_ulp_in_one_gradient_is_noticed() {
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    let config = config(8, 2, 8);
+    let reference = reference(&config, folder.path());
+    let mut options = RunOptions::new(folder.path().join("nudged"), 2, 1);
+    options.fault = Some(Fault::NudgeGradient { step: 1, element: 4096 * 32 + 4096 });
+    let nudged = run(&config, &options);
+    assert_ne!(nudged.hashes, reference.hashes);
+}
