@@ -1,2 +1,54 @@
-//! The command line of Unisono.
-fn main() {}
+//! The command line of Unisono: arguments, terminal, exit codes. Everything else is the libraries'.
+
+mod args;
+mod checkpoint;
+mod config;
+mod data;
+mod diff;
+mod error;
+mod eval;
+mod generate;
+mod layout;
+mod screen;
+mod signals;
+mod style;
+mod summary;
+mod train;
+mod watch;
+
+use std::panic::AssertUnwindSafe;
+use std::process::ExitCode;
+
+use clap::Parser;
+
+use crate::args::{Arguments, Command};
+use crate::error::{BUG, CliError};
+
+fn main() -> ExitCode {
+    let arguments = Arguments::parse();
+    // A panic has said where it was; what is left to say is whose fault it is.
+    let outcome = std::panic::catch_unwind(AssertUnwindSafe(|| run(arguments.command)));
+    let outcome = outcome.unwrap_or_else(|_| {
+        Err(CliError { code: BUG, message: "this is a defect of unisono: please report it".into() })
+    });
+    match outcome {
+        Ok(code) => code.into(),
+        Err(error) => {
+            screen::complain("error", &error.message);
+            error.code.into()
+        }
+    }
+}
+
+/// Runs a command; the number is the exit code.
+fn run(command: Command) -> Result<u8, CliError> {
+    match command {
+        Command::Train(args) => train::run(args),
+        Command::Generate(args) => generate::run(args),
+        Command::Eval(args) => eval::run(args),
+        Command::Data(args) => data::run(args),
+        Command::Checkpoint(args) => checkpoint::run(args),
+        Command::Diff(args) => diff::run(&args),
+        Command::Config(args) => config::run(&args),
+    }
+}

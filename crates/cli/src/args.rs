@@ -1,0 +1,235 @@
+//! The arguments as typed, before anything is checked.
+
+use std::path::PathBuf;
+
+use clap::{Args, Parser, Subcommand, ValueEnum};
+
+/// Trains sparse Mixture-of-Experts language models, with the same bits on any number of ranks.
+#[derive(Debug, Parser)]
+#[command(name = "unisono", version, after_help = EXIT_CODES)]
+pub struct Arguments {
+    /// What to do.
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+const EXIT_CODES: &str = "\
+Exit codes: 0 done, 1 `diff` found a difference, 2 usage or config, 3 bad input file, 17 halted on numbers,
+20 stopped by SIGTERM after a checkpoint (start again with --resume), 21 storage, 70 bug.";
+
+/// The commands.
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Train; without CONFIG the built-in model on the built-in text
+    Train(Train),
+    /// Continue a prompt with text from a run's checkpoint
+    Generate(Generate),
+    /// Measure a run's validation loss
+    Eval(Eval),
+    /// Turn text into token shards, and check them
+    #[command(subcommand)]
+    Data(Data),
+    /// List and check a run's checkpoints
+    #[command(subcommand)]
+    Checkpoint(Checkpoint),
+    /// Find the first step and quantity in which two runs differ
+    Diff(Diff),
+    /// Print the resolved config, or the reference of all keys
+    Config(Config),
+}
+
+/// `unisono train`
+#[derive(Debug, Args)]
+pub struct Train {
+    /// TOML file; with --resume the run's own config if absent, otherwise the built-in one
+    pub config: Option<PathBuf>,
+    /// Ranks in this process; must divide the grid's slots [default: as many as there are cores]
+    #[arg(long, value_name = "N", value_parser = count())]
+    pub ranks: Option<usize>,
+    /// Compute threads of each rank [default: cores / ranks]
+    #[arg(long, value_name = "N", value_parser = count())]
+    pub threads: Option<usize>,
+    /// The same as --set train.steps=N
+    #[arg(long, value_name = "N")]
+    pub steps: Option<u64>,
+    /// Run folder [default: runs/<date>-<time>; with --resume the newest in runs/]
+    #[arg(long, value_name = "DIR")]
+    pub run: Option<PathBuf>,
+    /// Go on from the newest checkpoint that verifies
+    #[arg(long)]
+    pub resume: bool,
+    /// Write trace.json, which opens in Perfetto
+    #[arg(long)]
+    pub trace: bool,
+    /// Override one key of the config; may be given again
+    #[arg(long, value_name = "a.b=c")]
+    pub set: Vec<String>,
+}
+
+/// `unisono generate`
+#[derive(Debug, Args)]
+pub struct Generate {
+    /// Run folder
+    #[arg(long, value_name = "DIR")]
+    pub run: PathBuf,
+    /// Step of the checkpoint [default: the newest that verifies]
+    #[arg(long, value_name = "N")]
+    pub step: Option<u64>,
+    /// How the text begins [default: the run's sample.prompt]
+    #[arg(long, value_name = "TEXT")]
+    pub prompt: Option<String>,
+    /// Tokens to generate [default: the run's sample.tokens]
+    #[arg(long, value_name = "N")]
+    pub tokens: Option<usize>,
+    /// Divides the logits; 0 takes the likeliest token [default: the run's sample.temperature]
+    #[arg(long, value_name = "T")]
+    pub temperature: Option<f32>,
+    /// Sample from the least set of tokens with this probability [default: the run's sample.top_p]
+    #[arg(long, value_name = "P")]
+    pub top_p: Option<f32>,
+    /// Seed of the draw
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    pub seed: u64,
+    /// Compute threads [default: the cores]
+    #[arg(long, value_name = "N", value_parser = count())]
+    pub threads: Option<usize>,
+}
+
+/// `unisono eval`
+#[derive(Debug, Args)]
+pub struct Eval {
+    /// Run folder
+    #[arg(long, value_name = "DIR")]
+    pub run: PathBuf,
+    /// Step of the checkpoint [default: the newest that verifies]
+    #[arg(long, value_name = "N")]
+    pub step: Option<u64>,
+    /// Ranks; the loss does not depend on them [default: as many as there are cores]
+    #[arg(long, value_name = "N", value_parser = count())]
+    pub ranks: Option<usize>,
+    /// Compute threads of each rank [default: cores / ranks]
+    #[arg(long, value_name = "N", value_parser = count())]
+    pub threads: Option<usize>,
+    /// Sequences to measure [default: the run's evaluation.sequences]
+    #[arg(long, value_name = "N", value_parser = count())]
+    pub sequences: Option<usize>,
+    /// Print one JSON object
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// `unisono data`
+#[derive(Debug, Subcommand)]
+pub enum Data {
+    /// Turn text files or JSON lines into a folder of token shards
+    Prepare(Prepare),
+    /// Read every byte of a dataset and compare it with its checksums
+    Verify {
+        /// Folder that `unisono data prepare` wrote
+        folder: PathBuf,
+    },
+}
+
+/// `unisono data prepare`
+#[derive(Debug, Args)]
+pub struct Prepare {
+    /// Text files, or JSON lines with a "text" field
+    #[arg(required = true, value_name = "INPUT")]
+    pub inputs: Vec<PathBuf>,
+    /// Folder to write
+    #[arg(long, value_name = "DIR")]
+    pub out: PathBuf,
+    /// A Hugging Face tokenizer.json [default: the built-in tokenizer of 4,096 tokens]
+    #[arg(long, value_name = "FILE")]
+    pub tokenizer: Option<PathBuf>,
+    /// The tokenizer's end-of-text token [default: found by the usual names]
+    #[arg(long, value_name = "TOKEN", requires = "tokenizer")]
+    pub end_of_text: Option<String>,
+    /// What the inputs hold [default: by name, .jsonl, .ndjson and .json are JSON lines]
+    #[arg(long, value_enum)]
+    pub format: Option<Format>,
+    /// What stands between the documents of a text file [default: one document a file]
+    #[arg(long, value_name = "TEXT")]
+    pub separator: Option<String>,
+    /// Share of the text that is held back for validation; 0 for none
+    #[arg(long, value_name = "SHARE", default_value_t = 0.05)]
+    pub validation: f64,
+    /// Hold back whole documents rather than chunks of them
+    #[arg(long)]
+    pub by_document: bool,
+    /// Tokens of a full shard
+    #[arg(long, value_name = "N", default_value_t = 100_000_000)]
+    pub shard_tokens: u64,
+    /// Threads that encode; the result does not depend on them [default: the cores]
+    #[arg(long, value_name = "N", value_parser = count())]
+    pub threads: Option<usize>,
+}
+
+/// What input files hold.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum Format {
+    /// UTF-8 text
+    Text,
+    /// One JSON object a line, with a "text" field
+    Jsonl,
+}
+
+/// `unisono checkpoint`
+#[derive(Debug, Subcommand)]
+pub enum Checkpoint {
+    /// List a run's checkpoints
+    Ls {
+        /// Run folder
+        run: PathBuf,
+    },
+    /// Read every byte of a run's checkpoints and compare it with the hashes
+    Verify {
+        /// Run folder
+        run: PathBuf,
+        /// Only this step
+        #[arg(long, value_name = "N")]
+        step: Option<u64>,
+    },
+}
+
+/// `unisono diff`
+#[derive(Debug, Args)]
+pub struct Diff {
+    /// One run folder
+    pub first: PathBuf,
+    /// The other
+    pub second: PathBuf,
+}
+
+/// `unisono config`
+#[derive(Debug, Args)]
+pub struct Config {
+    /// Print every field of the config, defaults and overrides included
+    #[arg(long, required_unless_present = "reference")]
+    pub print: bool,
+    /// Print what every key means
+    #[arg(long, conflicts_with_all = ["print", "config", "set"])]
+    pub reference: bool,
+    /// TOML file [default: the built-in config]
+    pub config: Option<PathBuf>,
+    /// Override one key of the config; may be given again
+    #[arg(long, value_name = "a.b=c")]
+    pub set: Vec<String>,
+}
+
+/// A number of ranks, threads or sequences: at least 1, and no more than any machine has.
+fn count() -> impl clap::builder::TypedValueParser<Value = usize> {
+    use clap::builder::TypedValueParser;
+    clap::builder::RangedU64ValueParser::<u64>::new().range(1..=65_536).map(|count| count as usize)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::CommandFactory;
+
+    #[test]
+    fn the_arguments_are_consistent() {
+        Arguments::command().debug_assert();
+    }
+}

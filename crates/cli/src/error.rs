@@ -1,0 +1,130 @@
+//! Errors as exit codes.
+
+use std::fmt;
+use std::io::ErrorKind;
+
+use unisono_checkpoint::Error as CheckpointError;
+use unisono_data::DataError;
+use unisono_train::TrainError;
+
+/// Everything went as asked.
+pub const DONE: u8 = 0;
+/// `unisono diff` found a difference.
+pub const DIFFERENT: u8 = 1;
+/// The arguments or the config cannot be used.
+pub const USAGE: u8 = 2;
+/// An input file is missing or damaged.
+pub const BAD_INPUT: u8 = 3;
+/// A non-finite loss or gradient norm ended the run.
+pub const HALTED: u8 = 17;
+/// Stopped by SIGTERM after a checkpoint: start again with `--resume`.
+pub const REQUEUE: u8 = 20;
+/// The storage failed.
+pub const STORAGE: u8 = 21;
+/// A defect of this program.
+pub const BUG: u8 = 70;
+
+/// Why a command did not do what it was asked, and the exit code that says so.
+#[derive(Debug)]
+pub struct CliError {
+    /// The exit code.
+    pub code: u8,
+    /// What is wrong, where, and what would help.
+    pub message: String,
+}
+
+impl fmt::Display for CliError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.message)
+    }
+}
+
+impl CliError {
+    /// The arguments or the config cannot be used.
+    pub fn usage(message: impl Into<String>) -> Self {
+        Self { code: USAGE, message: message.into() }
+    }
+}
+
+/// What is missing, or is not a file, is a bad input; otherwise the storage failed.
+fn io_code(error: &std::io::Error) -> u8 {
+    match error.kind() {
+        ErrorKind::NotFound | ErrorKind::IsADirectory | ErrorKind::NotADirectory | ErrorKind::InvalidData => {
+            BAD_INPUT
+        }
+        _ => STORAGE,
+    }
+}
+
+impl From<TrainError> for CliError {
+    fn from(error: TrainError) -> Self {
+        let message = error.to_string();
+        let code = match error {
+            TrainError::Data(inner) => return inner.into(),
+            TrainError::Checkpoint(inner) => return inner.into(),
+            TrainError::Config(_)
+            | TrainError::Mesh(_)
+            | TrainError::Memory { .. }
+            | TrainError::Resume(_) => USAGE,
+            TrainError::Io { source, .. } => io_code(&source),
+            TrainError::Storage { .. } => STORAGE,
+            TrainError::NonFinite { .. } => HALTED,
+            TrainError::Comm(_) | TrainError::Ranks(_) => BUG,
+        };
+        Self { code, message }
+    }
+}
+
+impl From<DataError> for CliError {
+    fn from(error: DataError) -> Self {
+        let code = match &error {
+            DataError::Io { source, .. } => io_code(source),
+            bad if bad.is_bad_input() => BAD_INPUT,
+            _ => USAGE,
+        };
+        Self { code, message: error.to_string() }
+    }
+}
+
+impl From<CheckpointError> for CliError {
+    fn from(error: CheckpointError) -> Self {
+        let code = match &error {
+            CheckpointError::NoSuchStep { .. } => USAGE,
+            CheckpointError::Refused { .. } => BUG,
+            storage if storage.is_storage() || storage.is_stale() => STORAGE,
+            _ => BAD_INPUT,
+        };
+        Self { code, message: error.to_string() }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn errors_have_the_documented_exit_codes() {
+        let missing = || std::io::Error::from(ErrorKind::NotFound);
+        let full = || std::io::Error::from(ErrorKind::StorageFull);
+        let io = |source| TrainError::Io { action: "read", path: "x".into(), source };
+        let non_finite = TrainError::NonFinite { step: 3, loss: f64::NAN, norm: 1.0, seed: 42 };
+        let data = DataError::Input { path: "x".into(), line: 1, problem: "bad".into() };
+        let storage = CheckpointError::Storage { action: "write", path: "x".into(), source: full() };
+        let no_step = CheckpointError::NoSuchStep { dir: "x".into(), step: 1 };
+        let cases: [(TrainError, u8); 8] = [
+            (TrainError::Resume("no".into()), USAGE),
+            (io(missing()), BAD_INPUT),
+            (io(full()), STORAGE),
+            (non_finite, HALTED),
+            (data.into(), BAD_INPUT),
+            (DataError::Request("no".into()).into(), USAGE),
+            (storage.into(), STORAGE),
+            (no_step.into(), USAGE),
+        ];
+        for (error, code) in cases {
+            let shown = error.to_string();
+            let error = CliError::from(error);
+            assert_eq!((error.code, error.message), (code, shown));
+        }
+    }
+}

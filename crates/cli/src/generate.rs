@@ -1,0 +1,30 @@
+//! `unisono generate`
+
+use unisono_train::{GenerateOptions, checkpoint_config, generate};
+
+use crate::args::Generate;
+use crate::error::{CliError, DONE};
+use crate::layout::cores;
+use crate::screen::say;
+
+/// `unisono generate`
+pub fn run(args: Generate) -> Result<u8, CliError> {
+    let config = checkpoint_config(&args.run, args.step)?;
+    let mut sample = config.sample;
+    sample.prompt = args.prompt.unwrap_or(sample.prompt);
+    sample.tokens = args.tokens.unwrap_or(sample.tokens);
+    sample.temperature = args.temperature.unwrap_or(sample.temperature);
+    sample.top_p = args.top_p.unwrap_or(sample.top_p);
+    if !(sample.temperature.is_finite() && sample.temperature >= 0.0) {
+        let given = sample.temperature;
+        return Err(CliError::usage(format!("--temperature {given}: must be finite and at least 0")));
+    }
+    if !(sample.top_p > 0.0 && sample.top_p <= 1.0) {
+        return Err(CliError::usage(format!("--top-p {}: must be above 0, at most 1", sample.top_p)));
+    }
+    say(&sample.prompt);
+    let threads = args.threads.unwrap_or_else(cores);
+    generate(&args.run, &GenerateOptions { sample, seed: args.seed, threads, step: args.step }, &say)?;
+    say("\n");
+    Ok(DONE)
+}

@@ -1,0 +1,63 @@
+//! Ctrl-C and SIGTERM: the first ends the run after a checkpoint, a second Ctrl-C ends it at once.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicI32, Ordering};
+
+use signal_hook::consts::{SIGINT, SIGTERM};
+use signal_hook::iterator::Signals as Arriving;
+
+use crate::error::CliError;
+
+/// What has arrived so far.
+#[derive(Debug, Default)]
+struct State {
+    /// The signal that asked to stop; 0 for none.
+    asked: AtomicI32,
+    /// There is nothing left to save: a signal ends the process.
+    at_once: AtomicBool,
+}
+
+/// Listens for signals.
+#[derive(Debug)]
+pub struct Signals(Arc<State>);
+
+impl Signals {
+    /// Listens from now on; `notice` is called when a stop is asked for.
+    ///
+    /// # Errors
+    /// If the system refuses.
+    pub fn listen(notice: impl Fn() + Send + 'static) -> Result<Self, CliError> {
+        let refused = |error: std::io::Error| CliError::usage(format!("cannot listen for signals: {error}"));
+        let state = Arc::new(State::default());
+        let shared = Arc::clone(&state);
+        let mut arriving = Arriving::new([SIGINT, SIGTERM]).map_err(refused)?;
+        let listen = move || {
+            for signal in arriving.forever() {
+                let again = signal == SIGINT && shared.asked.load(Ordering::SeqCst) != 0;
+                if again || shared.at_once.load(Ordering::SeqCst) {
+                    // As a shell reports a process that a signal has ended.
+                    std::process::exit(128 + signal);
+                }
+                shared.asked.store(signal, Ordering::SeqCst);
+                notice();
+            }
+        };
+        std::thread::Builder::new().name("signals".into()).spawn(listen).map_err(refused)?;
+        Ok(Self(state))
+    }
+
+    /// Whether a stop was asked for.
+    pub fn stop(&self) -> bool {
+        self.0.asked.load(Ordering::SeqCst) != 0
+    }
+
+    /// Whether it was SIGTERM: a scheduler wants the machine back.
+    pub fn terminated(&self) -> bool {
+        self.0.asked.load(Ordering::SeqCst) == SIGTERM
+    }
+
+    /// From now on a signal ends the process: all is saved.
+    pub fn quit_at_once(&self) {
+        self.0.at_once.store(true, Ordering::SeqCst);
+    }
+}

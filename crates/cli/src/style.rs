@@ -1,0 +1,167 @@
+//! Numbers, tables and colours for people.
+
+use std::io::IsTerminal;
+use std::path::Path;
+
+/// Columns that output is made for.
+pub const WIDTH: usize = 100;
+
+/// Colours, where the output is a terminal that has them and `NO_COLOR` (<https://no-color.org>) is not set.
+#[derive(Debug, Clone, Copy)]
+pub struct Paint(bool);
+
+impl Paint {
+    /// For what goes to `stream`.
+    pub fn new(stream: &impl IsTerminal) -> Self {
+        let set = |name: &str| std::env::var_os(name).is_some_and(|value| !value.is_empty());
+        let dumb = std::env::var_os("TERM").is_some_and(|term| term == "dumb");
+        Self(stream.is_terminal() && !set("NO_COLOR") && !dumb)
+    }
+
+    fn wrap(self, code: &str, text: &str) -> String {
+        if self.0 { format!("\x1b[{code}m{text}\x1b[0m") } else { text.into() }
+    }
+
+    /// A heading, or what matters most in a line.
+    pub fn strong(self, text: &str) -> String {
+        self.wrap("1", text)
+    }
+
+    /// What matters less.
+    pub fn faint(self, text: &str) -> String {
+        self.wrap("2", text)
+    }
+
+    /// Something good.
+    pub fn green(self, text: &str) -> String {
+        self.wrap("32", text)
+    }
+
+    /// Something to look at.
+    pub fn yellow(self, text: &str) -> String {
+        self.wrap("33", text)
+    }
+
+    /// Something wrong.
+    pub fn red(self, text: &str) -> String {
+        self.wrap("1;31", text)
+    }
+}
+
+/// `1234567` as `1,234,567`.
+pub fn grouped(number: u64) -> String {
+    let digits = number.to_string();
+    let mut out = String::new();
+    for (index, digit) in digits.chars().enumerate() {
+        if index > 0 && (digits.len() - index).is_multiple_of(3) {
+            out.push(',');
+        }
+        out.push(digit);
+    }
+    out
+}
+
+/// A number of parameters: `9.4 M`.
+pub fn short(number: u64) -> String {
+    match number {
+        0..1_000 => number.to_string(),
+        1_000..1_000_000 => format!("{:.1} K", number as f64 / 1e3),
+        1_000_000..1_000_000_000 => format!("{:.1} M", number as f64 / 1e6),
+        _ => format!("{:.1} G", number as f64 / 1e9),
+    }
+}
+
+/// A duration: `43 ms`, `0.43 s`, `4 min 12 s`, `2 h 05 min`.
+pub fn duration(seconds: f64) -> String {
+    let whole = seconds.round() as u64;
+    match whole {
+        0 if seconds < 0.0995 => format!("{:.0} ms", 1e3 * seconds),
+        0..10 => format!("{seconds:.2} s"),
+        10..120 => format!("{seconds:.1} s"),
+        120..7_200 => format!("{} min {:02} s", whole / 60, whole % 60),
+        _ => format!("{} h {:02} min", whole / 3_600, whole / 60 % 60),
+    }
+}
+
+/// A share as `12%`.
+pub fn percent(share: f64) -> String {
+    format!("{:.0}%", 100.0 * share)
+}
+
+/// Rows in columns two blanks apart, indented by two: the first `left` columns flush left, the others flush right.
+pub fn table(rows: &[Vec<String>], left: usize) -> Vec<String> {
+    let columns = rows.iter().map(Vec::len).max().unwrap_or(0);
+    let width = |column: usize| {
+        rows.iter().filter_map(|row| row.get(column)).map(|cell| cell.chars().count()).max().unwrap_or(0)
+    };
+    let widths: Vec<usize> = (0..columns).map(width).collect();
+    let line = |row: &Vec<String>| {
+        let mut line = String::new();
+        for (column, cell) in row.iter().enumerate() {
+            let width = widths[column];
+            line.push_str("  ");
+            line.push_str(&if column < left { format!("{cell:<width$}") } else { format!("{cell:>width$}") });
+        }
+        line.trim_end().to_string()
+    };
+    rows.iter().map(line).collect()
+}
+
+/// A bar of up to `width` columns for `share` of the whole.
+pub fn bar(share: f64, width: usize) -> String {
+    "█".repeat((share.clamp(0.0, 1.0) * width as f64).round() as usize)
+}
+
+/// Small vertical bars for `values`, the tallest for `most` and above.
+pub fn spark(values: &[f64], most: f64) -> String {
+    const BARS: [char; 8] = ['▁', '▂', '▃', '▄', '▅', '▆', '▇', '█'];
+    let bar = |value: &f64| BARS[((value / most * 8.0) as usize).min(7)];
+    values.iter().map(bar).collect()
+}
+
+/// A path as a shell takes it.
+pub fn quoted(path: &Path) -> String {
+    let text = path.display().to_string();
+    let plain = |c: char| c.is_alphanumeric() || "/._-+,:@%=".contains(c);
+    if !text.is_empty() && text.chars().all(plain) {
+        text
+    } else {
+        format!("'{}'", text.replace('\'', r"'\''"))
+    }
+}
+
+/// How this program was called, so that commands can be copied.
+pub fn program() -> String {
+    // Set by `cargo run` for the program it starts.
+    if std::env::var_os("CARGO_MANIFEST_DIR").is_some() {
+        return if cfg!(debug_assertions) { "cargo run --" } else { "cargo run --release --" }.into();
+    }
+    std::env::args_os().next().map_or_else(|| "unisono".into(), |name| quoted(Path::new(&name)))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn numbers_are_readable() {
+        let numbers = [0, 999, 1_000, 1_234_567].map(grouped);
+        assert_eq!(numbers, ["0", "999", "1,000", "1,234,567"]);
+        assert_eq!([999, 1_500, 9_400_000].map(short), ["999", "1.5 K", "9.4 M"]);
+        let durations = [0.0043, 0.434, 75.0, 252.3, 7_505.0].map(duration);
+        assert_eq!(durations, ["4 ms", "0.43 s", "75.0 s", "4 min 12 s", "2 h 05 min"]);
+        assert_eq!(spark(&[0.0, 1.0, 2.0, 9.0], 2.0), "▁▅██");
+    }
+
+    #[test]
+    fn columns_line_up() {
+        let rows = [["call", "bytes"], ["all_to_all", "7"]].map(|row| row.map(String::from).to_vec());
+        assert_eq!(table(&rows, 1), ["  call        bytes", "  all_to_all      7"]);
+    }
+
+    #[test]
+    fn paths_survive_a_shell() {
+        assert_eq!(quoted(Path::new("runs/a-1")), "runs/a-1");
+        assert_eq!(quoted(Path::new("my run's")), r"'my run'\''s'");
+    }
+}

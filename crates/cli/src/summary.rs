@@ -1,0 +1,161 @@
+//! What a finished run has to show.
+
+use unisono_comm::{Ledger, LinkClass};
+use unisono_train::system::readable;
+use unisono_train::{RunConfig, Started, Summary};
+
+use crate::style::{Paint, bar, duration, grouped, percent, spark, table};
+
+/// The whole summary.
+pub fn render(summary: &Summary, started: &Started, config: &RunConfig, paint: Paint) -> String {
+    let mut lines = outcome(summary, started, paint);
+    if summary.step <= started.from_step {
+        return lines.join("\n") + "\n";
+    }
+    let sections = [
+        ("What moved (all ranks)", traffic(&summary.ledger)),
+        ("Time by phase (mean rank)", phases(summary)),
+        (
+            "Expert load (rows of each expert, over their mean)",
+            expert_load(&summary.expert_load, config.model.first_dense),
+        ),
+        ("Memory", memory(summary)),
+    ];
+    for (title, body) in sections {
+        if !body.is_empty() {
+            lines.extend([String::new(), paint.strong(title)]);
+            lines.extend(body);
+        }
+    }
+    lines.push(String::new());
+    lines.join("\n")
+}
+
+fn outcome(summary: &Summary, started: &Started, paint: Paint) -> Vec<String> {
+    let steps = summary.step.saturating_sub(started.from_step);
+    if steps == 0 {
+        let at = format!("The run is at step {} of {} already", summary.step, started.steps);
+        return vec![format!("{}: nothing to train. More steps: --resume --steps N", paint.strong(&at))];
+    }
+    let tokens = steps * started.tokens_per_step as u64;
+    let mut lines = vec![
+        paint.strong("Summary"),
+        format!(
+            "  {} steps in {}: {} tokens, {} tokens/s all in all",
+            grouped(steps),
+            duration(summary.seconds),
+            grouped(tokens),
+            grouped((tokens as f64 / summary.seconds.max(1e-9)) as u64),
+        ),
+        format!("  training loss    {:.4} nats, step {}", summary.last_loss, summary.step),
+    ];
+    if let Some(record) = &summary.validation {
+        lines.push(paint.green(&format!(
+            "  validation loss  {:.4} nats, {:.3} bits/byte, step {}",
+            record.loss, record.bits_per_byte, record.validation_step
+        )));
+    }
+    if summary.skipped_steps > 0 {
+        lines.push(paint.yellow(&format!(
+            "  {} steps were skipped for numbers that are not finite",
+            summary.skipped_steps
+        )));
+    }
+    lines
+}
+
+fn link_name(link: LinkClass) -> &'static str {
+    match link {
+        LinkClass::SameRank => "same rank",
+        LinkClass::SameNode => "same node",
+        LinkClass::OtherNode => "other node",
+    }
+}
+
+/// Bytes and time by call, group and link class.
+fn traffic(ledger: &Ledger) -> Vec<String> {
+    let header = ["call", "group", "link", "calls", "sent", "waiting", "moving"].map(String::from).to_vec();
+    let mut rows = vec![header];
+    for row in &ledger.rows {
+        rows.push(vec![
+            row.kind.replace('_', " "),
+            row.group.clone(),
+            link_name(row.link).into(),
+            grouped(row.calls),
+            readable(row.bytes_sent),
+            duration(row.wait_seconds),
+            duration(row.move_seconds),
+        ]);
+    }
+    if rows.len() == 1 {
+        return Vec::new();
+    }
+    let mut lines = table(&rows, 3);
+    if let (true, Some(busiest)) = (ledger.ranks.len() > 1, ledger.busiest_rank()) {
+        lines.push(format!(
+            "  between ranks {}; busiest is rank {}: {} out, {} in",
+            readable(ledger.bytes_sent()),
+            busiest.rank,
+            readable(busiest.bytes_sent),
+            readable(busiest.bytes_received),
+        ));
+    }
+    lines
+}
+
+/// Where the time went, longest first; what takes less than a hundredth is put together.
+fn phases(summary: &Summary) -> Vec<String> {
+    let named: f64 = summary.phases.iter().map(|(_, _, seconds)| seconds).sum();
+    let whole = summary.seconds.max(named).max(1e-9);
+    let mut all: Vec<(String, String, f64)> = summary.phases.clone();
+    all.push(("other".into(), "start, data, saving".into(), whole - named));
+    all.sort_by(|a, b| b.2.total_cmp(&a.2));
+    let small = all.split_off(all.partition_point(|(_, _, seconds)| seconds / whole >= 0.01));
+    if !small.is_empty() {
+        let seconds = small.iter().map(|(_, _, seconds)| seconds).sum();
+        all.push(("smaller".into(), format!("{} phases", small.len()), seconds));
+    }
+    let longest = all.iter().map(|(_, _, seconds)| seconds / whole).fold(1e-9, f64::max);
+    let row = |(lane, name, seconds): &(String, String, f64)| {
+        let share = seconds / whole;
+        // Filled up, so that the bars begin at the same column.
+        let bar = format!("{:<30}", bar(share / longest, 30));
+        vec![lane.clone(), name.clone(), duration(*seconds), percent(share), bar]
+    };
+    table(&all.iter().map(row).collect::<Vec<_>>(), 2)
+}
+
+/// A small histogram a layer.
+fn expert_load(load: &[Vec<u64>], first_layer: usize) -> Vec<String> {
+    let line = |(index, counts): (usize, &Vec<u64>)| {
+        let mean = counts.iter().sum::<u64>() as f64 / counts.len().max(1) as f64;
+        let shares: Vec<f64> = counts.iter().map(|count| *count as f64 / mean.max(1e-9)).collect();
+        let least = shares.iter().copied().fold(f64::INFINITY, f64::min);
+        let most = shares.iter().copied().fold(0.0, f64::max);
+        // Wide layers: neighbouring experts share a bar.
+        let width = shares.len().div_ceil(64);
+        let bars: Vec<f64> =
+            shares.chunks(width).map(|chunk| chunk.iter().sum::<f64>() / chunk.len() as f64).collect();
+        let layer = first_layer + index;
+        format!("  layer {layer:>2}  {}  {least:.2} to {most:.2}", spark(&bars, most.max(2.0)))
+    };
+    load.iter().enumerate().map(line).collect()
+}
+
+/// Estimated before the first step, and measured.
+fn memory(summary: &Summary) -> Vec<String> {
+    let mut rows = Vec::new();
+    for (rank, record) in summary.memory.iter().enumerate() {
+        let off = record.measured as f64 / record.estimated.max(1) as f64 - 1.0;
+        rows.push(vec![
+            format!("rank {rank}"),
+            format!("estimated {}", readable(record.estimated)),
+            format!("measured {}", readable(record.measured)),
+            format!("{:+.0}%", 100.0 * off),
+        ]);
+    }
+    let mut lines = table(&rows, 1);
+    lines
+        .extend(summary.peak_rss.map(|bytes| format!("  process: {} resident at its peak", readable(bytes))));
+    lines
+}

@@ -1,0 +1,156 @@
+//! `unisono train`
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use unisono_train::run_folder::{
+    CONFIG_FILE, METRICS_FILE, SUMMARY_FILE, holds_a_run, read_config, write_durably,
+};
+use unisono_train::{GenerateOptions, RunConfig, RunOptions, Summary, generate};
+
+use crate::args::Train;
+use crate::config;
+use crate::error::{CliError, DONE, REQUEUE};
+use crate::layout::{cores, ranks_and_threads};
+use crate::screen::{Screen, say};
+use crate::signals::Signals;
+use crate::style::{Paint, WIDTH, program, quoted};
+use crate::summary;
+use crate::watch::{Seen, Watch};
+
+/// The progress bar.
+pub const BAR: &str = "[{bar:30}] step {pos}/{len}  {elapsed} gone, {eta} left  {msg}";
+/// Where runs go that are not told where to go.
+const RUNS: &str = "runs";
+
+/// `unisono train`
+pub fn run(args: Train) -> Result<u8, CliError> {
+    let (config, options) = resolve(args)?;
+    let screen = Arc::new(Screen::new(BAR));
+    let notice = {
+        let screen = Arc::clone(&screen);
+        move || screen.complain("stopping", "after this step and a checkpoint; Ctrl-C again quits at once")
+    };
+    let signals = Signals::listen(notice)?;
+    let watch = Watch::new(Arc::clone(&screen), &signals, &config);
+    screen.wait("reading the data");
+    let outcome = unisono_train::train(&config, &options, &watch);
+    signals.quit_at_once();
+    let seen = watch.finish();
+    let mut summary = outcome?;
+    let Some(started) = &seen.started else {
+        return Err(CliError {
+            code: crate::error::BUG,
+            message: "the run ended without a beginning".into(),
+        });
+    };
+    if !summary.stopped && seen.last.is_some() {
+        sample(&config, &options.folder, &seen, &mut summary)?;
+    }
+    say(&summary::render(&summary, started, &config, screen.paint));
+    say(&next_commands(&config, &options.folder, &summary, screen.paint));
+    Ok(if summary.stopped && signals.terminated() { REQUEUE } else { DONE })
+}
+
+/// One checked value from the raw arguments.
+fn resolve(args: Train) -> Result<(RunConfig, RunOptions), CliError> {
+    let mut overrides = args.set;
+    overrides.extend(args.steps.map(|steps| format!("train.steps={steps}")));
+    let folder = match (args.run, args.resume) {
+        (Some(folder), _) => folder,
+        (None, false) => new_folder(),
+        (None, true) => newest_run()?,
+    };
+    let config = match (&args.config, args.resume) {
+        (None, true) => config_of_run(&folder, &overrides)?,
+        (path, _) => config::load(path.as_deref(), &overrides)?,
+    };
+    let (ranks, threads) = ranks_and_threads(config.grid.slots(), args.ranks, args.threads);
+    let mut options = RunOptions::new(folder, ranks, threads);
+    (options.resume, options.trace) = (args.resume, args.trace);
+    Ok((config, options))
+}
+
+/// The config that a run was last started with, with overrides.
+fn config_of_run(folder: &Path, overrides: &[String]) -> Result<RunConfig, CliError> {
+    if !holds_a_run(folder) {
+        return Err(CliError::usage(format!(
+            "{} holds no run to resume: name its folder with --run, or start one without --resume",
+            folder.display()
+        )));
+    }
+    let text = read_config(folder)?.to_toml().map_err(|error| CliError::usage(error.to_string()))?;
+    config::parse(&text, &folder.join(CONFIG_FILE).display().to_string(), overrides)
+}
+
+/// `runs/<date>-<time>`, with a number behind it where that is taken.
+fn new_folder() -> PathBuf {
+    let name = jiff::Zoned::now().strftime("%Y%m%d-%H%M%S").to_string();
+    let numbered = (2..).map(|number| format!("{name}-{number}"));
+    let mut names = std::iter::once(name.clone()).chain(numbered).map(|name| Path::new(RUNS).join(name));
+    names.find(|path| !path.exists()).unwrap_or_else(|| Path::new(RUNS).join(&name))
+}
+
+/// The run below `runs/` that was written to last.
+fn newest_run() -> Result<PathBuf, CliError> {
+    let none =
+        || CliError::usage(format!("there is no run in {RUNS}/ to resume: name its folder with --run DIR"));
+    let entries = std::fs::read_dir(RUNS).map_err(|_| none())?;
+    let runs = entries.filter_map(Result::ok).map(|entry| entry.path()).filter(|path| holds_a_run(path));
+    let written = |path: &PathBuf| path.join(METRICS_FILE).metadata().and_then(|file| file.modified()).ok();
+    runs.max_by_key(|path| (written(path), path.clone())).ok_or_else(none)
+}
+
+/// A sample of text from the last checkpoint, shown as it comes and kept in the run's summary.
+fn sample(config: &RunConfig, folder: &Path, seen: &Seen, summary: &mut Summary) -> Result<(), CliError> {
+    if config.sample.tokens == 0 {
+        return Ok(());
+    }
+    if seen.checkpoint != Some(summary.step) {
+        crate::screen::complain("warning", "no sample: the last checkpoint could not be written");
+        return Ok(());
+    }
+    let rule = |title: &str| {
+        let paint = Paint::new(&std::io::stdout());
+        let dashes = "─".repeat(WIDTH.saturating_sub(title.chars().count()));
+        format!("{}\n", paint.faint(&format!("{title}{dashes}")))
+    };
+    say(&format!("\n{}", rule("── a sample of text ")));
+    let prompt = config.sample.prompt.trim_start();
+    say(&Paint::new(&std::io::stdout()).strong(prompt));
+    let options = GenerateOptions {
+        sample: config.sample.clone(),
+        seed: config.train.seed,
+        threads: cores(),
+        step: Some(summary.step),
+    };
+    let text = generate(folder, &options, &say)?;
+    say(&format!("\n{}\n", rule("")));
+    summary.sample = Some(format!("{}{text}", config.sample.prompt));
+    let json = serde_json::to_vec_pretty(summary)
+        .map_err(|error| CliError { code: crate::error::BUG, message: error.to_string() })?;
+    Ok(write_durably(&folder.join(SUMMARY_FILE), &json)?)
+}
+
+/// What to do next, ready to be copied.
+fn next_commands(config: &RunConfig, folder: &Path, summary: &Summary, paint: Paint) -> String {
+    let (program, run) = (program(), quoted(folder));
+    let mut lines = vec![String::new()];
+    if summary.stopped {
+        lines.push(
+            paint.strong(&format!(
+                "Stopped after step {} of {}. Go on with",
+                summary.step, config.train.steps
+            )),
+        );
+        lines.push(format!("  {program} train --run {run} --resume"));
+    } else {
+        lines.push(paint.strong("Next"));
+        lines.push(format!("  {program} generate --run {run} --prompt 'To be'"));
+        lines.push(format!("  {program} eval --run {run}"));
+        let steps = summary.step + config.train.steps.div_ceil(2).max(1);
+        lines.push(format!("  {program} train --run {run} --resume --steps {steps}"));
+    }
+    lines.push(String::new());
+    lines.join("\n")
+}
