@@ -280,14 +280,18 @@ impl RunConfig {
                 text.len()
             )));
         }
-        let mut table: toml::Table = toml::from_str(text).map_err(|e| ConfigError::Parse(e.to_string()))?;
-        for text in overrides {
-            apply_override(&mut table, text)?;
+        let mut config: Self = toml::from_str(text).map_err(|error| parse_error(text, &error))?;
+        if !overrides.is_empty() {
+            let mut table: toml::Table = toml::from_str(text).map_err(|error| parse_error(text, &error))?;
+            for text in overrides {
+                apply_override(&mut table, text)?;
+            }
+            // The text alone was right, so what is wrong comes from an override.
+            config = table.try_into().map_err(|error: toml::de::Error| {
+                let message = error.to_string().trim_end().replace('\n', " ");
+                ConfigError::Override { text: overrides.join(" --set "), reason: message }
+            })?;
         }
-        let config: Self = match overrides.is_empty() {
-            true => toml::from_str(text).map_err(|e| ConfigError::Parse(e.to_string()))?,
-            false => table.try_into().map_err(|e: toml::de::Error| ConfigError::Parse(e.to_string()))?,
-        };
         config.validate()?;
         Ok(config)
     }
@@ -400,6 +404,12 @@ fn check(holds: bool, field: &'static str, value: impl ToString, rule: &str) -> 
     } else {
         Err(ConfigError::Value { field, value: value.to_string(), rule: rule.into() })
     }
+}
+
+/// What a parser says, in one line.
+fn parse_error(text: &str, error: &toml::de::Error) -> ConfigError {
+    let line = error.span().map_or(1, |span| text[..span.start.min(text.len())].matches('\n').count() + 1);
+    ConfigError::Parse(format!("line {line}: {}", error.message().replace('\n', " ")))
 }
 
 /// Sets `a.b.c=value` in a table. The value is TOML; a bare word is a string.

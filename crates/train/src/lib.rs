@@ -1,5 +1,6 @@
 //! Runs training: steps over ranks, the sharded optimizer, metrics, checkpoints, evaluation and generation.
 
+pub mod baseline;
 pub mod bench;
 mod checkpointing;
 pub mod config;

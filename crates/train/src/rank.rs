@@ -3,7 +3,7 @@
 use std::ops::Range;
 use std::time::Instant;
 
-use unisono_comm::{Communicator, Ledger};
+use unisono_comm::{Communicator, Ledger, Part};
 use unisono_data::Dataset;
 use unisono_mesh::{Fold, tree};
 use unisono_model::{
@@ -209,6 +209,13 @@ impl<'a, B: Backend> RankState<'a, B> {
             fold.absorb(wave.clone(), gradients, waves.len() == 1);
         }
         Ok((fold, sums))
+    }
+
+    /// The gradients of a step by segment, not yet joined over ranks; for the baselines.
+    pub(crate) fn accumulate_for_bench(&mut self, step: u64) -> Result<Vec<Vec<Part<f32>>>, TrainError> {
+        self.progress.step = step;
+        let (gradients, _) = self.accumulate(step)?;
+        Ok(gradients.into_roots(self.optimizer.shards()))
     }
 
     fn instances(&self, wave: &Range<usize>) -> usize {

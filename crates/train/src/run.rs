@@ -545,12 +545,9 @@ impl RankRun<'_, '_> {
     }
 
     fn drop_old(&self, dir: &Path) -> Result<(), TrainError> {
-        if let Some(count) = NonZeroUsize::new(self.shared.config.checkpoint.keep_last) {
-            if let Err(error) = keep_last(dir, count) {
-                self.shared
-                    .observer
-                    .event(Event::Warning(format!("old checkpoints were not removed: {error}")));
-            }
+        let Some(count) = NonZeroUsize::new(self.shared.config.checkpoint.keep_last) else { return Ok(()) };
+        if let Err(error) = keep_last(dir, count) {
+            self.shared.observer.event(Event::Warning(format!("old checkpoints were not removed: {error}")));
         }
         Ok(())
     }
