@@ -240,6 +240,35 @@ fn an_operand_that_is_too_short_is_named() {
     );
 }
 
+#[test]
+fn strides_that_overflow_reach_past_every_operand() {
+    let dims = Dims { m: 3, n: 4, k: 5 };
+    for stride in [usize::MAX, usize::MAX / 2 + 1, usize::MAX / 4 + 1] {
+        let multiply = || {
+            let dst = &mut [0.0; 12];
+            gemm(
+                dims,
+                Matrix::rows(&[0.0; 15], stride),
+                Matrix::rows(&[0.0; 20], 4),
+                MatrixMut::rows(dst, 4),
+                false,
+            )
+        };
+        assert!(std::panic::catch_unwind(multiply).is_err());
+        let multiply = || {
+            let dst = &mut [0.0; 12];
+            gemm(
+                dims,
+                Matrix::rows(&[0.0; 15], 5),
+                Matrix::rows(&[0.0; 20], 4),
+                MatrixMut::rows(dst, stride),
+                false,
+            )
+        };
+        assert!(std::panic::catch_unwind(multiply).is_err());
+    }
+}
+
 /// Storage of the operands of a [`Product`], from those of the reference.
 fn operands(reference: &Reference, product: Product) -> (Vec<f32>, Vec<f32>) {
     let transposed = |x: &[f32], columns: usize| {

@@ -8,7 +8,11 @@
 //! - sums of up to 512 products are never split: each is one chain of fused multiply-adds, ascending. Longer ones are
 //!   split by rules that look at the shape and the caches, so we cut them into blocks of [`K_BLOCK`] ourselves;
 //! - results with one row or one column go to kernels with another order: we compute two and keep one;
-//! - so do small results (up to 256 elements) whose operands are both contiguous along the sum: we repack one.
+//! - so do small results (up to 256 elements) whose operands are both contiguous along the sum: we repack one. Larger
+//!   ones take the common path, which packs for itself, so that repacking them would cost and change nothing.
+//!
+//! `gemm` takes its packing buffers (at most a block of an operand) from the allocator at each call; they come back from
+//! its free lists without a system call.
 
 use std::marker::PhantomData;
 
@@ -47,15 +51,21 @@ impl<'a> Matrix<'a> {
     }
 
     fn check(&self, rows: usize, columns: usize, what: &str) {
-        let reach = (rows.max(1) - 1) * self.row_stride + (columns.max(1) - 1) * self.column_stride;
+        let last = last(rows, self.row_stride, columns, self.column_stride);
         assert!(
-            rows == 0 || columns == 0 || reach < self.data.len(),
+            rows == 0 || columns == 0 || last < self.data.len(),
             "the {what} operand of a product, [{rows}, {columns}] with strides ({}, {}), reaches past its {} elements",
             self.row_stride,
             self.column_stride,
             self.data.len()
         );
     }
+}
+
+/// Where the last element of a matrix stands; beyond any slice if that overflows.
+fn last(rows: usize, row_stride: usize, columns: usize, column_stride: usize) -> usize {
+    let down = rows.saturating_sub(1).saturating_mul(row_stride);
+    down.saturating_add(columns.saturating_sub(1).saturating_mul(column_stride))
 }
 
 /// A matrix to write, stored by rows: element (i, j) stands at `i * row_stride + j`.
@@ -86,8 +96,9 @@ impl<'a> MatrixMut<'a> {
 /// `dst = lhs * rhs`, or `dst += lhs * rhs` if `accumulate`, on the calling thread. `lhs` is `[m, k]`, `rhs` `[k, n]`,
 /// `dst` `[m, n]` with a row stride of at least `n`. With `k == 0` the product is zero.
 ///
-/// Sums run over blocks of [`K_BLOCK`] products, ascending; within a block ascending from zero by fused multiply-adds
-/// (on machines that have them), then the block is added to `dst`. Allocates nothing once warm. Panics if an operand is too short.
+/// Sums run over blocks of 256 products, ascending; within a block ascending from zero by fused multiply-adds
+/// (on machines that have them), then the block is added to `dst`. A last block of one or two products is multiplied
+/// and added onto `dst` without fusing. Panics if an operand is too short.
 pub fn gemm(dims: Dims, lhs: Matrix<'_>, rhs: Matrix<'_>, dst: MatrixMut<'_>, accumulate: bool) {
     let Dims { m, n, k } = dims;
     lhs.check(m, k, "left");
@@ -96,7 +107,7 @@ pub fn gemm(dims: Dims, lhs: Matrix<'_>, rhs: Matrix<'_>, dst: MatrixMut<'_>, ac
         return;
     }
     assert!(
-        (dst.row_stride >= n || m == 1) && (m - 1) * dst.row_stride + n <= dst.len,
+        (dst.row_stride >= n || m == 1) && last(m, dst.row_stride, n, 1) < dst.len,
         "the result of a product, [{m}, {n}] with row stride {}, does not fit its {} elements",
         dst.row_stride,
         dst.len
