@@ -36,6 +36,11 @@ pub enum Command {
     Diff(Diff),
     /// Print the resolved config, or the reference of all keys
     Config(Config),
+    /// Train a dense and a sparse model of equal active compute on the same data, side by side
+    Compare(crate::compare::Compare),
+    /// Measure this machine: steps, products, folds, collectives, baselines
+    #[command(subcommand)]
+    Bench(crate::bench::Bench),
 }
 
 /// `unisono train`

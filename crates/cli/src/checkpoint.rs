@@ -75,7 +75,7 @@ fn run_verify(run: &Path, step: Option<u64>) -> Result<u8, CliError> {
             }
             Err(error) => {
                 let error = CliError::from(error);
-                complain("error", &format!("step {step}: {error}"));
+                complain("error", &error.message);
                 code = error.code;
             }
         }

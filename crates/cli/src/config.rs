@@ -52,3 +52,60 @@ pub fn parse(text: &str, name: &str, overrides: &[String]) -> Result<RunConfig, 
     }
     Ok(config)
 }
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeMap;
+    use std::path::PathBuf;
+
+    use super::*;
+
+    /// Keys and what is said about them: of the tables' rows, the key and the default.
+    fn documented() -> BTreeMap<&'static str, &'static str> {
+        let rows = REFERENCE.lines().filter_map(|line| line.strip_prefix("| `"));
+        let row = |line: &'static str| {
+            let cells: Vec<&str> = line.split(" | ").collect();
+            assert!(cells.len() >= 4 || line.contains("| | "), "not a whole row: {line}");
+            (cells[0].trim_end_matches('`'), cells[2].trim_matches('`'))
+        };
+        rows.map(row).collect()
+    }
+
+    #[test]
+    fn the_reference_has_every_key_with_its_default() {
+        let text = RunConfig::default().to_toml().unwrap();
+        let table: toml::Table = text.parse().unwrap();
+        let mut documented = documented();
+        assert_eq!(documented.remove("data.path"), Some("none"));
+        for (section, keys) in &table {
+            for (key, default) in keys.as_table().unwrap() {
+                let said = documented.remove(format!("{section}.{key}").as_str());
+                let said = said.unwrap_or_else(|| panic!("docs/config.md lacks {section}.{key} = {default}"));
+                let said: toml::Table = format!("value = {said}").parse().unwrap();
+                assert_eq!(&said["value"], default, "docs/config.md: default of {section}.{key}");
+            }
+        }
+        assert!(documented.is_empty(), "docs/config.md has keys that do not exist: {documented:?}");
+    }
+
+    #[test]
+    fn the_built_in_config_and_the_examples_load() {
+        load(None, &[]).unwrap();
+        let folder = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../../examples");
+        let mut examples = 0;
+        for entry in std::fs::read_dir(folder).unwrap() {
+            let path = entry.unwrap().path();
+            if path.extension().is_some_and(|extension| extension == "toml") {
+                load(Some(&path), &[]).unwrap_or_else(|error| panic!("{error}"));
+                examples += 1;
+            }
+        }
+        assert!(examples >= 3);
+    }
+
+    #[test]
+    fn a_relative_data_path_is_written_out() {
+        let config = load(None, &["data.path=here".into()]).unwrap();
+        assert!(config.data.path.unwrap().is_absolute());
+    }
+}

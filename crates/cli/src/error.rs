@@ -77,19 +77,30 @@ impl From<TrainError> for CliError {
 
 impl From<DataError> for CliError {
     fn from(error: DataError) -> Self {
+        let mut message = error.to_string();
         let code = match &error {
-            DataError::Io { source, .. } => io_code(source),
+            DataError::Io { path, source, .. } => {
+                if source.kind() == ErrorKind::NotFound && path.ends_with(unisono_data::MANIFEST_FILE) {
+                    message.push_str("; `unisono data prepare INPUT --out DIR` makes a dataset");
+                }
+                io_code(source)
+            }
             bad if bad.is_bad_input() => BAD_INPUT,
             _ => USAGE,
         };
-        Self { code, message: error.to_string() }
+        Self { code, message }
     }
 }
 
 impl From<CheckpointError> for CliError {
     fn from(error: CheckpointError) -> Self {
         let code = match &error {
-            CheckpointError::NoSuchStep { .. } => USAGE,
+            CheckpointError::NoSuchStep { dir, step } => {
+                return Self::usage(format!(
+                    "there is no checkpoint of step {step} in {}: `unisono checkpoint ls RUN` lists those there are",
+                    dir.display()
+                ));
+            }
             CheckpointError::Refused { .. } => BUG,
             storage if storage.is_storage() || storage.is_stale() => STORAGE,
             _ => BAD_INPUT,
@@ -110,8 +121,7 @@ mod tests {
         let non_finite = TrainError::NonFinite { step: 3, loss: f64::NAN, norm: 1.0, seed: 42 };
         let data = DataError::Input { path: "x".into(), line: 1, problem: "bad".into() };
         let storage = CheckpointError::Storage { action: "write", path: "x".into(), source: full() };
-        let no_step = CheckpointError::NoSuchStep { dir: "x".into(), step: 1 };
-        let cases: [(TrainError, u8); 8] = [
+        let cases: [(TrainError, u8); 7] = [
             (TrainError::Resume("no".into()), USAGE),
             (io(missing()), BAD_INPUT),
             (io(full()), STORAGE),
@@ -119,7 +129,6 @@ mod tests {
             (data.into(), BAD_INPUT),
             (DataError::Request("no".into()).into(), USAGE),
             (storage.into(), STORAGE),
-            (no_step.into(), USAGE),
         ];
         for (error, code) in cases {
             let shown = error.to_string();

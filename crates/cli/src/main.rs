@@ -1,7 +1,9 @@
 //! The command line of Unisono: arguments, terminal, exit codes. Everything else is the libraries'.
 
 mod args;
+mod bench;
 mod checkpoint;
+mod compare;
 mod config;
 mod data;
 mod diff;
@@ -50,5 +52,7 @@ fn run(command: Command) -> Result<u8, CliError> {
         Command::Checkpoint(args) => checkpoint::run(args),
         Command::Diff(args) => diff::run(&args),
         Command::Config(args) => config::run(&args),
+        Command::Compare(args) => compare::run(args),
+        Command::Bench(args) => bench::run(args),
     }
 }

@@ -111,22 +111,22 @@ fn position(step: u64, config: &RunConfig) -> String {
     format!("{step:>width$}/{steps}", width = steps.len())
 }
 
-/// One step in one line of at most 100 columns.
+/// One step in one line of at most 100 columns; behind `comm` the share of time and what was moved.
 fn step_line(record: &StepRecord, config: &RunConfig) -> String {
     let load = match record.expert_load.is_empty() {
         true => String::new(),
-        false => format!("  load {:.2}x", record.expert_load_max_over_mean),
+        false => format!("  load {:.2}", record.expert_load_max_over_mean),
     };
     let skipped = if record.skipped { "  skipped" } else { "" };
     format!(
-        "step {}  loss {:.4}  {:.3} bits/byte  grad {:.2}  {:>6} tok/s{load}  comm {:>3}  {} moved{skipped}",
+        "step {}  loss {:.4}  {:.3} bits/byte  grad {:.2}  {:>6} tok/s{load}  comm {:>3} {}{skipped}",
         position(record.step, config),
         record.loss,
         record.bits_per_byte,
         record.grad_norm,
         grouped(record.tokens_per_s.round() as u64),
         percent(record.communication_share),
-        readable(record.bytes_moved),
+        mebibytes(record.bytes_moved) + " MiB",
     )
 }
 
@@ -180,17 +180,17 @@ fn introduction(started: &Started, config: &RunConfig) -> Vec<String> {
 
 fn model_line(config: &RunConfig, total: u64, active: u64) -> String {
     let model = &config.model;
-    let layers = format!("{} layers, width {}", model.num_hidden_layers, model.hidden_size);
-    if model.moe_layers() == 0 {
-        return format!("model   {} parameters, dense: {layers}", short(total));
-    }
     let dense = if model.first_dense > 0 { format!(" ({} dense)", model.first_dense) } else { String::new() };
+    let layers = format!("{} layers{dense} of width {}", model.num_hidden_layers, model.hidden_size);
+    if model.moe_layers() == 0 {
+        return format!("model   {} parameters, no experts: {layers}", short(total));
+    }
     let shared = match model.num_shared_experts {
         0 => String::new(),
         shared => format!(" + {shared} shared"),
     };
     format!(
-        "model   {} parameters, {} active per token: {layers}{dense}, {} experts, top {}{shared}",
+        "model   {} parameters, {} active: {layers}, {} experts, top {}{shared}",
         short(total),
         short(active),
         model.num_experts,
@@ -215,10 +215,13 @@ fn layout_line(started: &Started, config: &RunConfig) -> String {
 
 fn memory_line(started: &Started) -> String {
     let total: u64 = started.memory.iter().map(|(_, bytes)| bytes).sum();
-    let parts: Vec<String> = started
-        .memory
-        .iter()
-        .map(|(what, bytes)| format!("{what} {:.1}", *bytes as f64 / f64::from(1 << 20)))
-        .collect();
-    format!("memory  about {} a rank; MiB: {}", readable(total), parts.join(", "))
+    let parts: Vec<String> =
+        started.memory.iter().map(|(what, bytes)| format!("{what} {}", mebibytes(*bytes))).collect();
+    format!("memory  {} MiB a rank, estimated: {}", mebibytes(total), parts.join(", "))
+}
+
+/// A number of MiB, with a decimal where it is small.
+fn mebibytes(bytes: u64) -> String {
+    let value = bytes as f64 / f64::from(1 << 20);
+    if value < 9.95 { format!("{value:.1}") } else { format!("{value:.0}") }
 }

@@ -408,7 +408,8 @@ fn check(holds: bool, field: &'static str, value: impl ToString, rule: &str) -> 
 
 /// What a parser says, in one line.
 fn parse_error(text: &str, error: &toml::de::Error) -> ConfigError {
-    let line = error.span().map_or(1, |span| text[..span.start.min(text.len())].matches('\n').count() + 1);
+    let before = error.span().map_or(0, |span| span.start.min(text.len()));
+    let line = 1 + text.as_bytes()[..before].iter().filter(|byte| **byte == b'\n').count();
     ConfigError::Parse(format!("line {line}: {}", error.message().replace('\n', " ")))
 }
 

@@ -1,0 +1,332 @@
+//! `unisono bench`: measurements of this machine.
+
+use clap::{Args, Subcommand};
+use serde_json::{Value, json};
+use unisono_comm::bench::reduce_gather;
+use unisono_data::Dataset;
+use unisono_mesh::Grid;
+use unisono_plan::ModelConfig;
+use unisono_train::RunConfig;
+use unisono_train::baseline::{BaselineMeasured, Synchronisation, bench_baseline};
+use unisono_train::bench::{StepBench, StepMeasured, bench_products, bench_step};
+use unisono_train::config::{EvaluationConfig, TrainConfig};
+
+use crate::error::{CliError, DONE};
+use crate::layout::cores;
+use crate::screen::say;
+use crate::style::table;
+
+/// `unisono bench`
+#[derive(Debug, Subcommand)]
+pub enum Bench {
+    /// A whole training step: tokens a second, memory, share of the rate of its products
+    Step(Step),
+    /// The products of a step, each alone
+    Gemm(Products),
+    /// What folding 8 replicas onto 1 and 2 ranks costs
+    Fold(Products),
+    /// One step synchronised by a single reducer, by parameter servers, and our way
+    Baseline(Baseline),
+    /// Reduce-scatter + all-gather between ranks next to memory copies of the same volume
+    Collectives(Collectives),
+}
+
+/// Sizes of the step, named as in `scripts/torch_moe.py`.
+#[derive(Debug, Clone, Args)]
+pub struct Sizes {
+    /// Tokens of the vocabulary, at most 4,096
+    #[arg(long, default_value_t = 4096)]
+    vocab: usize,
+    /// Width of the model
+    #[arg(long, default_value_t = 256)]
+    d_model: usize,
+    /// Layers, each with experts
+    #[arg(long, default_value_t = 4)]
+    layers: usize,
+    /// Query heads
+    #[arg(long, default_value_t = 4)]
+    heads: usize,
+    /// Key and value heads
+    #[arg(long, default_value_t = 2)]
+    kv_heads: usize,
+    /// Routed experts
+    #[arg(long, default_value_t = 16)]
+    experts: usize,
+    /// Experts a token visits
+    #[arg(long, default_value_t = 2)]
+    top_k: usize,
+    /// Shared experts
+    #[arg(long, default_value_t = 1)]
+    shared: usize,
+    /// Hidden width of an expert
+    #[arg(long, default_value_t = 256)]
+    expert_ff: usize,
+    /// Tokens of a sequence
+    #[arg(long, default_value_t = 256)]
+    seq: usize,
+    /// Sequences of a step
+    #[arg(long, default_value_t = 32)]
+    batch: usize,
+    /// Sequences of a replica in one accumulation step
+    #[arg(long, default_value_t = 8)]
+    micro: usize,
+    /// Print one JSON object
+    #[arg(long)]
+    json: bool,
+}
+
+/// `unisono bench step`
+#[derive(Debug, Args)]
+pub struct Step {
+    #[command(flatten)]
+    sizes: Sizes,
+    /// Ranks
+    #[arg(long, default_value_t = 1)]
+    ranks: usize,
+    /// Compute threads of each rank [default: cores / ranks]
+    #[arg(long)]
+    threads: Option<usize>,
+    /// Replicas of the grid
+    #[arg(long, default_value_t = 2)]
+    replicas: usize,
+    /// Slots that dispatch tokens together
+    #[arg(long, default_value_t = 2)]
+    expert_group: usize,
+    /// Steps measured
+    #[arg(long, default_value_t = 10)]
+    steps: usize,
+    /// Steps before the measured ones
+    #[arg(long, default_value_t = 3)]
+    warmup: usize,
+}
+
+/// `unisono bench gemm` and `unisono bench fold`
+#[derive(Debug, Args)]
+pub struct Products {
+    #[command(flatten)]
+    sizes: Sizes,
+    /// Compute threads [default: the cores]
+    #[arg(long)]
+    threads: Option<usize>,
+}
+
+/// `unisono bench baseline`
+#[derive(Debug, Args)]
+pub struct Baseline {
+    #[command(flatten)]
+    sizes: Sizes,
+    /// Steps measured at each number of ranks
+    #[arg(long, default_value_t = 3)]
+    steps: usize,
+}
+
+/// `unisono bench collectives`
+#[derive(Debug, Args)]
+pub struct Collectives {
+    /// Print one JSON object
+    #[arg(long)]
+    json: bool,
+}
+
+/// `unisono bench`
+pub fn run(args: Bench) -> Result<u8, CliError> {
+    match args {
+        Bench::Step(args) => step(&args),
+        Bench::Gemm(args) => gemm(&args),
+        Bench::Fold(args) => fold(&args),
+        Bench::Baseline(args) => baseline(&args),
+        Bench::Collectives(args) => collectives(&args),
+    }
+}
+
+/// The computation: `micro` sequences at a time on one rank, all slots of a wave together.
+fn config(sizes: &Sizes, replicas: usize, expert_group: usize) -> Result<RunConfig, CliError> {
+    let share = |what: &str, whole: usize, parts: usize| match whole.is_multiple_of(parts) && whole >= parts {
+        true => Ok(whole / parts),
+        false => Err(CliError::usage(format!("{what} = {whole} cannot be shared out evenly over {parts}"))),
+    };
+    let batch = share("--batch", sizes.batch, replicas)?;
+    let micro = sizes.micro.min(batch);
+    let config = RunConfig {
+        grid: Grid { replicas, expert_group, ..Grid::default() },
+        model: ModelConfig {
+            vocab_size: sizes.vocab,
+            hidden_size: sizes.d_model,
+            num_hidden_layers: sizes.layers,
+            num_attention_heads: sizes.heads,
+            num_key_value_heads: sizes.kv_heads,
+            head_dim: share("--d-model", sizes.d_model, sizes.heads)?,
+            moe_intermediate_size: sizes.expert_ff,
+            num_experts: sizes.experts,
+            top_k: sizes.top_k,
+            num_shared_experts: sizes.shared,
+            first_dense: 0,
+            balance_loss_coef: 0.0,
+            qk_norm: false,
+            ..ModelConfig::default()
+        },
+        train: TrainConfig {
+            sequence_length: sizes.seq,
+            micro_batch: micro,
+            accumulate: share("the sequences of a replica", batch, micro)?,
+            ..TrainConfig::default()
+        },
+        evaluation: EvaluationConfig { every: 0, ..EvaluationConfig::default() },
+        ..RunConfig::default()
+    };
+    config.validate().map_err(unisono_train::TrainError::from)?;
+    Ok(config)
+}
+
+/// Rows that a rank works on at a time.
+fn rows_at_a_time(config: &RunConfig, slots: usize) -> usize {
+    slots * config.train.micro_batch * config.train.sequence_length
+}
+
+fn print(json: bool, value: &Value, lines: Vec<String>) -> Result<u8, CliError> {
+    if json {
+        say(&format!("{value}\n"));
+    } else {
+        say(&(lines.join("\n") + "\n"));
+    }
+    Ok(DONE)
+}
+
+fn measure(
+    config: RunConfig,
+    ranks: usize,
+    threads: usize,
+    args: (usize, usize),
+) -> Result<StepMeasured, CliError> {
+    let (warmup, steps) = args;
+    Ok(bench_step(&StepBench { config, ranks, threads, warmup, steps: steps.max(1) })?)
+}
+
+fn step(args: &Step) -> Result<u8, CliError> {
+    let config = config(&args.sizes, args.replicas, args.expert_group)?;
+    let threads = args.threads.unwrap_or((cores() / args.ranks).max(1));
+    let measured = measure(config.clone(), args.ranks, threads, (args.warmup, args.steps))?;
+    let rows = rows_at_a_time(&config, (args.replicas / args.ranks).min(args.expert_group));
+    let products = bench_products(&config.model, rows, args.ranks * threads)?;
+    let share = measured.gflops / products.gflops;
+    let mut value = json!(measured);
+    value["gemm_rate_share"] = json!(share);
+    let mut rows = vec![vec!["phase".into(), "lane".into(), "ms a step".into()]];
+    let mut phases = measured.phases.clone();
+    phases.sort_by(|a, b| b.2.total_cmp(&a.2));
+    rows.extend(phases.into_iter().map(|(lane, name, ms)| vec![name, lane, format!("{ms:.1}")]));
+    let mut lines = vec![
+        format!("{:.0} tokens/s, {:.3} s a step", measured.tokens_per_s, measured.step_s.median),
+        format!(
+            "peak resident memory {:.0} MiB, {:.0} MiB of buffers a rank",
+            measured.peak_rss_mib, measured.rank_mib
+        ),
+        format!(
+            "{:.1} GFLOP/s: {:.0}% of the {:.1} GFLOP/s that the step's products reach alone",
+            measured.gflops,
+            share * 100.0,
+            products.gflops
+        ),
+    ];
+    lines.extend(table(&rows, 2));
+    print(args.sizes.json, &value, lines)
+}
+
+fn gemm(args: &Products) -> Result<u8, CliError> {
+    let config = config(&args.sizes, 2, 2)?;
+    let threads = args.threads.unwrap_or_else(cores);
+    let measured = bench_products(&config.model, rows_at_a_time(&config, 2), threads)?;
+    let mut rows = vec![vec!["product, m x n x k".into(), "of operations".into(), "GFLOP/s".into()]];
+    for (shape, share, rate) in &measured.shapes {
+        rows.push(vec![shape.clone(), format!("{:.1}%", share * 100.0), format!("{rate:.1}")]);
+    }
+    let mut lines = table(&rows, 1);
+    lines.push(format!("weighted by operations: {:.1} GFLOP/s on {threads} threads", measured.gflops));
+    print(args.sizes.json, &json!({"gflops": measured.gflops, "threads": threads}), lines)
+}
+
+fn fold(args: &Products) -> Result<u8, CliError> {
+    let threads = args.threads.unwrap_or_else(cores);
+    let mut rows =
+        vec![["grid", "ranks x threads", "tokens/s", "time", "MiB", "memory"].map(String::from).to_vec()];
+    let mut list = Vec::new();
+    let mut base: Option<StepMeasured> = None;
+    let layouts = [(1, 1, 1, threads), (8, 8, 1, threads), (8, 8, 2, (threads / 2).max(1))];
+    for (replicas, expert_group, ranks, threads) in layouts {
+        let sizes = Sizes { micro: args.sizes.micro.max(expert_group), ..args.sizes.clone() };
+        let config = config(&sizes, replicas, expert_group)?;
+        let measured = measure(config, ranks, threads, (1, 4))?;
+        let mib = measured.rank_mib * ranks as f64;
+        let first = base.get_or_insert_with(|| measured.clone());
+        let (time, memory) = (first.tokens_per_s / measured.tokens_per_s, mib / first.rank_mib);
+        let grid = format!("{replicas} replicas in groups of {expert_group}");
+        let layout = format!("{ranks} x {threads}");
+        let numbers = [measured.tokens_per_s.round(), time, mib.round(), memory];
+        let [rate, time_text, mib_text, memory_text] = [
+            format!("{:.0}", numbers[0]),
+            format!("{time:.2}x"),
+            format!("{mib:.0}"),
+            format!("{memory:.2}x"),
+        ];
+        rows.push(vec![grid.clone(), layout.clone(), rate, time_text, mib_text, memory_text]);
+        list.push(json!({
+            "grid": grid, "layout": layout, "tokens_per_s": numbers[0], "time": time, "mib": numbers[2], "memory": memory,
+        }));
+    }
+    print(args.sizes.json, &json!({"layouts": list}), table(&rows, 2))
+}
+
+fn baseline(args: &Baseline) -> Result<u8, CliError> {
+    let config = config(&args.sizes, 1, 1)?;
+    let mut rows = vec![
+        ["ranks", "synchronised by", "busiest rank MiB", "all ranks MiB", "in exchange s", "step s"]
+            .map(String::from)
+            .to_vec(),
+    ];
+    let mut list: Vec<BaselineMeasured> = Vec::new();
+    for ranks in [2, 4, 8] {
+        let mut config = config.clone();
+        let batch = args.sizes.batch / ranks;
+        (config.train.micro_batch, config.train.accumulate) = (batch.max(1), 1);
+        let dataset = Dataset::random(1, config.train.sequence_length * args.sizes.batch * 4 + 1, 4096)?;
+        for way in [Synchronisation::MapReduce, Synchronisation::ParameterServer, Synchronisation::Unisono] {
+            let measured = bench_baseline(&config, &dataset, way, ranks, args.steps.max(1))?;
+            let mib = |bytes: u64| format!("{:.1}", bytes as f64 / f64::from(1 << 20));
+            let name = match way {
+                Synchronisation::MapReduce => "one reducer",
+                Synchronisation::ParameterServer => "parameter servers",
+                Synchronisation::Unisono => "unisono",
+            };
+            rows.push(vec![
+                ranks.to_string(),
+                name.into(),
+                mib(measured.busiest_rank_bytes),
+                mib(measured.total_bytes),
+                format!("{:.3}", measured.communication_s),
+                format!("{:.3}", measured.step_s),
+            ]);
+            list.push(measured);
+        }
+    }
+    print(args.sizes.json, &json!({"ways": list}), table(&rows, 2))
+}
+
+fn collectives(args: &Collectives) -> Result<u8, CliError> {
+    let mut rows = vec![["ranks", "MiB", "GB/s", "of memory copies"].map(String::from).to_vec()];
+    let mut list = Vec::new();
+    for ranks in [2, 4] {
+        for mib in [1usize, 4, 16, 64] {
+            let measured = reduce_gather(ranks, mib << 20, 9)
+                .map_err(|error| CliError { code: crate::error::BUG, message: error.to_string() })?;
+            let rate = measured.bytes_per_s() / 1e9;
+            rows.push(vec![
+                ranks.to_string(),
+                mib.to_string(),
+                format!("{rate:.2}"),
+                format!("{:.0}%", measured.ratio() * 100.0),
+            ]);
+            list.push(json!({"ranks": ranks, "mib": mib, "gb_per_s": rate, "ratio": measured.ratio()}));
+        }
+    }
+    print(args.json, &json!({"reduce_scatter_all_gather": list}), table(&rows, 1))
+}

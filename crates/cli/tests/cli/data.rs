@@ -1,0 +1,70 @@
+//! From text to a run.
+
+use std::fs;
+
+use crate::common::{TINY, run, small_text};
+
+#[test]
+fn text_becomes_a_dataset_that_trains() {
+    let folder = tempfile::tempdir().unwrap();
+    let folder = folder.path();
+    fs::write(folder.join("a.txt"), small_text()).unwrap();
+    let line = serde_json::json!({"text": small_text(), "source": "made up"});
+    fs::write(folder.join("b.jsonl"), format!("{line}\n{line}\n")).unwrap();
+    let args = [
+        "data",
+        "prepare",
+        "a.txt",
+        "b.jsonl",
+        "--out",
+        "set",
+        "--validation",
+        "0.2",
+        "--shard-tokens",
+        "9000",
+    ];
+    let done = run(folder, 0, &args).out;
+    for part in ["\n  train       ", "\n  validation  ", "[data]\npath = \"set\"", "vocab_size = 4096"] {
+        assert!(done.contains(part), "no {part:?} in\n{done}");
+    }
+    let good = run(folder, 0, &["data", "verify", "set"]).out;
+    assert!(good.starts_with("set: every byte is right: "), "{good}");
+    let again = run(folder, 2, &args).err;
+    assert!(again.contains("set already holds a dataset"), "{again}");
+
+    let advice = done.lines().find(|line| line.contains(" train --set ")).unwrap();
+    let advice: Vec<&str> = advice.split_once(" train ").unwrap().1.split_whitespace().collect();
+    let train =
+        [&["train", TINY, "--run", "r", "--steps", "4", "--set", "sample.tokens=4"][..], &advice].concat();
+    let trained = run(folder, 0, &train).out;
+    assert!(trained.contains("/set: ") && trained.contains("step 4/4  validation loss"), "{trained}");
+    // The run remembers where its data are, wherever it is looked at from.
+    let elsewhere = tempfile::tempdir().unwrap();
+    let path = folder.join("r");
+    run(elsewhere.path(), 0, &["eval", "--run", path.to_str().unwrap(), "--sequences", "4"]);
+}
+
+#[test]
+fn a_dataset_without_validation_trains_and_says_what_it_lacks() {
+    let folder = tempfile::tempdir().unwrap();
+    let folder = folder.path();
+    fs::write(folder.join("a.txt"), small_text()).unwrap();
+    run(folder, 0, &["data", "prepare", "a.txt", "--out", "set", "--validation", "0"]);
+    let args =
+        ["train", TINY, "--run", "r", "--steps", "2", "--set", "data.path=set", "--set", "sample.tokens=0"];
+    let trained = run(folder, 0, &args).out;
+    assert!(!trained.contains("validation"), "{trained}");
+    let lacking = run(folder, 2, &["eval", "--run", "r"]).err;
+    assert!(lacking.contains("no validation sequence of 64 tokens"), "{lacking}");
+}
+
+#[test]
+fn configs_are_printed_whole() {
+    let folder = tempfile::tempdir().unwrap();
+    let printed = run(folder.path(), 0, &["config", "--print", TINY, "--set", "train.seed=5"]).out;
+    assert!(printed.contains("seed = 5\n") && printed.contains("rope_theta = 10000.0\n"), "{printed}");
+    fs::write(folder.path().join("printed.toml"), &printed).unwrap();
+    assert_eq!(run(folder.path(), 0, &["config", "--print", "printed.toml"]).out, printed);
+    let reference = run(folder.path(), 0, &["config", "--reference"]).out;
+    assert!(reference.contains("| `train.steps` | integer | `400` |"), "{reference}");
+}

@@ -1,0 +1,7 @@
+//! The binary as a person uses it: what it writes, what it prints, how it ends.
+
+mod common;
+mod data;
+mod mistakes;
+mod signals;
+mod train;

@@ -1,0 +1,119 @@
+//! What is said, and with which exit code, when something is wrong.
+
+use std::fs;
+use std::path::Path;
+
+use crate::common::{TINY, dataset, run, train, train_args};
+
+/// Expects an exit code, nothing on stdout, and on stderr one or two lines with all of `parts`.
+fn refused(folder: &Path, code: i32, args: &[&str], parts: &[&str]) {
+    let done = run(folder, code, args);
+    let lines = done.err.lines().count();
+    assert!((1..=2).contains(&lines) && done.err.starts_with("error: "), "{args:?}: {}", done.err);
+    assert_eq!(done.out, "", "{args:?}");
+    for part in parts {
+        assert!(done.err.contains(part), "{args:?}: no {part:?} in {}", done.err);
+    }
+}
+
+#[test]
+fn configs() {
+    let folder = tempfile::tempdir().unwrap();
+    let folder = folder.path();
+    refused(folder, 2, &["train", "none.toml"], &["none.toml"]);
+    fs::write(folder.join("key.toml"), "# a comment\n[train]\nstep = 3\n").unwrap();
+    refused(folder, 2, &["train", "key.toml"], &["key.toml: line 3: unknown field `step`", "`steps`"]);
+    fs::write(folder.join("syntax.toml"), "[train\n").unwrap();
+    refused(folder, 2, &["train", "syntax.toml"], &["syntax.toml: line 1: "]);
+    fs::write(folder.join("value.toml"), "[train]\nmicro_batch = 0\n").unwrap();
+    refused(folder, 2, &["train", "value.toml"], &["value.toml: train.micro_batch = 0: must be between 1"]);
+    refused(folder, 2, &["train", "--set", "train.stepz=3"], &["--set train.stepz=3: unknown field `stepz`"]);
+    refused(folder, 2, &["train", "--set", "steps"], &["--set steps: must be key.path=value"]);
+    refused(folder, 2, &["train", "--set", "model.top_k=99"], &["model.top_k = 99: must be between 1"]);
+    let wsd = ["train", "--set", "schedule.kind=wsd", "--steps", "10"];
+    refused(folder, 2, &wsd, &["schedule.decay_steps", "train.steps = 10"]);
+    assert!(!folder.join("runs").exists(), "what is refused leaves nothing behind");
+}
+
+#[test]
+fn layouts_and_folders() {
+    let folder = tempfile::tempdir().unwrap();
+    let folder = folder.path();
+    refused(
+        folder,
+        2,
+        &["train", TINY, "--ranks", "3"],
+        &["ranks = 3 does not divide the grid's slots = 4; values that do: 1, 2, 4"],
+    );
+    let many = run(folder, 2, &["train", "--ranks", "0"]);
+    assert!(many.err.contains("0 is not in 1..=65536"), "{}", many.err);
+    refused(folder, 2, &["train", "--resume"], &["there is no run in runs/", "--run DIR"]);
+    refused(folder, 2, &["train", "--resume", "--run", "none"], &["none holds no run to resume"]);
+    train(folder, "a", &["--steps", "1", "--set", "sample.tokens=0"]);
+    refused(folder, 2, &train_args("a", &[]), &["a already holds a run", "--resume", "--run"]);
+    refused(
+        folder,
+        2,
+        &["train", "--run", "a", "--resume", "--steps", "2", "--set", "train.seed=1"],
+        &["resume asks for seed = 1, the run was started with seed = 42"],
+    );
+    refused(folder, 2, &["eval", "--run", "a", "--ranks", "3"], &["values that do: 1, 2, 4"]);
+    refused(folder, 2, &["eval", "--run", "a", "--step", "9"], &["no checkpoint of step 9", "checkpoint ls"]);
+    refused(folder, 2, &["generate", "--run", "a", "--temperature", "nan"], &["--temperature NaN: must be"]);
+    refused(folder, 2, &["generate", "--run", "a", "--top-p", "0"], &["--top-p 0: must be above 0"]);
+    refused(folder, 2, &["generate", "--run", "none"], &["none has no checkpoint that verifies"]);
+    refused(folder, 2, &["checkpoint", "ls", "none"], &["none has no checkpoints"]);
+    refused(folder, 2, &["diff", "a", "none"], &["none is not the folder of a run"]);
+}
+
+#[test]
+fn input_files() {
+    let folder = tempfile::tempdir().unwrap();
+    let folder = folder.path();
+    refused(folder, 3, &["train", "--set", "data.path=none"], &["none/dataset.json", "unisono data prepare"]);
+    refused(folder, 3, &["data", "verify", "none"], &["none/dataset.json"]);
+    refused(folder, 3, &["data", "prepare", "none.txt", "--out", "o"], &["none.txt"]);
+    fs::write(folder.join("bad.jsonl"), "{\"text\": \"fine\"}\n{\"text\": 3}\n").unwrap();
+    refused(folder, 3, &["data", "prepare", "bad.jsonl", "--out", "o"], &["bad.jsonl:2: "]);
+    fs::write(folder.join("tokenizer.json"), "{}").unwrap();
+    let args = ["data", "prepare", "bad.jsonl", "--out", "o", "--tokenizer", "tokenizer.json"];
+    refused(folder, 3, &args, &["tokenizer.json cannot be used"]);
+    let args = ["data", "prepare", "bad.jsonl", "--out", "o", "--validation", "1.5"];
+    refused(folder, 2, &args, &["--validation 1.5: must be at least 0 and below 1"]);
+
+    let copy = folder.join("copy");
+    fs::create_dir(&copy).unwrap();
+    for entry in fs::read_dir(dataset()).unwrap() {
+        let path = entry.unwrap().path();
+        fs::copy(&path, copy.join(path.file_name().unwrap())).unwrap();
+    }
+    let shard = copy.join("train-00000.tokens");
+    let mut bytes = fs::read(&shard).unwrap();
+    let middle = bytes.len() / 2;
+    bytes[middle] ^= 1;
+    fs::write(&shard, bytes).unwrap();
+    refused(folder, 3, &["data", "verify", "copy"], &["train-00000.tokens: section tokens, byte "]);
+    let damaged =
+        run(folder, 3, &["train", TINY, "--set", "data.path=copy", "--run", "r", "--set", "sample.tokens=0"]);
+    assert!(damaged.err.contains("train-00000.tokens: section tokens, byte "), "{}", damaged.err);
+}
+
+/// A learning rate that no model survives.
+#[test]
+fn numbers_that_are_not_finite() {
+    let folder = tempfile::tempdir().unwrap();
+    let args = [
+        "--set",
+        "optimizer.learning_rate=1e30",
+        "--set",
+        "schedule.warmup_steps=0",
+        "--set",
+        "train.on_non_finite=halt",
+        "--set",
+        "sample.tokens=0",
+    ];
+    let done = run(folder.path(), 17, &train_args("a", &args));
+    for part in ["error: halted at step ", "no rank updated", "seed 42"] {
+        assert!(done.err.contains(part), "no {part:?} in {}", done.err);
+    }
+}
