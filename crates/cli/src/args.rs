@@ -57,7 +57,7 @@ pub struct Train {
     /// The same as --set train.steps=N
     #[arg(long, value_name = "N")]
     pub steps: Option<u64>,
-    /// Run folder [default: runs/<date>-<time>; with --resume the newest in runs/]
+    /// Run folder [default: runs/DATE-TIME; with --resume the newest in runs/]
     #[arg(long, value_name = "DIR")]
     pub run: Option<PathBuf>,
     /// Go on from the newest checkpoint that verifies

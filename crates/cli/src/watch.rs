@@ -150,7 +150,12 @@ fn introduction(started: &Started, config: &RunConfig) -> Vec<String> {
         .as_deref()
         .map_or_else(|| "built-in text (Shakespeare)".into(), |path: &Path| path.display().to_string());
     let mut lines = vec![
-        model_line(config, total as u64, active as u64),
+        model_line(config),
+        format!(
+            "size    {} parameters, {} of them active for a token",
+            short(total as u64),
+            short(active as u64)
+        ),
         layout_line(started, config),
         format!(
             "batch   {} sequences of {} tokens = {} tokens a step, {} steps",
@@ -178,24 +183,18 @@ fn introduction(started: &Started, config: &RunConfig) -> Vec<String> {
     lines
 }
 
-fn model_line(config: &RunConfig, total: u64, active: u64) -> String {
+fn model_line(config: &RunConfig) -> String {
     let model = &config.model;
     let dense = if model.first_dense > 0 { format!(" ({} dense)", model.first_dense) } else { String::new() };
-    let layers = format!("{} layers{dense} of width {}", model.num_hidden_layers, model.hidden_size);
+    let layers = format!("model   {} layers{dense} of width {}", model.num_hidden_layers, model.hidden_size);
     if model.moe_layers() == 0 {
-        return format!("model   {} parameters, no experts: {layers}", short(total));
+        return format!("{layers}, no experts");
     }
     let shared = match model.num_shared_experts {
         0 => String::new(),
         shared => format!(" + {shared} shared"),
     };
-    format!(
-        "model   {} parameters, {} active: {layers}, {} experts, top {}{shared}",
-        short(total),
-        short(active),
-        model.num_experts,
-        model.top_k,
-    )
+    format!("{layers}, {} experts, top {}{shared}", model.num_experts, model.top_k)
 }
 
 fn layout_line(started: &Started, config: &RunConfig) -> String {
