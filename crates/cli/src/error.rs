@@ -66,7 +66,8 @@ impl From<TrainError> for CliError {
             | TrainError::Mesh(_)
             | TrainError::Memory { .. }
             | TrainError::Resume(_) => USAGE,
-            TrainError::Io { source, .. } => io_code(&source),
+            TrainError::Io { action: "read" | "open", source, .. } => io_code(&source),
+            TrainError::Io { .. } => STORAGE,
             TrainError::Storage { .. } => STORAGE,
             TrainError::NonFinite { .. } => HALTED,
             TrainError::Comm(_) | TrainError::Ranks(_) => BUG,
@@ -117,14 +118,15 @@ mod tests {
     fn errors_have_the_documented_exit_codes() {
         let missing = || std::io::Error::from(ErrorKind::NotFound);
         let full = || std::io::Error::from(ErrorKind::StorageFull);
-        let io = |source| TrainError::Io { action: "read", path: "x".into(), source };
+        let io = |action, source| TrainError::Io { action, path: "x".into(), source };
         let non_finite = TrainError::NonFinite { step: 3, loss: f64::NAN, norm: 1.0, seed: 42 };
         let data = DataError::Input { path: "x".into(), line: 1, problem: "bad".into() };
         let storage = CheckpointError::Storage { action: "write", path: "x".into(), source: full() };
-        let cases: [(TrainError, u8); 7] = [
+        let cases: [(TrainError, u8); 8] = [
             (TrainError::Resume("no".into()), USAGE),
-            (io(missing()), BAD_INPUT),
-            (io(full()), STORAGE),
+            (io("read", missing()), BAD_INPUT),
+            (io("make", missing()), STORAGE),
+            (io("write", full()), STORAGE),
             (non_finite, HALTED),
             (data.into(), BAD_INPUT),
             (DataError::Request("no".into()).into(), USAGE),

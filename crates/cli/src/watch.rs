@@ -216,7 +216,7 @@ fn memory_line(started: &Started) -> String {
     let total: u64 = started.memory.iter().map(|(_, bytes)| bytes).sum();
     let parts: Vec<String> =
         started.memory.iter().map(|(what, bytes)| format!("{what} {}", mebibytes(*bytes))).collect();
-    format!("memory  {} MiB a rank, estimated: {}", mebibytes(total), parts.join(", "))
+    format!("memory  ~{} MiB a rank: {}", mebibytes(total), parts.join(", "))
 }
 
 /// A number of MiB, with a decimal where it is small.

@@ -98,6 +98,13 @@ fn input_files() {
     assert!(damaged.err.contains("train-00000.tokens: section tokens, byte "), "{}", damaged.err);
 }
 
+#[test]
+fn a_folder_that_cannot_be_written() {
+    let folder = tempfile::tempdir().unwrap();
+    fs::write(folder.path().join("file"), "in the way").unwrap();
+    refused(folder.path(), 21, &train_args("file/run", &[]), &["cannot make file/run: "]);
+}
+
 /// A learning rate that no model survives.
 #[test]
 fn numbers_that_are_not_finite() {
