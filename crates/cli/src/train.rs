@@ -29,7 +29,7 @@ pub fn run(args: Train) -> Result<u8, CliError> {
     let screen = Arc::new(Screen::new(BAR));
     let notice = {
         let screen = Arc::clone(&screen);
-        move || screen.complain("stopping", "after this step and a checkpoint; Ctrl-C again quits at once")
+        move || screen.complain("stopping", "after this step and a checkpoint; Ctrl-C now quits at once")
     };
     let signals = Signals::listen(notice)?;
     let watch = Watch::new(Arc::clone(&screen), &signals, &config);
@@ -47,7 +47,7 @@ pub fn run(args: Train) -> Result<u8, CliError> {
     if !summary.stopped && seen.last.is_some() {
         sample(&config, &options.folder, &seen, &mut summary)?;
     }
-    say(&summary::render(&summary, started, &config, screen.paint));
+    say(&format!("\n{}", summary::render(&summary, started, &config, screen.paint)));
     say(&next_commands(&config, &options.folder, &summary, screen.paint));
     Ok(if summary.stopped && signals.terminated() { REQUEUE } else { DONE })
 }
@@ -125,7 +125,7 @@ fn sample(config: &RunConfig, folder: &Path, seen: &Seen, summary: &mut Summary)
         step: Some(summary.step),
     };
     let text = generate(folder, &options, &say)?;
-    say(&format!("\n{}\n", rule("")));
+    say(&format!("\n{}", rule("")));
     summary.sample = Some(format!("{}{text}", config.sample.prompt));
     let json = serde_json::to_vec_pretty(summary)
         .map_err(|error| CliError { code: crate::error::BUG, message: error.to_string() })?;
