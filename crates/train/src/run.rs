@@ -307,7 +307,7 @@ fn run_rank(shared: &Shared<'_>, comm: Communicator) -> Result<RankOutcome, Trai
     let stopped = run.steps()?;
     let memory = MemoryRecord {
         estimated: shared.memory.iter().map(|(_, bytes)| bytes).sum(),
-        measured: backend.pool().held() as u64,
+        measured: backend.memory().1 as u64,
     };
     let seconds = shared.began.elapsed().as_secs_f64();
     let progress = run.state.progress();
