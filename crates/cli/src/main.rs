@@ -27,6 +27,7 @@ use crate::args::{Arguments, Command};
 use crate::error::{BUG, CliError};
 
 fn main() -> ExitCode {
+    unisono_tensor::cpu::keep_freed_memory();
     let arguments = Arguments::parse();
     // A panic has said where it was; what is left to say is whose fault it is.
     let outcome = std::panic::catch_unwind(AssertUnwindSafe(|| run(arguments.command)));

@@ -62,7 +62,8 @@ fn crates_use_only_crates_above_them() {
     let allowed: BTreeMap<_, _> = MAY_USE.into_iter().collect();
     for entry in fs::read_dir(crates()).expect("the workspace").flatten() {
         let krate = entry.file_name().to_string_lossy().into_owned();
-        let may_use = allowed.get(krate.as_str()).unwrap_or_else(|| panic!("ARCHITECTURE.md does not place {krate}"));
+        let may_use =
+            allowed.get(krate.as_str()).unwrap_or_else(|| panic!("ARCHITECTURE.md does not place {krate}"));
         let manifest = fs::read_to_string(entry.path().join("Cargo.toml")).expect("a manifest");
         let dependencies = manifest.split("\n[dependencies]").nth(1).unwrap_or_default();
         let dependencies = dependencies.split("\n[").next().unwrap_or_default();

@@ -27,7 +27,7 @@ struct Shelf {
 }
 
 /// A free buffer serves a request of at least this share of its size (numerator over 4).
-const SMALLEST_SHARE_OF_4: usize = 3;
+const SMALLEST_SHARE_OF_4: usize = 2;
 
 impl Pool {
     /// A buffer of `len` elements with unspecified contents.

@@ -11,7 +11,7 @@ const ROW_STEP: usize = 24;
 /// Multiply-adds below which a tile costs more in packing and dispatch than it gains.
 const SMALLEST_TILE: usize = 1 << 20;
 /// Tiles a thread, so that a late thread does not hold up the others for long.
-const TILES_A_THREAD: usize = 2;
+const TILES_A_THREAD: usize = 1;
 
 /// [`crate::Backend::matmul`].
 pub(super) fn matmul(

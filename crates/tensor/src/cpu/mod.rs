@@ -17,9 +17,11 @@ mod rope;
 mod router;
 mod rows;
 pub mod simd;
+mod system_memory;
 
 pub use gemm::{Matrix, MatrixMut, gemm};
 pub use parallel::{DisjointMut, Scratch, Threads};
+pub use system_memory::keep_freed_memory;
 
 /// The CPU backend of one rank: its buffers and its private compute threads. Cloning shares both.
 #[derive(Clone)]

@@ -1,0 +1,26 @@
+//! How the process keeps memory that it has freed.
+
+/// Tells the C library's allocator to keep what is freed, in one arena, for the rest of the process.
+///
+/// Buffers are recycled by their [`Pool`](crate::Pool), but the product library allocates its packing buffers anew for
+/// every product. By default glibc gives each thread heaps of its own, hands their ends back to the system when they
+/// are free, and asks for them again a moment later: system calls and page faults in every step. Call it once, at the
+/// start of the program. Other allocators are left as they are.
+pub fn keep_freed_memory() {
+    #[cfg(all(target_os = "linux", target_env = "gnu"))]
+    {
+        /// Larger blocks come from the system one by one; the largest value glibc takes.
+        const LARGEST_KEPT_BLOCK: i32 = 32 << 20;
+        let options = [
+            (libc::M_ARENA_MAX, 1),
+            (libc::M_MMAP_THRESHOLD, LARGEST_KEPT_BLOCK),
+            (libc::M_TRIM_THRESHOLD, i32::MAX),
+            // The heap grows in large steps.
+            (libc::M_TOP_PAD, 16 << 20),
+        ];
+        for (option, value) in options {
+            // SAFETY: mallopt takes any option and value; it only sets parameters of the allocator, under its lock.
+            unsafe { libc::mallopt(option, value) };
+        }
+    }
+}
