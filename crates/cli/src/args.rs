@@ -54,6 +54,9 @@ pub struct Train {
     /// Compute threads of each rank [default: cores / ranks]
     #[arg(long, value_name = "N", value_parser = count())]
     pub threads: Option<usize>,
+    /// Pretend that the ranks are on nodes of these sizes, to try a layout: traffic between them counts as a network's
+    #[arg(long, value_name = "N,N", value_delimiter = ',', value_parser = count())]
+    pub nodes: Vec<usize>,
     /// The same as --set train.steps=N
     #[arg(long, value_name = "N")]
     pub steps: Option<u64>,

@@ -65,6 +65,7 @@ impl From<TrainError> for CliError {
             TrainError::Config(_)
             | TrainError::Mesh(_)
             | TrainError::Memory { .. }
+            | TrainError::Nodes { .. }
             | TrainError::Resume(_) => USAGE,
             TrainError::Io { action: "read" | "open", source, .. } => io_code(&source),
             TrainError::Io { .. } => STORAGE,

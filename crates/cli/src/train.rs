@@ -67,7 +67,7 @@ fn resolve(args: Train) -> Result<(RunConfig, RunOptions), CliError> {
     };
     let (ranks, threads) = ranks_and_threads(config.grid.slots(), args.ranks, args.threads);
     let mut options = RunOptions::new(folder, ranks, threads);
-    (options.resume, options.trace) = (args.resume, args.trace);
+    (options.resume, options.trace, options.nodes) = (args.resume, args.trace, args.nodes);
     Ok((config, options))
 }
 

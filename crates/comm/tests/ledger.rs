@@ -90,6 +90,24 @@ fn a_difference_of_snapshots_is_what_happened_between() {
     });
 }
 
+#[test]
+fn pretended_nodes_divide_the_links() {
+    let ledgers = within_seconds(20, || {
+        let ranks = ThreadRanks::new(8).nodes(&[3, 5]);
+        let run = ranks.run(|comm| {
+            gather_one(&comm, 1)?;
+            Ok::<_, CommError>(comm.ledger())
+        });
+        run.unwrap()
+    });
+    for (rank, ledger) in ledgers.iter().enumerate() {
+        let near = row(ledger, "all_gather", "world", LinkClass::SameNode);
+        let far = row(ledger, "all_gather", "world", LinkClass::OtherNode);
+        let expected = if rank < 3 { (2 * 4, 5 * 4) } else { (4 * 4, 3 * 4) };
+        assert_eq!((near.bytes_sent, far.bytes_sent), expected, "rank {rank}");
+    }
+}
+
 /// Bytes each rank sends to reduce and gather one vector of `elements` over `items` leaves.
 fn volumes(ranks: usize, items: usize, elements: usize, bucket_bytes: usize) -> Vec<(u64, u64)> {
     let cut = |total: usize, i: usize| i * total / ranks;

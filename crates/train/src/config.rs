@@ -18,6 +18,8 @@ pub struct RunConfig {
     pub data: DataConfig,
     /// Steps, batches and numerics.
     pub train: TrainConfig,
+    /// How the computation is laid out over ranks; changes no number.
+    pub layout: LayoutConfig,
     /// The optimizer.
     pub optimizer: OptimizerConfig,
     /// The learning rate over time.
@@ -112,6 +114,11 @@ impl Default for TrainConfig {
         }
     }
 }
+
+/// `[layout]`: what never changes a bit.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct LayoutConfig {}
 
 /// `[optimizer]`: AdamW.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]

@@ -43,6 +43,16 @@ pub enum TrainError {
         /// What would help.
         remedy: String,
     },
+    /// Pretended nodes that do not hold the ranks.
+    #[error(
+        "nodes of {nodes:?} ranks do not make {ranks} ranks: the sizes must be at least 1 and add up to the ranks"
+    )]
+    Nodes {
+        /// Ranks of each node.
+        nodes: Vec<usize>,
+        /// Ranks of the run.
+        ranks: usize,
+    },
     /// A non-finite loss or gradient norm under `on_non_finite = "halt"`.
     #[error(
         "halted at step {step}: loss {loss}, gradient norm {norm}; no rank updated its parameters. The batch is that of \

@@ -45,6 +45,8 @@ pub struct RunOptions {
     pub fault: Option<Fault>,
     /// Order in which messages arrive, for tests.
     pub jitter: Option<u64>,
+    /// Pretended nodes: how many consecutive ranks are on each. Empty for one node.
+    pub nodes: Vec<usize>,
 }
 
 impl RunOptions {
@@ -59,7 +61,18 @@ impl RunOptions {
             stop_after: None,
             fault: None,
             jitter: None,
+            nodes: Vec::new(),
         }
+    }
+
+    /// # Errors
+    /// [`TrainError::Nodes`] unless the pretended nodes hold all ranks.
+    fn check_nodes(&self) -> Result<(), TrainError> {
+        let (nodes, ranks) = (self.nodes.clone(), self.ranks);
+        if nodes.is_empty() || (nodes.iter().sum::<usize>() == ranks && !nodes.contains(&0)) {
+            return Ok(());
+        }
+        Err(TrainError::Nodes { nodes, ranks })
     }
 }
 
@@ -147,6 +160,7 @@ pub fn train_on(
     observer: &dyn Observer,
 ) -> Result<Summary, TrainError> {
     let fold = Fold::new(config.grid, options.ranks)?;
+    options.check_nodes()?;
     let memory = estimate(config, &fold);
     let (start, rejected) = find_start(config, options, dataset)?;
     let folder = RunFolder::open(&options.folder, config, start)?;
@@ -164,7 +178,7 @@ pub fn train_on(
         began: Instant::now(),
         memory,
     };
-    let mut ranks = ThreadRanks::new(options.ranks);
+    let mut ranks = ThreadRanks::new(options.ranks).nodes(&options.nodes);
     if let Some(seed) = options.jitter {
         ranks = ranks.jitter(seed);
     }
@@ -251,7 +265,7 @@ fn check_same_computation(now: &RunConfig, then: &RunConfig) -> Result<(), Train
         fixed.train.on_non_finite = OnNonFinite::Skip;
         let (optimizer, schedule) = Default::default();
         (fixed.optimizer, fixed.schedule) = (optimizer, schedule);
-        fixed.data = Default::default();
+        (fixed.data, fixed.layout) = Default::default();
         (fixed.evaluation, fixed.checkpoint) = (Default::default(), Default::default());
         (fixed.log, fixed.sample) = (Default::default(), Default::default());
         fixed

@@ -20,6 +20,7 @@ pub struct ThreadRanks {
     stack_bytes: Option<usize>,
     bucket_bytes: usize,
     jitter: Option<u64>,
+    nodes: Vec<usize>,
 }
 
 /// Runs `body` on `ranks` threads, each with its world communicator, and returns what they return, by rank.
@@ -39,7 +40,7 @@ impl ThreadRanks {
     /// `ranks` ranks, with the usual options.
     pub fn new(ranks: usize) -> Self {
         // Sums read the senders' memory where it is, so there is no staging to keep small.
-        Self { ranks, stack_bytes: None, bucket_bytes: usize::MAX, jitter: None }
+        Self { ranks, stack_bytes: None, bucket_bytes: usize::MAX, jitter: None, nodes: Vec::new() }
     }
 
     /// The stack of each rank's thread, in bytes.
@@ -55,6 +56,20 @@ impl ThreadRanks {
     pub fn bucket_bytes(mut self, bytes: usize) -> Self {
         self.bucket_bytes = bytes;
         self
+    }
+
+    /// Pretends that the ranks are on nodes: the first `sizes[0]` on node 0, the next `sizes[1]` on node 1 and so on.
+    /// Ranks that are left over are one more node; without sizes all are on one.
+    #[must_use]
+    pub fn nodes(mut self, sizes: &[usize]) -> Self {
+        self.nodes = sizes.to_vec();
+        self
+    }
+
+    /// The node of every rank.
+    fn node_of(&self) -> Vec<usize> {
+        let sized = self.nodes.iter().enumerate().flat_map(|(node, &size)| std::iter::repeat_n(node, size));
+        sized.chain(std::iter::repeat(self.nodes.len())).take(self.ranks).collect()
     }
 
     /// For tests: ranks start calls and take what arrives late and in another order, drawn from `seed`.
@@ -75,7 +90,7 @@ impl ThreadRanks {
         F: Fn(Communicator) -> Result<T, E> + Sync,
     {
         let spin = available_parallelism().is_ok_and(|cores| self.ranks <= cores.get());
-        let world = Arc::new(World::new(self.ranks, self.bucket_bytes, spin, self.jitter));
+        let world = Arc::new(World::new(self.node_of(), self.bucket_bytes, spin, self.jitter));
         let outcomes: Vec<Option<Result<T, Boxed>>> = thread::scope(|scope| {
             let mut threads = Vec::with_capacity(self.ranks);
             for rank in 0..self.ranks {

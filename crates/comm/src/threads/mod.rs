@@ -155,7 +155,11 @@ impl ThreadTransport {
     }
 
     fn link(&self, member: usize) -> LinkClass {
-        if member == self.rank { LinkClass::SameRank } else { LinkClass::SameNode }
+        match member {
+            member if member == self.rank => LinkClass::SameRank,
+            member if self.node(member) == self.node(self.rank) => LinkClass::SameNode,
+            _ => LinkClass::OtherNode,
+        }
     }
 
     /// For tests of determinism: takes what is ready late, in another order, or only a part of it.
@@ -195,8 +199,8 @@ impl Transport for ThreadTransport {
         self.world.ranks.len()
     }
 
-    fn node(&self, _rank: usize) -> usize {
-        0
+    fn node(&self, rank: usize) -> usize {
+        self.world.nodes[rank]
     }
 
     fn bucket_bytes(&self) -> usize {
@@ -339,7 +343,7 @@ mod tests {
 
     #[test]
     fn finished_calls_leave_nothing_behind() {
-        let world = Arc::new(World::new(3, usize::MAX, false, None));
+        let world = Arc::new(World::new(vec![0; 3], usize::MAX, false, None));
         std::thread::scope(|scope| {
             for rank in 0..3 {
                 let transport = ThreadTransport::new(Arc::clone(&world), rank);

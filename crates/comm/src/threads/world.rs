@@ -13,6 +13,8 @@ use crate::transport::{CallKey, GroupId};
 /// The shared world.
 pub(super) struct World {
     pub ranks: Vec<RankDesk>,
+    /// The node of every rank.
+    pub nodes: Vec<usize>,
     pub bucket_bytes: usize,
     pub spin: bool,
     pub jitter: Option<u64>,
@@ -49,7 +51,8 @@ pub(super) struct RankState {
 }
 
 impl World {
-    pub fn new(ranks: usize, bucket_bytes: usize, spin: bool, jitter: Option<u64>) -> Self {
+    pub fn new(nodes: Vec<usize>, bucket_bytes: usize, spin: bool, jitter: Option<u64>) -> Self {
+        let ranks = nodes.len();
         let state = State {
             boards: HashMap::new(),
             ranks: (0..ranks).map(|_| RankState::default()).collect(),
@@ -59,6 +62,7 @@ impl World {
         };
         Self {
             ranks: (0..ranks).map(|_| RankDesk::default()).collect(),
+            nodes,
             bucket_bytes,
             spin,
             jitter,
