@@ -3,6 +3,7 @@
 mod layout;
 mod memory;
 mod model;
+pub mod schedule;
 
 pub use layout::{Init, LayerTensors, Layout, NORM_CHUNK, TensorSpec};
 pub use memory::{KeptActivations, MemoryEstimate, StepShape};

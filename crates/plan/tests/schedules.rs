@@ -1,0 +1,146 @@
+//! Every schedule is complete, free of deadlock and within its stated activations in flight; the texts are as drawn here.
+
+use proptest::prelude::*;
+use unisono_plan::schedule::{Chunk, InFlight, Op, Schedule, ScheduleKind};
+
+/// Sizes that a kind allows, made from free numbers.
+fn allowed(kind: ScheduleKind, ranks: usize, stages: usize, extra: usize) -> (usize, usize, usize) {
+    match kind {
+        ScheduleKind::OneForwardOneBackward | ScheduleKind::ZeroBubble => (ranks, 1, 1 + extra),
+        ScheduleKind::Interleaved => (ranks, 1 + stages, ranks * (1 + extra / ranks)),
+        ScheduleKind::DualPipeV => (ranks, 2, 2 * ranks + extra),
+    }
+}
+
+proptest! {
+    #[test]
+    fn every_schedule_is_complete_without_deadlock_and_holds_what_it_says(
+        kind in prop::sample::select(&ScheduleKind::ALL[..]),
+        ranks in 1usize..9, stages in 1usize..4, extra in 0usize..24,
+    ) {
+        let (ranks, stages, micro_batches) = allowed(kind, ranks, stages, extra);
+        let schedule = kind.schedule(ranks, stages, micro_batches).expect("allowed sizes");
+        schedule.check().map_err(|error| TestCaseError::fail(format!("{kind}: {error}\n{schedule}")))?;
+        schedule.clone().then_update().check().expect("the update adds exchanges in pairs");
+        for rank in 0..ranks {
+            let stated = kind.in_flight(ranks, stages, micro_batches, rank);
+            prop_assert_eq!(schedule.in_flight(rank), stated, "{} rank {}\n{}", kind, rank, schedule);
+        }
+    }
+
+    #[test]
+    fn a_lost_or_repeated_op_is_found(
+        kind in prop::sample::select(&ScheduleKind::ALL[..]),
+        ranks in 1usize..5, extra in 0usize..6, rank in 0usize..5, at in 0usize..99, lose in any::<bool>(),
+    ) {
+        let (ranks, stages, micro_batches) = allowed(kind, ranks, 1, extra);
+        let mut schedule = kind.schedule(ranks, stages, micro_batches).expect("allowed sizes");
+        let ops = &mut schedule.ranks[rank % ranks];
+        let at = at % ops.len();
+        if lose {
+            ops.remove(at);
+        } else {
+            ops.insert(at, ops[at]);
+        }
+        prop_assert!(schedule.check().is_err(), "{}", schedule);
+    }
+}
+
+#[test]
+fn one_forward_one_backward_reads_like_its_figure() {
+    check(
+        ScheduleKind::OneForwardOneBackward,
+        (3, 1, 4),
+        "rank 0 stages 0: F0@0 F1@0 F2@0 B0@0 F3@0 B1@0 B2@0 B3@0
+rank 1 stages 1: F0@1 F1@1 B0@1 F2@1 B1@1 F3@1 B2@1 B3@1
+rank 2 stages 2: F0@2 B0@2 F1@2 B1@2 F2@2 B2@2 F3@2 B3@2
+",
+    );
+}
+
+#[test]
+fn interleaved_runs_groups_of_micro_batches_through_each_of_its_stages() {
+    check(
+        ScheduleKind::Interleaved,
+        (2, 2, 2),
+        "rank 0 stages 0 2: F0@0 F1@0 F0@2 F1@2 B0@2 B1@2 B0@0 B1@0
+rank 1 stages 1 3: F0@1 F1@1 F0@3 B0@3 F1@3 B1@3 B0@1 B1@1
+",
+    );
+}
+
+#[test]
+fn zero_bubble_puts_weight_gradients_off() {
+    check(
+        ScheduleKind::ZeroBubble,
+        (2, 1, 4),
+        "rank 0 stages 0: F0@0 F1@0 I0@0 W0@0 F2@0 I1@0 W1@0 F3@0 I2@0 W2@0 I3@0 W3@0
+rank 1 stages 1: F0@1 I0@1 F1@1 I1@1 W0@1 F2@1 I2@1 W1@1 F3@1 I3@1 W2@1 W3@1
+",
+    );
+}
+
+#[test]
+fn dual_pipe_v_overlaps_the_legs_of_the_v() {
+    check(
+        ScheduleKind::DualPipeV,
+        (2, 2, 4),
+        "rank 0 stages 0 3: F0@0 F1@0 F2@0 F0@3 I0@3 W0@3 F1@3 F3@0+B1@3 F2@3+B0@0 B2@3 F3@3+B1@0 B3@3 I2@0 W2@0 I3@0 W3@0
+rank 1 stages 1 2: F0@1 F0@2 F1@1 F1@2 F2@1 B0@2 F2@2+B0@1 F3@1+B1@2 F3@2+B1@1 B2@2 B2@1 I3@2 I3@1 W3@2 W3@1
+",
+    );
+}
+
+fn check(kind: ScheduleKind, (ranks, stages, micro_batches): (usize, usize, usize), expected: &str) {
+    let schedule = kind.schedule(ranks, stages, micro_batches).expect("allowed sizes");
+    assert_eq!(schedule.to_string(), expected);
+}
+
+#[test]
+fn sizes_that_do_not_fit_are_refused_with_the_rule() {
+    let said = |kind: ScheduleKind, (ranks, stages, micro_batches)| {
+        kind.schedule(ranks, stages, micro_batches).expect_err("refused").to_string()
+    };
+    assert_eq!(
+        said(ScheduleKind::Interleaved, (4, 2, 6)),
+        "interleaved cannot run 6 micro-batches on 4 pipeline ranks with 2 stages each: micro-batches must be a \
+         multiple of 4"
+    );
+    assert_eq!(
+        said(ScheduleKind::DualPipeV, (4, 2, 7)),
+        "dualpipev cannot run 7 micro-batches on 4 pipeline ranks with 2 stages each: at least 8 micro-batches"
+    );
+    assert_eq!(
+        said(ScheduleKind::ZeroBubble, (4, 2, 8)),
+        "zb1p cannot run 8 micro-batches on 4 pipeline ranks with 2 stages each: it holds one stage a rank"
+    );
+}
+
+#[test]
+fn ranks_that_wait_for_each_other_are_named() {
+    let chunk = |stage, micro_batch| Chunk { stage, micro_batch };
+    let schedule = Schedule {
+        micro_batches: 1,
+        placement: vec![0, 1],
+        ranks: vec![
+            vec![Op::Forward(chunk(0, 0)), Op::Backward(chunk(0, 0))],
+            vec![Op::Backward(chunk(1, 0)), Op::Forward(chunk(1, 0))],
+        ],
+    };
+    let error = schedule.check().expect_err("a backward before its forward");
+    assert_eq!(error.to_string(), "pipeline rank 1: I0@1 comes twice or too early");
+    let swapped = Schedule {
+        ranks: vec![schedule.ranks[0].iter().rev().copied().collect(), schedule.ranks[1].clone()],
+        placement: vec![1, 0],
+        ..schedule
+    };
+    assert!(swapped.check().is_err());
+}
+
+#[test]
+fn peak_bytes_weigh_activations_and_what_weight_gradients_need() {
+    let schedule = ScheduleKind::ZeroBubble.schedule(4, 1, 8).expect("allowed sizes");
+    assert_eq!(schedule.in_flight(3), InFlight { activations: 1, weight_operands: 4 });
+    assert_eq!(schedule.peak_bytes(0, |_| 100, |_| 0), 400);
+    assert_eq!(schedule.peak_bytes(3, |_| 100, |_| 40), 100 + 3 * 40);
+}
