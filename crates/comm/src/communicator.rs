@@ -4,16 +4,17 @@ use std::any::type_name;
 use std::collections::HashMap;
 use std::ops::Range;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
 use bytemuck::Pod;
 
 use crate::error::{CallSite, CommError};
-use crate::flight::{CallState, FlightEntry};
+use crate::flight::{CallState, FlightEntry, Message, wall_clock_us};
 use crate::ledger::{Book, Ledger, LinkClass, Volume};
 use crate::part::Part;
 use crate::pending::{Pending, Take, disown, own};
 use crate::transport::{Call, CallKey, GroupId, Landing, Piece, Transport};
+use crate::watch::Pace;
 
 /// The names of calls, as the ledger and errors show them.
 pub mod kind {
@@ -52,11 +53,19 @@ pub(crate) struct Core {
     book: Mutex<Book>,
     step: AtomicU64,
     groups: Mutex<HashMap<GroupId, Arc<Group>>>,
+    pub pace: Mutex<Pace>,
+    /// For tests: the step and kind of a call that this rank never comes to.
+    pub stall: OnceLock<(u64, &'static str)>,
 }
 
 impl Core {
     pub fn book(&self) -> MutexGuard<'_, Book> {
         self.book.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The groups this rank is a member of and has opened.
+    pub fn groups(&self) -> Vec<Arc<Group>> {
+        self.groups.lock().unwrap_or_else(PoisonError::into_inner).values().cloned().collect()
     }
 }
 
@@ -64,11 +73,13 @@ impl Core {
 pub(crate) struct Group {
     id: GroupId,
     pub name: Arc<str>,
-    members: Arc<[usize]>,
+    pub members: Arc<[usize]>,
     rank: usize,
     links: Vec<LinkClass>,
     pub farthest: LinkClass,
     next: AtomicU64,
+    /// One more than the largest number of a collective call that this rank has started.
+    pub started: AtomicU64,
     /// By (sender, receiver, tag).
     messages: Mutex<HashMap<(usize, usize, u32), u64>>,
 }
@@ -96,6 +107,8 @@ impl Communicator {
             book: Mutex::default(),
             step: AtomicU64::new(0),
             groups: Mutex::default(),
+            pace: Mutex::default(),
+            stall: OnceLock::new(),
         });
         Self::open(core, "world", &members)
     }
@@ -119,12 +132,17 @@ impl Communicator {
                 farthest: links.iter().copied().max().unwrap_or(LinkClass::SameRank),
                 links,
                 next: AtomicU64::new(0),
+                started: AtomicU64::new(0),
                 messages: Mutex::default(),
             })
         });
         let group = Arc::clone(group);
         drop(groups);
         Ok(Self { core, group })
+    }
+
+    pub(crate) fn core(&self) -> &Arc<Core> {
+        &self.core
     }
 
     /// This rank's number in the group.
@@ -558,17 +576,29 @@ impl Communicator {
     ) -> Result<Pending<R>, CommError> {
         let core = &self.core;
         let volume = self.volume(&route, &sends, &landing.expected());
+        if core.stall.get() == Some(&(self.step(), route.kind)) {
+            return Err(self.stall());
+        }
         let site = CallSite {
             step: self.step(),
             seq: route.seq,
-            kind: route.kind,
+            kind: route.kind.into(),
             group: Arc::clone(&self.group.name),
+        };
+        let message = match route.key {
+            CallKey::Collective { .. } => None,
+            CallKey::Message { tag, .. } => {
+                Some(Message { from: route.members[0], to: route.members[1], tag })
+            }
         };
         let flight = core.transport.recorder().push(FlightEntry {
             call: site.clone(),
+            message,
             bytes_sent: volume.sent_to_others(),
             bytes_received: volume.received_from_others(),
             state: CallState::Started,
+            started_us: wall_clock_us(),
+            ended_us: None,
         });
         let ticket = core.transport.start(Call {
             site,
@@ -581,6 +611,9 @@ impl Communicator {
             synchronise: route.synchronise,
         });
         let ticket = ticket.inspect_err(|_| core.transport.recorder().set(flight, CallState::Failed))?;
+        if message.is_none() {
+            self.group.started.fetch_max(route.seq + 1, Relaxed);
+        }
         Ok(Pending::new(Arc::clone(core), Arc::clone(&self.group), route.kind, volume, flight, ticket, take))
     }
 

@@ -1,10 +1,12 @@
 //! What can go wrong, and who did it.
 
+use std::borrow::Cow;
+use std::collections::BTreeMap;
 use std::error::Error;
 use std::fmt;
 use std::sync::Arc;
 
-use serde::{Serialize, Serializer};
+use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
 use crate::flight::FlightEntry;
 
@@ -12,21 +14,26 @@ use crate::flight::FlightEntry;
 ///
 /// Collective calls of a group are numbered from 0 in the order in which a rank starts them; sends and receives are
 /// numbered per (sender, receiver, tag).
-#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct CallSite {
     /// The step the rank was in, as it said with `set_step`.
     pub step: u64,
     /// The call's number on its group.
     pub seq: u64,
     /// What was called, for example `all_gather`.
-    pub kind: &'static str,
+    pub kind: Cow<'static, str>,
     /// The group's name.
-    #[serde(serialize_with = "as_text")]
+    #[serde(serialize_with = "as_text", deserialize_with = "from_text")]
     pub group: Arc<str>,
 }
 
 fn as_text<S: Serializer>(text: &Arc<str>, serializer: S) -> Result<S::Ok, S::Error> {
     serializer.serialize_str(text)
+}
+
+fn from_text<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Arc<str>, D::Error> {
+    String::deserialize(deserializer).map(Into::into)
 }
 
 impl fmt::Display for CallSite {
@@ -47,7 +54,7 @@ pub struct Waiting {
 }
 
 /// Why a run failed.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+#[derive(Debug, Clone, PartialEq, Serialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Cause {
     /// The rank panicked.
@@ -69,6 +76,13 @@ pub enum Cause {
     },
     /// Every rank waits, and nothing can go on.
     Deadlock,
+    /// Others have waited for the rank longer than the watchdog allows.
+    Stalled {
+        /// How long a rank of this process has waited, in seconds, if it was the one that noticed.
+        waited_s: Option<f64>,
+        /// What the rank does instead.
+        detail: String,
+    },
     /// The rank's thread could not be started.
     NotStarted {
         /// What the system said.
@@ -93,36 +107,63 @@ pub struct Failure {
     pub flights: Vec<Vec<FlightEntry>>,
 }
 
+impl fmt::Display for Cause {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Panicked { message } => write!(f, "panicked: {message}"),
+            Self::Errored { message } => write!(f, "failed: {message}"),
+            Self::ReturnedEarly => write!(f, "returned while other ranks wait for it"),
+            Self::Mismatch { detail } => write!(f, "made a call that does not match: {detail}"),
+            Self::Deadlock => write!(f, "and others wait for each other, nothing can go on"),
+            Self::Stalled { waited_s: Some(waited_s), detail } => {
+                write!(f, "kept others waiting for {waited_s:.1} s: {detail}")
+            }
+            Self::Stalled { waited_s: None, detail } => write!(f, "kept others waiting: {detail}"),
+            Self::NotStarted { message } => write!(f, "could not be started: {message}"),
+        }
+    }
+}
+
 impl fmt::Display for Failure {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "rank {} ", self.rank)?;
-        match &self.cause {
-            Cause::Panicked { message } => write!(f, "panicked: {message}")?,
-            Cause::Errored { message } => write!(f, "failed: {message}")?,
-            Cause::ReturnedEarly => write!(f, "returned while other ranks wait for it")?,
-            Cause::Mismatch { detail } => write!(f, "made a call that does not match: {detail}")?,
-            Cause::Deadlock => write!(f, "and others wait for each other, nothing can go on")?,
-            Cause::NotStarted { message } => write!(f, "could not be started: {message}")?,
-        }
-        write!(f, "; rank {} was in step {}", self.rank, self.step)?;
+        write!(f, "rank {} {}; rank {} was in step {}", self.rank, self.cause, self.rank, self.step)?;
         match &self.call {
             Some(call) => write!(f, ", its last call was {call}")?,
             None => write!(f, ", it had made no call")?,
         }
-        for waiting in &self.waiting {
-            write!(f, "; rank {} waits in {} for {}", waiting.rank, waiting.call, Ranks(&waiting.for_ranks))?;
-        }
-        Ok(())
+        waiting_lines(&self.waiting).iter().try_for_each(|line| write!(f, "; {line}"))
     }
 }
 
+/// Who waits, those in the same call for the same ranks in one line.
+pub(crate) fn waiting_lines(waiting: &[Waiting]) -> Vec<String> {
+    let mut alike: BTreeMap<(u64, String, &[usize]), Vec<usize>> = BTreeMap::new();
+    for Waiting { rank, call, for_ranks } in waiting {
+        alike.entry((call.step, call.to_string(), for_ranks)).or_default().push(*rank);
+    }
+    let line = |((_, call, for_ranks), ranks): ((u64, String, &[usize]), Vec<usize>)| {
+        let verb = if ranks.len() == 1 { "waits" } else { "wait" };
+        match for_ranks.is_empty() {
+            false => format!("{} {verb} in {call} for {}", Ranks(&ranks), Ranks(for_ranks)),
+            true => format!("{} {verb} in {call}, to which all have come", Ranks(&ranks)),
+        }
+    };
+    alike.into_iter().map(line).collect()
+}
+
+/// Numbers of ranks in words, a long list cut short.
 struct Ranks<'a>(&'a [usize]);
 
 impl fmt::Display for Ranks<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        const SHOWN: usize = 16;
         let word = if self.0.len() == 1 { "rank" } else { "ranks" };
-        let list: Vec<String> = self.0.iter().map(usize::to_string).collect();
-        write!(f, "{word} {}", list.join(", "))
+        let list: Vec<String> = self.0.iter().take(SHOWN).map(usize::to_string).collect();
+        write!(f, "{word} {}", list.join(", "))?;
+        match self.0.len().saturating_sub(SHOWN) {
+            0 => Ok(()),
+            more => write!(f, " and {more} more"),
+        }
     }
 }
 

@@ -7,6 +7,7 @@
 //! - [`run_ranks`], [`ThreadRanks`]: ranks as threads of one process.
 //! - [`Transport`]: what moves the bytes. Today threads that share memory.
 //! - [`Ledger`]: what moved, by kind, group and link class.
+//! - [`watch`]: flight records on disk, what they say together, and the watchdog.
 //!
 //! Buffers are owned: what is sent is shared (`Arc`), what is filled is moved in at the start and handed back at the
 //! end. A receiver copies straight out of the sender's buffer, so every byte is copied at most once.
@@ -26,11 +27,12 @@ mod pending;
 pub mod threads;
 pub mod transport;
 mod tree_sum;
+pub mod watch;
 
 pub use communicator::{Communicator, kind};
 pub use error::{CallSite, Cause, CommError, Failure, RunError, Waiting};
 pub use exact::{PendingReduce, ReducePlan, Reducer, Segment};
-pub use flight::{CallState, FlightEntry, FlightRecorder};
+pub use flight::{CallState, FlightEntry, FlightRecorder, Message};
 pub use gather::{GatherPlan, GatherSegment, Gatherer};
 pub use ledger::{Ledger, LinkClass, RankTraffic, Row};
 pub use part::Part;
@@ -38,3 +40,4 @@ pub use pending::Pending;
 pub use threads::{ThreadRanks, run_ranks};
 pub use transport::Transport;
 pub use tree_sum::Real;
+pub use watch::{Activity, Diagnosis, FlightDeck, FlightRecord, Limits, Reason, Watchdog};

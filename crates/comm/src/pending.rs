@@ -59,6 +59,7 @@ impl<R> Pending<R> {
             return Err(CommError::Transport("a call was finished twice".into()));
         };
         let recorder = self.core.transport.recorder();
+        recorder.set(self.flight, CallState::Waiting);
         let done = match self.core.transport.finish(ticket) {
             Ok(done) => done,
             Err(error) => {

@@ -8,7 +8,7 @@ use std::ops::Range;
 use std::sync::Arc;
 use std::time::Duration;
 
-use crate::error::{CallSite, CommError};
+use crate::error::{CallSite, CommError, Failure};
 use crate::flight::FlightRecorder;
 
 pub use crate::part::Piece;
@@ -140,6 +140,13 @@ pub trait Transport: Send + Sync {
 
     /// This rank's flight recorder.
     fn recorder(&self) -> &FlightRecorder;
+
+    /// The failure that has ended the run, as far as this rank knows.
+    fn failure(&self) -> Option<Arc<Failure>>;
+
+    /// Ends the run with `failure`, unless it has failed already: calls of the ranks of this process that wait, and all
+    /// later ones, end with [`CommError::Failed`]. The watchdog calls it from a thread of its own.
+    fn fail(&self, failure: Arc<Failure>);
 
     /// Opens a group of world ranks, or finds it if it is open. All members pass the same name and list.
     ///

@@ -49,7 +49,7 @@ fn a_panic_is_named_with_its_message_step_and_last_call() {
     assert_eq!((failure.rank, failure.step), (2, 3));
     assert_eq!(failure.cause, Cause::Panicked { message: "expert 7 is missing".into() });
     let call = failure.call.as_ref().unwrap();
-    assert_eq!((call.kind, call.seq, call.step, &*call.group), ("barrier", 6, 3, "world"));
+    assert_eq!((&*call.kind, call.seq, call.step, &*call.group), ("barrier", 6, 3, "world"));
     assert!(error.source.is_none());
     let text = error.to_string();
     assert!(text.starts_with("rank 2 panicked: expert 7 is missing; rank 2 was in step 3"), "{text}");
@@ -90,7 +90,7 @@ fn a_rank_that_returns_early_is_named_with_those_who_wait() {
     assert_eq!((failure.rank, failure.step, &failure.cause), (3, 3, &Cause::ReturnedEarly));
     // Others may still be busy with the call before.
     let waiting = failure.waiting.iter().find(|waiting| waiting.for_ranks.contains(&3)).unwrap();
-    assert_eq!((waiting.call.kind, waiting.call.seq, waiting.call.step), ("all_gather", 6, 4));
+    assert_eq!((&*waiting.call.kind, waiting.call.seq, waiting.call.step), ("all_gather", 6, 4));
 }
 
 #[test]
@@ -219,7 +219,7 @@ fn ranks_that_wait_for_each_other_in_two_groups_are_found() {
     assert_eq!((failure.rank, &failure.cause), (2, &Cause::Deadlock));
     assert_eq!(failure.waiting.len(), 4);
     assert_eq!(failure.waiting[0].for_ranks, [2]);
-    assert_eq!((failure.waiting[2].call.kind, &*failure.waiting[2].call.group), ("barrier", "pair"));
+    assert_eq!((&*failure.waiting[2].call.kind, &*failure.waiting[2].call.group), ("barrier", "pair"));
     assert_eq!(failure.waiting[2].for_ranks, [3]);
 }
 

@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 
 pub use launch::{ThreadRanks, run_ranks};
 
-use crate::error::{Cause, CommError};
+use crate::error::{Cause, CommError, Failure};
 use crate::flight::FlightRecorder;
 use crate::ledger::LinkClass;
 use crate::transport::{Call, CallKey, Done, GroupId, Landing, Ticket, Transport};
@@ -213,6 +213,14 @@ impl Transport for ThreadTransport {
 
     fn recorder(&self) -> &FlightRecorder {
         &self.world.ranks[self.rank].recorder
+    }
+
+    fn failure(&self) -> Option<Arc<Failure>> {
+        self.world.lock().failure.clone()
+    }
+
+    fn fail(&self, failure: Arc<Failure>) {
+        self.world.end(&mut self.world.lock(), failure);
     }
 
     fn open_group(&self, name: &str, members: &[usize]) -> Result<GroupId, CommError> {

@@ -203,14 +203,23 @@ impl World {
             return;
         }
         let desk = &self.ranks[rank];
-        state.failure = Some(Arc::new(Failure {
+        let failure = Arc::new(Failure {
             rank,
             step: desk.step.load(Ordering::Relaxed),
             call: desk.recorder.last(),
             cause,
             waiting: state.waits(),
             flights: self.ranks.iter().map(|desk| desk.recorder.entries()).collect(),
-        }));
+        });
+        self.end(state, failure);
+    }
+
+    /// Ends the run with a failure, unless it has failed already.
+    pub fn end(&self, state: &mut State, failure: Arc<Failure>) {
+        if state.failure.is_some() {
+            return;
+        }
+        state.failure = Some(failure);
         for desk in &self.ranks {
             desk.signal.fetch_add(1, Ordering::Release);
             desk.bell.notify_all();

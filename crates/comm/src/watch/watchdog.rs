@@ -1,0 +1,222 @@
+//! The watchdog: a thread a process that ends a run in which a rank keeps others waiting for too long, and says which.
+
+use std::fs::{self, OpenOptions};
+use std::io::ErrorKind;
+use std::path::Path;
+use std::sync::Arc;
+use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use super::deck::FlightDeck;
+use super::diagnosis::{Diagnosis, diagnose};
+use super::pace::Limits;
+use super::record::{FlightRecord, Identity, Reason, read_records};
+use crate::error::{Cause, Failure};
+
+/// How often it looks, at most and at least.
+const TICKS: [Duration; 2] = [Duration::from_millis(20), Duration::from_secs(1)];
+/// Looks within the shortest time-out.
+const LOOKS: u32 = 8;
+/// The name of the file by which a process asks the others for their records.
+const ASKED: &str = "asked";
+
+/// How long the watchdog gives others, in its own ticks.
+#[derive(Debug, Clone, Copy)]
+pub struct Grace {
+    /// For the records of other processes.
+    pub records: Duration,
+    /// For the ranks of this process to come back after the run has failed.
+    pub ranks: Duration,
+}
+
+impl Default for Grace {
+    fn default() -> Self {
+        Self { records: Duration::from_secs(5), ranks: Duration::from_secs(5) }
+    }
+}
+
+/// Watches the ranks of this process while it lives.
+///
+/// Where one of them waits in a call for longer than its time-out (see [`Activity`](super::Activity)), all processes write
+/// the flight records of their ranks, read those of the others, and end the run with [`Cause::Stalled`], which names the
+/// rank, its step and call, and who waits. Time is counted in looks of the watchdog's own, so that a process that was
+/// stopped and goes on (Ctrl-Z, a suspended machine) raises no alarm.
+#[derive(Debug)]
+pub struct Watchdog {
+    stop: Option<Sender<()>>,
+    thread: Option<JoinHandle<()>>,
+}
+
+struct Watch<F> {
+    deck: FlightDeck,
+    limits: Limits,
+    grace: Grace,
+    tick: Duration,
+    stopped: Receiver<()>,
+    abandon: F,
+}
+
+/// How long a rank has waited in one call.
+#[derive(Debug, Clone, Copy, Default)]
+struct Wait {
+    call: Option<u64>,
+    time: Duration,
+}
+
+impl Watchdog {
+    /// Watches the ranks of `deck`. If they do not come back after the run has failed because one is stuck outside of all
+    /// calls, `abandon` is called with the failure: only the end of the process helps then.
+    ///
+    /// # Errors
+    /// If the thread cannot be started.
+    pub fn start(
+        deck: FlightDeck,
+        limits: Limits,
+        grace: Grace,
+        abandon: impl Fn(&Failure) + Send + 'static,
+    ) -> std::io::Result<Self> {
+        let (stop, stopped) = channel();
+        let tick = (limits.min.min(limits.max) / LOOKS).clamp(TICKS[0], TICKS[1]);
+        let watch = Watch { deck, limits, grace, tick, stopped, abandon };
+        let thread = std::thread::Builder::new().name("watchdog".into()).spawn(move || watch.run())?;
+        Ok(Self { stop: Some(stop), thread: Some(thread) })
+    }
+}
+
+impl Drop for Watchdog {
+    fn drop(&mut self) {
+        self.stop = None;
+        if let Some(thread) = self.thread.take() {
+            // A watchdog that panicked has nothing more to say.
+            let _ = thread.join();
+        }
+    }
+}
+
+impl<F: Fn(&Failure)> Watch<F> {
+    fn run(&self) {
+        let mut waits = Vec::new();
+        while let Some(gap) = self.sleep() {
+            let ranks = self.deck.ranks();
+            waits.resize(ranks.len(), Wait::default());
+            let mut longest = None;
+            for (comm, wait) in ranks.iter().zip(&mut waits) {
+                let call = comm.core().transport.recorder().waiting().map(|(number, _)| number);
+                wait.time =
+                    if call.is_some() && wait.call == call { wait.time + gap } else { Duration::ZERO };
+                wait.call = call;
+                if wait.time > comm.timeout(self.limits) {
+                    longest = longest.max(Some(wait.time));
+                }
+            }
+            if longest.is_some() || self.is_asked() {
+                self.alarm(longest);
+                return;
+            }
+        }
+    }
+
+    /// Sleeps for a tick; how long that counts for, or None at the end of the watch.
+    fn sleep(&self) -> Option<Duration> {
+        let begin = Instant::now();
+        match self.stopped.recv_timeout(self.tick) {
+            Err(RecvTimeoutError::Timeout) => Some(begin.elapsed().min(2 * self.tick)),
+            _ => None,
+        }
+    }
+
+    /// Ticks until `done` or for `time`; false if the watch has ended.
+    fn tick_until(&self, time: Duration, mut done: impl FnMut() -> bool) -> bool {
+        let mut left = time;
+        while !done() && !left.is_zero() {
+            match self.sleep() {
+                Some(gap) => left = left.saturating_sub(gap),
+                None => return false,
+            }
+        }
+        true
+    }
+
+    /// Whether all ranks of the run are in this process.
+    fn is_alone(&self) -> bool {
+        let ranks = self.deck.ranks();
+        ranks.first().is_none_or(|comm| ranks.len() >= comm.core().transport.size())
+    }
+
+    fn is_asked(&self) -> bool {
+        let Some((folder, run)) = self.deck.place() else { return false };
+        !self.is_alone() && request(&folder, &run).exists()
+    }
+
+    /// A rank has waited for `waited`; None if another process has found that.
+    fn alarm(&self, waited: Option<Duration>) {
+        let mut records = self.deck.records(&Reason::Stalled);
+        // What cannot be written is still known here.
+        let _ = self.deck.write_all(&records);
+        if !self.is_alone() && !self.ask_others(&mut records) {
+            return;
+        }
+        let diagnosis = diagnose(&records);
+        let failure = Arc::new(Self::failure(waited, &diagnosis, &records));
+        self.deck.fail(&failure);
+        if self.tick_until(self.grace.ranks, || false) {
+            (self.abandon)(&failure);
+        }
+    }
+
+    /// Asks the other processes for their records and adds them; false if the watch has ended meanwhile.
+    fn ask_others(&self, records: &mut Vec<FlightRecord>) -> bool {
+        let Some((folder, run)) = self.deck.place() else { return false };
+        let size = records.first().map_or(0, |record| record.ranks);
+        let _ = ask(&folder, &run);
+        let own: Vec<FlightRecord> = std::mem::take(records);
+        let alive = self.tick_until(self.grace.records, || {
+            *records = read_records(&folder).map(|found| found.records).unwrap_or_default();
+            records.retain(|record| record.run == run && record.reason == Reason::Stalled);
+            records.len() >= size
+        });
+        records.retain(|record| own.iter().all(|mine| mine.rank != record.rank));
+        records.extend(own);
+        alive
+    }
+
+    fn failure(waited: Option<Duration>, diagnosis: &Diagnosis, records: &[FlightRecord]) -> Failure {
+        let culprit = diagnosis.culprits.first();
+        let first = diagnosis.waiting.first().map(|waiting| waiting.rank);
+        let rank = culprit.map(|culprit| culprit.rank).or(first).unwrap_or_default();
+        let others =
+            diagnosis.culprits.iter().skip(1).map(|other| format!("rank {} {}", other.rank, other.verdict));
+        let own =
+            culprit.map_or_else(|| "all have come to its call".into(), |culprit| culprit.verdict.to_string());
+        let detail = std::iter::once(own).chain(others).collect::<Vec<_>>().join("; ");
+        let size = records.first().map_or(0, |record| record.ranks);
+        let mut flights = vec![Vec::new(); size];
+        for record in records {
+            if let Some(flight) = flights.get_mut(record.rank) {
+                flight.clone_from(&record.calls);
+            }
+        }
+        Failure {
+            rank,
+            step: culprit.map_or(0, |culprit| culprit.step),
+            call: culprit.and_then(|culprit| culprit.last_call.clone()),
+            cause: Cause::Stalled { waited_s: waited.map(|time| time.as_secs_f64()), detail },
+            waiting: diagnosis.waiting.clone(),
+            flights,
+        }
+    }
+}
+
+/// The file by which records of this start of the run are asked for.
+fn request(folder: &Path, run: &Identity) -> std::path::PathBuf {
+    folder.join(format!("{ASKED}-{}", run.epoch))
+}
+
+fn ask(folder: &Path, run: &Identity) -> std::io::Result<()> {
+    fs::create_dir_all(folder)?;
+    match OpenOptions::new().write(true).create_new(true).open(request(folder, run)) {
+        Err(error) if error.kind() == ErrorKind::AlreadyExists => Ok(()),
+        outcome => outcome.map(drop),
+    }
+}
