@@ -1,0 +1,133 @@
+//! A cluster as a TOML file describes it.
+
+use serde::Deserialize;
+
+use super::{Cluster, ClusterError, Gpu, Level, check};
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct File {
+    gpu: String,
+    gpus: usize,
+    per_server: Option<usize>,
+    nvlink_domain: Option<usize>,
+    nic_gbyte_per_s: Option<f64>,
+    price_usd_per_gpu_hour: Option<f64>,
+    failures_per_gpu_hour: Option<f64>,
+    #[serde(default)]
+    level: Vec<FileLevel>,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct FileLevel {
+    name: String,
+    width: Option<usize>,
+    gbyte_per_s: f64,
+    latency_us: f64,
+    #[serde(default = "one")]
+    oversubscription: f64,
+}
+
+fn one() -> f64 {
+    1.0
+}
+
+impl Cluster {
+    /// A cluster from TOML: `gpu` and `gpus`, and whatever differs from their usual servers: `per_server`, `nvlink_domain`,
+    /// `nic_gbyte_per_s`, `price_usd_per_gpu_hour`, `failures_per_gpu_hour`, and `[[level]]` tables (`name`, `width`,
+    /// `gbyte_per_s`, `latency_us`, `oversubscription`) that replace all levels of the network.
+    ///
+    /// # Errors
+    /// Unknown keys and GPUs, and impossible values, by name.
+    pub fn from_toml(text: &str) -> Result<Self, ClusterError> {
+        let file: File = toml::from_str(text).map_err(|error| ClusterError::Toml(error.to_string()))?;
+        let mut gpu = Gpu::named(&file.gpu)?;
+        gpu.per_server = file.per_server.unwrap_or(gpu.per_server);
+        gpu.nvlink_domain = file.nvlink_domain.unwrap_or(gpu.nvlink_domain);
+        check(gpu.per_server >= 1, "per_server", gpu.per_server, || "must be at least 1".into())?;
+        check(gpu.nvlink_domain >= 1, "nvlink_domain", gpu.nvlink_domain, || "must be at least 1".into())?;
+        if let Some(rate) = file.nic_gbyte_per_s {
+            positive("nic_gbyte_per_s", rate)?;
+            gpu.nic_bytes_per_s = rate * 1e9;
+        }
+        let mut cluster = Self::of(gpu, file.gpus)?;
+        if let Some(price) = file.price_usd_per_gpu_hour {
+            cluster.price_usd_per_gpu_hour = positive("price_usd_per_gpu_hour", price)?;
+        }
+        if let Some(rate) = file.failures_per_gpu_hour {
+            cluster.failures_per_gpu_hour = positive("failures_per_gpu_hour", rate)?;
+        }
+        if !file.level.is_empty() {
+            cluster.levels = levels(file.level, file.gpus)?;
+        }
+        Ok(cluster)
+    }
+}
+
+fn levels(from: Vec<FileLevel>, gpus: usize) -> Result<Vec<Level>, ClusterError> {
+    let mut levels: Vec<Level> = Vec::with_capacity(from.len());
+    for level in from {
+        let inner = levels.last().map_or(0, |level| level.width);
+        let width = level.width.unwrap_or(gpus);
+        check(width > inner, "level.width", width, || {
+            format!("must be more than the {inner} of the level within")
+        })?;
+        check(level.oversubscription >= 1.0, "level.oversubscription", level.oversubscription, || {
+            "must be at least 1".into()
+        })?;
+        levels.push(Level {
+            name: level.name,
+            width: width.min(gpus),
+            bytes_per_s: positive("level.gbyte_per_s", level.gbyte_per_s)? * 1e9,
+            latency_s: positive("level.latency_us", level.latency_us)? * 1e-6,
+            oversubscription: level.oversubscription,
+        });
+        if width >= gpus {
+            return Ok(levels);
+        }
+    }
+    let reach = levels.last().map_or(0, |level| level.width);
+    check(false, "level.width", reach, || format!("the outermost must span all {gpus} GPUs"))?;
+    Ok(levels)
+}
+
+fn positive(field: &'static str, value: f64) -> Result<f64, ClusterError> {
+    check(value.is_finite() && value > 0.0, field, value, || "must be more than 0".into())?;
+    Ok(value)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_a_file_leaves_out_is_as_usual() {
+        let plain = Cluster::from_toml("gpu = \"h100\"\ngpus = 64").unwrap();
+        assert_eq!(plain, Cluster::parse("h100x64").unwrap());
+        let text = "gpu = \"h100\"\ngpus = 64\nprice_usd_per_gpu_hour = 1.5\n\
+            [[level]]\nname = \"NVLink\"\nwidth = 8\ngbyte_per_s = 450\nlatency_us = 2\n\
+            [[level]]\nname = \"Ethernet\"\ngbyte_per_s = 12.5\nlatency_us = 20\noversubscription = 2";
+        let cluster = Cluster::from_toml(text).unwrap();
+        assert_eq!(cluster.price_usd_per_gpu_hour, 1.5);
+        assert_eq!(cluster.levels[1].width, 64);
+        assert_eq!(cluster.levels[1].shared_bytes_per_s(), 6.25e9);
+    }
+
+    #[test]
+    fn impossible_files_are_refused_by_name() {
+        let said = |text: &str| Cluster::from_toml(text).unwrap_err().to_string();
+        let level = |width: usize| {
+            format!(
+                "gpu = \"h100\"\ngpus = 64\n[[level]]\nname = \"a\"\nwidth = {width}\ngbyte_per_s = 1\nlatency_us = 1"
+            )
+        };
+        assert_eq!(said(&level(8)), "cluster level.width = 8: the outermost must span all 64 GPUs");
+        assert_eq!(said(&level(0)), "cluster level.width = 0: must be more than the 0 of the level within");
+        assert_eq!(
+            said("gpu = \"h100\"\ngpus = 64\nnic_gbyte_per_s = 0"),
+            "cluster nic_gbyte_per_s = 0: must be more than 0"
+        );
+        assert!(said("gpu = \"h100\"\nnodes = 3").contains("unknown field `nodes`"));
+    }
+}
