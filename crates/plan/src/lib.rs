@@ -9,6 +9,7 @@ mod model;
 mod parallelism;
 mod precision;
 pub mod schedule;
+mod software;
 mod table;
 
 pub use architecture::{
@@ -23,3 +24,4 @@ pub use parallelism::{
     Modules, Optimizer, Parallelism, ParallelismError, Recomputation, Routing, Sharding, Training,
 };
 pub use precision::{Precision, PrecisionError};
+pub use software::{DispatchKind, Software, Trainable};

@@ -5,6 +5,7 @@ use serde::{Deserialize, Serialize};
 use crate::architecture::Architecture;
 use crate::precision::Precision;
 use crate::schedule::{ScheduleError, ScheduleKind};
+use crate::software::{DispatchKind, Software, Trainable};
 
 /// What of the states is sharded over data-parallel ranks.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
@@ -172,6 +173,12 @@ pub struct Training {
     pub optimizer: Optimizer,
     /// How tokens spread over experts.
     pub routing: Routing,
+    /// How tokens travel to experts.
+    pub dispatch: DispatchKind,
+    /// Which parameters are trained.
+    pub trainable: Trainable,
+    /// What executes the plan.
+    pub software: Software,
 }
 
 /// A layout that cannot be.
@@ -319,6 +326,9 @@ mod tests {
             wire: Precision::Bf16,
             optimizer: Optimizer::default(),
             routing: Routing::Balanced,
+            dispatch: DispatchKind::default(),
+            trainable: Trainable::All,
+            software: Software::MegatronCore,
         };
         change(&mut layout, &mut training);
         layout.check(&model, &training).map_or_else(|error| error.to_string(), |()| "ok".into())

@@ -1,0 +1,45 @@
+//! What executes a plan. The same plan takes a different time in other software: how many kernels a layer is, what is fused, what
+//! waits for what.
+
+use serde::{Deserialize, Serialize};
+
+/// A family of training software, of those that published measurements name.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Software {
+    /// Megatron-Core with Transformer Engine as of 2023 to 2025, and what is built on it: NeMo, Megatron-Bridge, Primus.
+    #[default]
+    MegatronCore,
+    /// The same with whole layers captured in CUDA graphs (Megatron-Bridge 26.06): the host launches next to nothing.
+    MegatronCoreGraphs,
+    /// Megatron-LM and Megatron-DeepSpeed of 2021 and 2022: attention scores in memory, blocking tensor-parallel collectives.
+    Megatron2021,
+    /// DeepSpeed's ZeRO-3 of 2021: the same kernels, and gathers that wait for each other.
+    DeepSpeed2021,
+    /// PyTorch without compilation under FSDP, such as llm-foundry.
+    TorchEager,
+    /// PyTorch compiled layer by layer under FSDP2, such as torchtitan.
+    TorchCompiled,
+    /// JAX programs compiled as a whole, such as MaxText.
+    Xla,
+}
+
+/// How tokens travel to experts.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub struct DispatchKind {
+    /// A token is sent once to a server, however many of its experts live there (DeepEP, HybridEP).
+    pub deduplicated: bool,
+    /// It travels while another micro-batch computes (DualPipe, Megatron's overlap of expert communication).
+    pub overlapped: bool,
+}
+
+/// Which parameters are trained.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Trainable {
+    /// All.
+    #[default]
+    All,
+    /// Low-rank adapters only (LoRA): no weight gradients, reductions or optimizer states of the model's own parameters.
+    Adapters,
+}
