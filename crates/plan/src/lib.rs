@@ -9,6 +9,7 @@ mod model;
 mod parallelism;
 mod precision;
 pub mod schedule;
+pub mod simulate;
 mod software;
 mod table;
 

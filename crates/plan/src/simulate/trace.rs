@@ -1,0 +1,154 @@
+//! A simulated step as trace events and as a drawing.
+
+use std::fmt::Write as _;
+
+use super::{Lane, Simulated, Span};
+use crate::schedule::{Op, Schedule};
+
+/// One box of a trace viewer.
+#[derive(Debug, Clone, PartialEq)]
+pub struct TraceEvent {
+    /// The simulated rank.
+    pub rank: usize,
+    /// Its lane.
+    pub lane: Lane,
+    /// The segment's name.
+    pub name: &'static str,
+    /// The op that it belongs to.
+    pub op: String,
+    /// Seconds since the step's start.
+    pub start_s: f64,
+    /// Its length.
+    pub seconds: f64,
+}
+
+/// The events of a step simulated with its spans, by rank, then by start.
+pub fn trace_events(schedule: &Schedule, simulated: &Simulated) -> Vec<TraceEvent> {
+    let mut spans: Vec<&Span> = simulated.spans.iter().collect();
+    spans.sort_by(|a, b| a.rank.cmp(&b.rank).then(a.start_s.total_cmp(&b.start_s)).then(a.lane.cmp(&b.lane)));
+    let event = |span: &Span| TraceEvent {
+        rank: span.rank as usize,
+        lane: span.lane,
+        name: span.name,
+        op: op_of(schedule, span).to_string(),
+        start_s: span.start_s,
+        seconds: span.seconds,
+    };
+    spans.into_iter().map(event).collect()
+}
+
+/// The op of a span; of an overlapped one, its half.
+fn op_of(schedule: &Schedule, span: &Span) -> Op {
+    let op = schedule.ranks[span.rank as usize % schedule.ranks.len()][span.op as usize];
+    match op {
+        Op::Overlapped { forward, .. } if span.half == 0 => Op::Forward(forward),
+        Op::Overlapped { backward, .. } => Op::Backward(backward),
+        op => op,
+    }
+}
+
+const ROW: f64 = 24.0;
+const LEFT: f64 = 64.0;
+const WIDTH: f64 = 1200.0;
+
+/// Draws a step simulated with its spans: one row a rank, time to the right, one box an op, with its micro-batch where
+/// there is room. Colours are classes (`forward`, `backward`, `input`, `weights`, `other`, darker from the second stage of a
+/// rank on) with defaults that read on light and on dark ground.
+pub fn svg(schedule: &Schedule, simulated: &Simulated) -> String {
+    let height = ROW * (simulated.ranks.len() as f64 + 1.0);
+    let mut text = format!(
+        "<svg xmlns=\"http://www.w3.org/2000/svg\" viewBox=\"0 0 {} {height}\" font-family=\"sans-serif\" font-size=\"11\">\n\
+         <style>.forward{{fill:#5b8ff9}}.backward{{fill:#61c17a}}.input{{fill:#8fd3a3}}.weights{{fill:#b59be6}}\
+         .other{{fill:#a8a8a8}}.later{{filter:brightness(.75)}}.label{{fill:#888}}</style>\n",
+        LEFT + WIDTH + 8.0
+    );
+    for rank in 0..simulated.ranks.len() {
+        let y = ROW * rank as f64 + 16.0;
+        let _ = writeln!(text, "<text class=\"label\" x=\"0\" y=\"{y:.1}\">rank {rank}</text>");
+    }
+    for shape in boxes(schedule, simulated) {
+        shape.draw(&mut text, simulated.seconds);
+    }
+    let foot = height - 6.0;
+    let _ = writeln!(
+        text,
+        "<text class=\"label\" x=\"{LEFT}\" y=\"{foot:.1}\">{:.6} s</text>\n</svg>",
+        simulated.seconds
+    );
+    text
+}
+
+/// One op (or half of one) from its first segment to its last.
+struct Shape {
+    rank: usize,
+    /// The row's half: 0 whole, 1 upper, 2 lower.
+    part: u8,
+    class: &'static str,
+    label: String,
+    title: String,
+    start_s: f64,
+    end_s: f64,
+}
+
+fn boxes(schedule: &Schedule, simulated: &Simulated) -> Vec<Shape> {
+    let mut spans: Vec<&Span> = simulated.spans.iter().collect();
+    spans.sort_by_key(|span| (span.rank, span.op, span.half));
+    let same = |a: &&Span, b: &&Span| (a.rank, a.op, a.half) == (b.rank, b.op, b.half);
+    spans.chunk_by(same).map(|spans| shape(schedule, spans)).collect()
+}
+
+fn shape(schedule: &Schedule, spans: &[&Span]) -> Shape {
+    let rank = spans[0].rank as usize;
+    let list = &schedule.ranks[rank % schedule.ranks.len()];
+    let op = op_of(schedule, spans[0]);
+    let (class, chunk) = match op {
+        Op::Forward(chunk) => ("forward", Some(chunk)),
+        Op::Backward(chunk) => ("backward", Some(chunk)),
+        Op::BackwardInput(chunk) => ("input", Some(chunk)),
+        Op::BackwardWeight(chunk) => ("weights", Some(chunk)),
+        _ => ("other", None),
+    };
+    let first_stage =
+        schedule.placement.iter().position(|at| usize::from(*at) == rank % schedule.ranks.len());
+    let later = chunk.is_some_and(|chunk| first_stage != Some(usize::from(chunk.stage)));
+    let overlapped = matches!(list[spans[0].op as usize], Op::Overlapped { .. });
+    Shape {
+        rank,
+        part: if overlapped { spans[0].half + 1 } else { 0 },
+        class: if later { later_class(class) } else { class },
+        label: chunk.map_or_else(String::new, |chunk| chunk.micro_batch.to_string()),
+        title: op.to_string(),
+        start_s: spans.iter().map(|span| span.start_s).fold(f64::INFINITY, f64::min),
+        end_s: spans.iter().map(|span| span.start_s + span.seconds).fold(0.0, f64::max),
+    }
+}
+
+fn later_class(class: &'static str) -> &'static str {
+    match class {
+        "forward" => "forward later",
+        "backward" => "backward later",
+        "input" => "input later",
+        _ => "weights later",
+    }
+}
+
+impl Shape {
+    fn draw(&self, text: &mut String, step_s: f64) {
+        let scale = WIDTH / step_s.max(f64::MIN_POSITIVE);
+        let (x, width) = (LEFT + self.start_s * scale, (self.end_s - self.start_s) * scale);
+        let (top, height) = match self.part {
+            0 => (0.0, ROW - 4.0),
+            part => (f64::from(part - 1) * (ROW - 4.0) / 2.0, (ROW - 4.0) / 2.0),
+        };
+        let y = ROW * self.rank as f64 + top;
+        let _ = write!(
+            text,
+            "<rect class=\"{}\" x=\"{x:.2}\" y=\"{y:.1}\" width=\"{width:.2}\" height=\"{height:.1}\"><title>{}</title></rect>",
+            self.class, self.title
+        );
+        if width > 7.0 * self.label.len() as f64 && self.part == 0 {
+            let _ = write!(text, "<text x=\"{:.2}\" y=\"{:.1}\">{}</text>", x + 2.0, y + 14.0, self.label);
+        }
+        text.push('\n');
+    }
+}
