@@ -2,12 +2,15 @@
 //! architectures, hardware, parallelism. Pure.
 
 mod architecture;
+mod calibration;
 mod hardware;
 mod layout;
 mod memory;
 mod model;
 mod parallelism;
 mod precision;
+mod pricing;
+mod rank_memory;
 pub mod schedule;
 pub mod simulate;
 mod software;
@@ -17,6 +20,7 @@ pub use architecture::{
     Architecture, Attention, FeedForward, HuggingFaceError, LayerKind, LayerParameters, Mixer, MoeShape,
     Pattern, StateSpace, UnknownModel, Window,
 };
+pub use calibration::Calibration;
 pub use hardware::{Cluster, ClusterError, Gpu, Level};
 pub use layout::{Init, LayerTensors, Layout, NORM_CHUNK, TensorSpec};
 pub use memory::{KeptActivations, MemoryEstimate, StepShape};
@@ -25,4 +29,6 @@ pub use parallelism::{
     Modules, Optimizer, Parallelism, ParallelismError, Recomputation, Routing, Sharding, Training,
 };
 pub use precision::{Precision, PrecisionError};
+pub use pricing::{Breakdown, Passes, Priced, Pricer, Work, price};
+pub use rank_memory::{Kept, RankMemory};
 pub use software::{DispatchKind, Software, Trainable};

@@ -1,0 +1,180 @@
+//! What a step of a layout costs: seconds by what they are spent on, bytes by rank, how sure we are.
+//!
+//! [`Pricer`] holds what does not depend on the layout; [`Pricer::price`] is closed-form arithmetic over the distinct kinds of layers
+//! and the ranks of the pipeline, so that a search can afford it for every layout. Nothing is remembered between layouts.
+
+mod pipeline;
+mod rates;
+mod stages;
+mod states;
+mod work;
+
+use crate::architecture::{Architecture, LayerKind};
+use crate::calibration::Calibration;
+use crate::hardware::Cluster;
+use crate::parallelism::{Parallelism, ParallelismError, Training};
+use crate::rank_memory::RankMemory;
+
+pub use work::{Passes, Work};
+
+use rates::Rates;
+pub(crate) use stages::{Share, Stages};
+use work::Sizes;
+
+/// Standard normal quantile of 90%: an 80% interval lies between the negative and the positive.
+const QUANTILE_90: f64 = 1.2816;
+
+/// Seconds of a step on the slowest pipeline rank. They add up to [`Priced::step_s`]; hidden communication does not count.
+#[derive(Debug, Clone, Copy, Default, PartialEq)]
+pub struct Breakdown {
+    /// Products.
+    pub gemm_s: f64,
+    /// Products of experts.
+    pub grouped_s: f64,
+    /// Attention and scans.
+    pub attention_s: f64,
+    /// Kernels bound by memory.
+    pub memory_s: f64,
+    /// Waiting for the host to launch kernels.
+    pub host_s: f64,
+    /// Tensor-parallel communication that nothing hides.
+    pub tensor_s: f64,
+    /// Context-parallel communication that nothing hides.
+    pub context_s: f64,
+    /// Dispatch and combine that nothing hides.
+    pub expert_s: f64,
+    /// Messages between pipeline stages that nothing hides.
+    pub pipeline_s: f64,
+    /// Waiting for other stages.
+    pub bubble_s: f64,
+    /// Gradient and parameter traffic that nothing hides.
+    pub data_s: f64,
+    /// The optimizer.
+    pub optimizer_s: f64,
+    /// Once a step: data, logging, synchronisation.
+    pub overhead_s: f64,
+    /// Communication that runs under computation, not part of the sum.
+    pub hidden_s: f64,
+}
+
+impl Breakdown {
+    /// The names and seconds of all parts of the sum, in the order in which they are printed.
+    pub fn parts(&self) -> [(&'static str, f64); 13] {
+        [
+            ("products", self.gemm_s),
+            ("expert products", self.grouped_s),
+            ("attention", self.attention_s),
+            ("memory-bound kernels", self.memory_s),
+            ("launches", self.host_s),
+            ("tensor-parallel communication", self.tensor_s),
+            ("context-parallel communication", self.context_s),
+            ("dispatch and combine", self.expert_s),
+            ("pipeline messages", self.pipeline_s),
+            ("bubble", self.bubble_s),
+            ("gradients and parameters", self.data_s),
+            ("optimizer", self.optimizer_s),
+            ("overhead", self.overhead_s),
+        ]
+    }
+
+    /// Seconds of the step.
+    pub fn total_s(&self) -> f64 {
+        self.parts().iter().map(|(_, seconds)| seconds).sum()
+    }
+}
+
+/// The price of a layout.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Priced {
+    /// Seconds of an optimizer step.
+    pub step_s: f64,
+    /// Where eight of ten measurements lie.
+    pub interval_s: [f64; 2],
+    /// What the slowest rank spends them on.
+    pub breakdown: Breakdown,
+    /// The pipeline rank that needs most memory.
+    pub worst_rank: usize,
+    /// What it holds at its peak.
+    pub memory: RankMemory,
+    /// Whether that fits.
+    pub fits: bool,
+}
+
+/// Prices layouts of one model on one cluster.
+#[derive(Debug, Clone)]
+pub struct Pricer {
+    pub(crate) model: Architecture,
+    pub(crate) training: Training,
+    pub(crate) stages: Stages,
+    rates: Rates,
+}
+
+/// Prices one layout; [`Pricer`] prices many.
+///
+/// # Errors
+/// The layout does not fit the model or the batch.
+pub fn price(
+    model: &Architecture,
+    cluster: &Cluster,
+    layout: &Parallelism,
+    training: &Training,
+) -> Result<Priced, ParallelismError> {
+    Pricer::new(model, cluster, training).price(layout)
+}
+
+impl Pricer {
+    /// A pricer with the constants that are calibrated for the cluster's GPU.
+    pub fn new(model: &Architecture, cluster: &Cluster, training: &Training) -> Self {
+        Self::with_calibration(model, cluster, training, Calibration::of(&cluster.gpu))
+    }
+
+    /// A pricer with other constants: those of a run's trace, or while they are fitted.
+    pub fn with_calibration(
+        model: &Architecture,
+        cluster: &Cluster,
+        training: &Training,
+        calibration: Calibration,
+    ) -> Self {
+        Self {
+            stages: Stages::of(model),
+            model: model.clone(),
+            training: training.clone(),
+            rates: Rates { cluster: cluster.clone(), calibration },
+        }
+    }
+
+    /// The price of `layout`.
+    ///
+    /// # Errors
+    /// The layout does not fit the model or the batch.
+    pub fn price(&self, layout: &Parallelism) -> Result<Priced, ParallelismError> {
+        layout.check(&self.model, &self.training)?;
+        let breakdown = self.breakdown(layout);
+        let step_s = breakdown.total_s();
+        let spread = (QUANTILE_90 * self.rates.calibration.spread).exp();
+        let (worst_rank, memory) = self.worst_rank(layout);
+        Ok(Priced {
+            step_s,
+            interval_s: [step_s / spread, step_s * spread],
+            breakdown,
+            worst_rank,
+            fits: memory.total() <= self.rates.cluster.gpu.memory_bytes,
+            memory,
+        })
+    }
+
+    fn sizes<'a>(&'a self, layout: &'a Parallelism) -> Sizes<'a> {
+        Sizes { model: &self.model, layout, training: &self.training, rates: &self.rates }
+    }
+
+    /// The passes of every distinct kind of layer.
+    fn kind_passes(&self, layout: &Parallelism) -> Vec<Passes> {
+        let sizes = self.sizes(layout);
+        self.stages.kinds().iter().map(|(kind, windowed)| sizes.layer(*kind, *windowed)).collect()
+    }
+
+    /// The distinct kinds of layers, and whether attention is windowed.
+    pub fn kinds(&self) -> &[(LayerKind, bool)] {
+        self.stages.kinds()
+    }
+}

@@ -1,0 +1,106 @@
+//! Which layers lie on which pipeline rank.
+
+use std::ops::Range;
+
+use crate::architecture::{Architecture, LayerKind};
+use crate::parallelism::Parallelism;
+use crate::schedule::ScheduleKind;
+
+/// At most so many distinct kinds of layers: mixers, networks, windows.
+pub(crate) const MOST_KINDS: usize = 8;
+
+/// Layers of a model, counted by kind up to every layer.
+#[derive(Debug, Clone)]
+pub(crate) struct Stages {
+    kinds: Vec<(LayerKind, bool)>,
+    /// `[layer]` layers of each kind before it.
+    before: Vec<[u32; MOST_KINDS]>,
+}
+
+/// What a pipeline rank holds.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub(crate) struct Share {
+    /// Layers of each kind.
+    pub layers: [u32; MOST_KINDS],
+    /// Whether it embeds.
+    pub embedding: bool,
+    /// Whether it computes the loss.
+    pub head: bool,
+}
+
+impl Stages {
+    pub fn of(model: &Architecture) -> Self {
+        let (mut kinds, mut before) = (Vec::new(), vec![[0; MOST_KINDS]]);
+        let mut count = [0; MOST_KINDS];
+        for layer in 0..model.layers + model.mtp_layers {
+            let kind = (model.kind(layer), model.is_windowed(layer));
+            let at = kinds.iter().position(|known| *known == kind).unwrap_or_else(|| {
+                kinds.push(kind);
+                kinds.len() - 1
+            });
+            count[at.min(MOST_KINDS - 1)] += 1;
+            before.push(count);
+        }
+        Self { kinds, before }
+    }
+
+    pub fn kinds(&self) -> &[(LayerKind, bool)] {
+        &self.kinds
+    }
+
+    /// Layers of chunk `chunk` of `chunks`: as even as can be, the first and the last chunks get fewer, since they also
+    /// embed and compute the loss.
+    pub fn chunk(&self, chunk: usize, chunks: usize) -> Range<usize> {
+        let layers = self.before.len() - 1;
+        let (base, more) = (layers / chunks, layers % chunks);
+        let fewer_first = (chunks - more) / 2;
+        let start = |chunk: usize| chunk * base + chunk.saturating_sub(fewer_first).min(more);
+        start(chunk)..start(chunk + 1)
+    }
+
+    /// What pipeline rank `rank` holds.
+    pub fn share(&self, layout: &Parallelism, rank: usize) -> Share {
+        let (ranks, chunks) = (layout.pipeline, layout.chunks());
+        let mut share = Share::default();
+        for turn in 0..layout.virtual_stages {
+            let chunk = match layout.schedule {
+                ScheduleKind::DualPipeV if turn % 2 == 1 => (turn + 1) * ranks - 1 - rank,
+                _ => turn * ranks + rank,
+            };
+            let held = self.chunk(chunk, chunks);
+            for (kind, layers) in share.layers.iter_mut().enumerate().take(self.kinds.len()) {
+                *layers += self.before[held.end][kind] - self.before[held.start][kind];
+            }
+            share.embedding |= chunk == 0;
+            share.head |= chunk + 1 == chunks;
+        }
+        share
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_layer_lies_on_one_rank_and_the_ends_hold_fewer() {
+        for name in ["DeepSeek-V3", "Llama-3.1-405B", "Nemotron-3-Nano-30B", "GPT-OSS-20B"] {
+            let model = Architecture::built_in(name).unwrap();
+            let stages = Stages::of(&model);
+            for (pipeline, virtual_stages) in [(1, 1), (4, 1), (8, 3), (16, 2), (7, 1)] {
+                let schedules = [ScheduleKind::Interleaved, ScheduleKind::DualPipeV];
+                for schedule in schedules.into_iter().take(if virtual_stages == 2 { 2 } else { 1 }) {
+                    let layout = Parallelism { pipeline, virtual_stages, schedule, ..Parallelism::default() };
+                    let shares: Vec<Share> = (0..pipeline).map(|rank| stages.share(&layout, rank)).collect();
+                    let held: u32 = shares.iter().flat_map(|share| share.layers).sum();
+                    assert_eq!(held as usize, model.layers + model.mtp_layers, "{name} {layout:?}");
+                    assert_eq!(shares.iter().filter(|share| share.head).count(), 1);
+                    assert_eq!(shares.iter().filter(|share| share.embedding).count(), 1);
+                }
+            }
+        }
+        let stages = Stages::of(&Architecture::built_in("Llama-3.1-405B").unwrap());
+        let sizes: Vec<usize> = [0, 1, 62, 63].map(|chunk| stages.chunk(chunk, 64).len()).to_vec();
+        assert_eq!(sizes, [1, 2, 2, 1]);
+    }
+}

@@ -1,0 +1,136 @@
+//! Memory of a GPU that holds one pipeline rank, tensor by tensor, at its peak.
+
+mod activations;
+
+use crate::parallelism::{Parallelism, Recomputation, Sharding};
+use crate::pricing::{Pricer, Share};
+
+pub use activations::Kept;
+
+/// Bytes of a rank at its peak, by what they hold.
+#[derive(Debug, Clone, Copy, Default, PartialEq)]
+pub struct RankMemory {
+    /// Parameters in the format of products, copies in 8 bits included.
+    pub weights: f64,
+    /// Gradients.
+    pub gradients: f64,
+    /// Master parameters and moments.
+    pub optimizer: f64,
+    /// What layers keep for the backward, all micro-batches in flight.
+    pub activations: f64,
+    /// What is alive only within the layer that is being computed: gradients of activations, recomputed tensors.
+    pub temporary: f64,
+    /// Logits and their gradient.
+    pub logits: f64,
+    /// Buffers of collectives: parameters that are gathered, gradients on their way.
+    pub communication: f64,
+}
+
+impl RankMemory {
+    /// The names and bytes of all parts, in the order in which they are printed.
+    pub fn parts(&self) -> [(&'static str, f64); 7] {
+        [
+            ("weights", self.weights),
+            ("gradients", self.gradients),
+            ("optimizer", self.optimizer),
+            ("activations", self.activations),
+            ("temporary", self.temporary),
+            ("logits", self.logits),
+            ("communication", self.communication),
+        ]
+    }
+
+    /// Bytes in all: what an allocator reports as its peak.
+    pub fn total(&self) -> f64 {
+        self.parts().iter().map(|(_, bytes)| bytes).sum()
+    }
+}
+
+impl Pricer {
+    /// The pipeline rank that needs most, and what it holds. The layout is checked.
+    pub(crate) fn worst_rank(&self, layout: &Parallelism) -> (usize, RankMemory) {
+        let kept = self.kept_by_kind(layout);
+        let mut worst = (0, self.memory_of(layout, 0, &kept));
+        for rank in 1..layout.pipeline {
+            let memory = self.memory_of(layout, rank, &kept);
+            if memory.total() > worst.1.total() {
+                worst = (rank, memory);
+            }
+        }
+        worst
+    }
+
+    /// What pipeline rank `rank` of a checked layout holds at its peak.
+    pub fn rank_memory(&self, layout: &Parallelism, rank: usize) -> RankMemory {
+        self.memory_of(layout, rank, &self.kept_by_kind(layout))
+    }
+
+    /// Tensors that one layer of each kind keeps for a micro-batch's backward, in the order of [`Pricer::kinds`].
+    pub fn kept_by_kind(&self, layout: &Parallelism) -> Vec<Kept> {
+        let kinds = self.kinds().iter();
+        kinds.map(|(kind, _)| Kept::of(&self.model, layout, &self.training, *kind)).collect()
+    }
+
+    fn memory_of(&self, layout: &Parallelism, rank: usize, kept: &[Kept]) -> RankMemory {
+        let share = self.stages.share(layout, rank);
+        let mut memory = self.states_of(layout, &share);
+        let micro_batches = layout.micro_batches(&self.training);
+        let in_flight = layout
+            .schedule
+            .in_flight(layout.pipeline, layout.virtual_stages, micro_batches, rank)
+            .activations;
+        let chunks = in_flight as f64 / layout.virtual_stages as f64;
+        let mut largest = 0.0f64;
+        for (kept, layers) in kept.iter().zip(share.layers) {
+            memory.activations += chunks * f64::from(layers) * kept.bytes(layout.recompute);
+            if layers > 0 {
+                largest = largest.max(kept.temporary(layout.recompute));
+            }
+        }
+        memory.temporary = largest;
+        let tokens = (layout.micro_batch * self.training.sequence) as f64 / layout.context as f64;
+        if share.head {
+            // In 16 bits as the product leaves them, in 32 as the loss needs them, and their gradient in 16.
+            memory.logits = 8.0 * tokens * self.model.vocab as f64 / layout.tensor as f64;
+        }
+        memory
+    }
+
+    /// Weights, gradients and optimizer states, and what gathers them.
+    fn states_of(&self, layout: &Parallelism, share: &Share) -> RankMemory {
+        let held = self.rank_parameters(layout, share);
+        let optimizer = &self.training.optimizer;
+        let shards = (layout.data * layout.context) as f64;
+        let expert_shards = layout.expert_data().max(1) as f64;
+        let all = held.dense + held.experts;
+        let owned = held.dense / shards + held.experts / expert_shards;
+        let (weights, gradients, states) = match layout.sharding {
+            Sharding::None => (all, all, all),
+            Sharding::Zero1 => (all, all, owned),
+            Sharding::Zero2 => (all, owned, owned),
+            Sharding::Zero3 => (owned, owned, owned),
+        };
+        let width = if self.training.compute == crate::precision::Precision::F32 { 4.0 } else { 2.0 };
+        let narrow =
+            if self.training.compute.is_narrow() { 2.0 * self.training.compute.bytes() } else { 0.0 };
+        let layers: u32 = share.layers.iter().sum();
+        let layer = all / f64::from(layers.max(1));
+        let master = optimizer.master.map_or(0.0, |master| master.bytes());
+        RankMemory {
+            weights: (width + narrow) * weights,
+            gradients: optimizer.gradients.bytes() * gradients,
+            optimizer: (master + 2.0 * optimizer.moments.bytes()) * states,
+            communication: match layout.sharding {
+                // Two layers gathered, the gradient of one on its way.
+                Sharding::Zero3 => 2.0 * width * layer + optimizer.gradients.bytes() * layer,
+                _ => 0.0,
+            },
+            ..RankMemory::default()
+        }
+    }
+}
+
+/// Whether nothing but a layer's input is kept.
+fn full(recompute: Recomputation) -> bool {
+    matches!(recompute, Recomputation::Full)
+}

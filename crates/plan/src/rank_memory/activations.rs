@@ -1,0 +1,191 @@
+//! What one layer keeps for the backward of one micro-batch.
+
+use crate::architecture::{Architecture, Attention, FeedForward, LayerKind, Mixer, MoeShape};
+use crate::parallelism::{Parallelism, Recomputation, Training};
+use crate::precision::Precision;
+
+/// Which part of a layer a tensor belongs to, and hence what spares it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Part {
+    /// The layer's input: kept always.
+    Input,
+    /// What a norm leaves.
+    Norm,
+    /// Queries, keys, values of latent attention.
+    UpProjection,
+    /// Inside of a dense feed-forward network.
+    Mlp,
+    /// What the experts' activation function leaves.
+    MoeActivation,
+    /// Anything else of an MoE layer.
+    Moe,
+    /// Anything else.
+    Other,
+}
+
+/// Tensors that one layer keeps, with their bytes.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Kept {
+    tensors: Vec<(&'static str, Part, f64)>,
+}
+
+impl Kept {
+    /// The tensors of a layer of `kind` for one micro-batch.
+    pub(super) fn of(
+        model: &Architecture,
+        layout: &Parallelism,
+        training: &Training,
+        kind: LayerKind,
+    ) -> Self {
+        let sizes = Sizes::of(model, layout, training);
+        let mut kept = Self { tensors: Vec::with_capacity(24) };
+        if kind.mixer != Mixer::None {
+            kept.push("residual stream", Part::Input, sizes.width * sizes.split * sizes.hidden);
+            kept.push("norm before the mixer", Part::Norm, sizes.input * sizes.split * sizes.hidden);
+        }
+        match kind.mixer {
+            Mixer::None => {}
+            Mixer::Attention => kept.attention(model, &sizes),
+            Mixer::StateSpace => kept.state_space(model, &sizes),
+        }
+        if kind.ffn == FeedForward::None {
+            return kept;
+        }
+        let first = if kind.mixer == Mixer::None { Part::Input } else { Part::Other };
+        if !model.parallel_blocks {
+            kept.push("residual stream after the mixer", first, sizes.width * sizes.split * sizes.hidden);
+            kept.push("norm before the network", Part::Norm, sizes.input * sizes.split * sizes.hidden);
+        }
+        match (kind.ffn, &model.moe) {
+            (FeedForward::Moe, Some(moe)) => kept.experts(model, moe, layout, &sizes),
+            _ => kept.network(model, model.ffn_dense, Part::Mlp, &sizes),
+        }
+        kept
+    }
+
+    fn push(&mut self, name: &'static str, part: Part, bytes: f64) {
+        self.tensors.push((name, part, bytes));
+    }
+
+    fn attention(&mut self, model: &Architecture, sizes: &Sizes) {
+        let attention = &model.attention;
+        let heads = attention.heads() as f64 / sizes.tensor;
+        let kv_heads = (attention.kv_heads() as f64 / sizes.tensor).max(1.0);
+        let (qk, v) = (attention.qk_dim() as f64, attention.v_dim() as f64);
+        let of = |elements: f64| sizes.width * sizes.tokens * elements;
+        let part = match attention {
+            Attention::Latent { .. } => Part::UpProjection,
+            Attention::Grouped { .. } => Part::Other,
+        };
+        if let Attention::Latent { q_lora_rank, kv_lora_rank, rope, .. } = *attention {
+            let ranks = (q_lora_rank.unwrap_or(0) + kv_lora_rank) as f64;
+            self.push("compressed queries, keys, values", Part::Other, sizes.width * sizes.tokens * ranks);
+            self.push("their norms", Part::Norm, sizes.input * sizes.tokens * (ranks + rope as f64));
+        }
+        self.push("queries", part, of(heads * qk));
+        self.push("keys", part, of(kv_heads * qk));
+        self.push("values", part, of(kv_heads * v));
+        if model.qk_norm {
+            self.push("queries and keys before their norms", Part::Other, of((heads + kv_heads) * qk));
+        }
+        self.push("softmax statistics", Part::Other, 4.0 * sizes.tokens * heads);
+        self.push("attention output", Part::Other, of(heads * v));
+        if sizes.input < sizes.width {
+            self.push("attention output in 8 bits", Part::Other, sizes.input * sizes.tokens * heads * v);
+        }
+    }
+
+    fn state_space(&mut self, model: &Architecture, sizes: &Sizes) {
+        let Some(of) = model.state_space else { return };
+        let inner = (of.heads * of.head_dim) as f64 / sizes.tensor;
+        let states = (2 * of.groups * of.state) as f64 / sizes.tensor;
+        let bytes = |elements: f64| sizes.width * sizes.tokens * elements;
+        self.push("state-space projection", Part::Other, bytes(2.0 * inner + states));
+        self.push("convolution output", Part::Other, bytes(inner + states));
+        self.push("scan output", Part::Other, bytes(2.0 * inner));
+        self.push("states between chunks", Part::Other, bytes(2.0 * inner * of.state as f64 / 128.0));
+    }
+
+    fn network(&mut self, model: &Architecture, ffn: usize, part: Part, sizes: &Sizes) {
+        let inner = sizes.tokens * ffn as f64 / sizes.tensor;
+        let gates = model.ffn_matrices() as f64 - 1.0;
+        self.push("network before its activation", part, sizes.width * gates * inner);
+        self.push("network after its activation", part, sizes.input * inner);
+    }
+
+    fn experts(&mut self, model: &Architecture, moe: &MoeShape, layout: &Parallelism, sizes: &Sizes) {
+        let rows = sizes.tokens / sizes.tensor * (moe.top_k * layout.expert_tensor) as f64;
+        let inner = rows * moe.expert_ffn as f64 / layout.expert_tensor as f64;
+        let gates = model.ffn_matrices() as f64 - 1.0;
+        let dispatched = model.dispatch_width() as f64;
+        self.push("router scores", Part::Moe, 8.0 * sizes.split * moe.experts as f64);
+        if moe.latent.is_some() {
+            self.push("tokens for experts", Part::Moe, 2.0 * sizes.width * sizes.split * dispatched);
+        }
+        self.push("rows of experts", Part::Moe, sizes.input * rows * dispatched);
+        self.push("experts before their activation", Part::Moe, sizes.width * gates * inner);
+        self.push("experts after their activation", Part::MoeActivation, sizes.input * inner);
+        if moe.shared_ffn > 0 {
+            self.network(model, moe.shared_ffn, Part::Moe, sizes);
+        }
+    }
+
+    /// The names and bytes of all tensors.
+    pub fn tensors(&self) -> impl Iterator<Item = (&'static str, f64)> {
+        self.tensors.iter().map(|(name, _, bytes)| (*name, *bytes))
+    }
+
+    /// Bytes kept under `recompute`.
+    pub fn bytes(&self, recompute: Recomputation) -> f64 {
+        self.tensors.iter().filter(|(_, part, _)| !spared(*part, recompute)).map(|(_, _, bytes)| bytes).sum()
+    }
+
+    /// Bytes alive only while the backward is in this layer: what is computed again, and as many gradients as the widest
+    /// pair of tensors.
+    pub fn temporary(&self, recompute: Recomputation) -> f64 {
+        let again: f64 = self
+            .tensors
+            .iter()
+            .filter(|(_, part, _)| spared(*part, recompute))
+            .map(|(_, _, bytes)| bytes)
+            .sum();
+        let widest = self.tensors.iter().map(|(_, _, bytes)| *bytes).fold(0.0, f64::max);
+        again + 2.0 * widest
+    }
+}
+
+fn spared(part: Part, recompute: Recomputation) -> bool {
+    let of = recompute.modules();
+    match part {
+        Part::Input => false,
+        _ if super::full(recompute) => true,
+        Part::Norm => of.layernorm,
+        Part::UpProjection => of.mla_up_projection,
+        Part::Mlp => of.mlp,
+        Part::MoeActivation => of.moe_activation || of.moe,
+        Part::Moe => of.moe,
+        Part::Other => false,
+    }
+}
+
+struct Sizes {
+    tokens: f64,
+    split: f64,
+    hidden: f64,
+    tensor: f64,
+    /// Bytes of an element.
+    width: f64,
+    /// Bytes of an element that only a product reads.
+    input: f64,
+}
+
+impl Sizes {
+    fn of(model: &Architecture, layout: &Parallelism, training: &Training) -> Self {
+        let tokens = (layout.micro_batch * training.sequence) as f64 / layout.context as f64;
+        let tensor = layout.tensor as f64;
+        let width = if training.compute == Precision::F32 { 4.0 } else { 2.0 };
+        let input = if training.compute.is_narrow() { training.compute.bytes() } else { width };
+        let split = if layout.sequence_parallel { tokens / tensor } else { tokens };
+        Self { tokens, split, hidden: model.hidden as f64, tensor, width, input }
+    }
+}
