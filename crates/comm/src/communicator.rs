@@ -233,7 +233,7 @@ impl Communicator {
     /// # Errors
     /// If the run has failed.
     pub fn start_barrier(&self) -> Result<Pending<()>, CommError> {
-        let route = self.collective::<u8>(kind::BARRIER, self.reserve(1), true);
+        let route = self.collective::<u8>(kind::BARRIER, true);
         self.launch(route, vec![Vec::new(); self.size()], nothing(self.size()), Take::Landed(|_| Some(())))
     }
 
@@ -266,7 +266,7 @@ impl Communicator {
             let send = |to: usize| if to == root { Vec::new() } else { vec![piece.clone()] };
             let sends = (0..size).map(send).collect();
             drop(piece);
-            let route = self.collective::<T>(kind::BROADCAST, self.reserve(1), false);
+            let route = self.collective::<T>(kind::BROADCAST, false);
             return self.launch(route, sends, nothing(size), Take::Shared(shared));
         }
         let mut ranges = vec![Vec::new(); size];
@@ -366,7 +366,7 @@ impl Communicator {
         let ranges =
             recv_ranges.into_iter().map(|list| list.into_iter().map(bytes_of::<T>).collect()).collect();
         let landing = Landing::Copy { buffer: own::<T, R>(recv), ranges };
-        let route = self.collective::<T>(kind, self.reserve(1), false);
+        let route = self.collective::<T>(kind, false);
         self.launch(route, sends, landing, Take::Landed(disown::<T, R>))
     }
 
@@ -509,34 +509,24 @@ impl Communicator {
         Ok(ranges.into_iter().map(|range| all[range].to_vec()).collect())
     }
 
-    /// Starts one call of a reduction, with a sequence number that [`reserve`](Self::reserve) gave.
+    /// Starts a reduction.
     pub(crate) fn start_combine<R: 'static>(
         &self,
-        seq: u64,
         sends: Vec<Vec<Part<f32>>>,
         landing: Landing,
         take: fn(Landing) -> Option<R>,
     ) -> Result<Pending<R>, CommError> {
         let sends = self.check_sends(kind::REDUCE_SCATTER, sends)?;
-        self.launch(
-            self.collective::<f32>(kind::REDUCE_SCATTER, seq, false),
-            sends,
-            landing,
-            Take::Landed(take),
-        )
-    }
-
-    /// The next `count` numbers of the group's collective calls; returns the first.
-    pub(crate) fn reserve(&self, count: u64) -> u64 {
-        self.group.next.fetch_add(count, Relaxed)
+        self.launch(self.collective::<f32>(kind::REDUCE_SCATTER, false), sends, landing, Take::Landed(take))
     }
 
     pub(crate) fn bucket_bytes(&self) -> usize {
         self.core.transport.bucket_bytes()
     }
 
-    fn collective<T>(&self, kind: &'static str, seq: u64, synchronise: bool) -> Route {
+    fn collective<T>(&self, kind: &'static str, synchronise: bool) -> Route {
         let group = &self.group;
+        let seq = group.next.fetch_add(1, Relaxed);
         Route {
             kind,
             element: type_name::<T>(),

@@ -44,20 +44,15 @@ pub struct Reducer {
 }
 
 struct Compiled {
-    buckets: Vec<Bucket>,
     /// Roots this rank contributes, and the least length of each, per segment.
     roots: Vec<(usize, usize)>,
-    shard_len: usize,
-}
-
-/// One call's share of the work: at most so many bytes from each rank to each rank.
-#[derive(Default)]
-struct Bucket {
-    /// Per rank: what is sent to it.
+    /// Per rank: what is sent to it, bucket by bucket.
     sends: Vec<Vec<Cut>>,
-    /// Per rank: the lengths in bytes of the pieces it sends.
-    pieces: Vec<Vec<usize>>,
-    jobs: Arc<Vec<Job>>,
+    /// `[bucket][rank]`: the lengths in bytes of the pieces it sends.
+    pieces: Vec<Vec<Vec<usize>>>,
+    /// By bucket.
+    jobs: Arc<Vec<Vec<Job>>>,
+    shard_len: usize,
 }
 
 /// Elements `range` of one of this rank's roots.
@@ -99,20 +94,28 @@ impl ReducePlan {
         let roots = self.segments.iter().zip(&layouts).map(|(segment, layout)| {
             (layout.roots_of[me], segment.shards.iter().map(|shard| shard.end).max().unwrap_or(0))
         });
-        Ok(Reducer {
-            comm: comm.clone(),
-            compiled: Arc::new(Compiled {
-                roots: roots.collect(),
-                buckets: self.cut(&layouts, me, (comm.bucket_bytes() / size_of::<f32>()).max(1)),
-                shard_len: self.segments.iter().map(|segment| segment.shards[me].len()).sum(),
-            }),
-        })
+        let buckets = self.cut(&layouts, comm.size(), me, (comm.bucket_bytes() / size_of::<f32>()).max(1));
+        let mut compiled = Compiled {
+            roots: roots.collect(),
+            sends: (0..comm.size()).map(|_| Vec::new()).collect(),
+            pieces: Vec::with_capacity(buckets.len()),
+            jobs: Arc::default(),
+            shard_len: self.segments.iter().map(|segment| segment.shards[me].len()).sum(),
+        };
+        let mut jobs = Vec::with_capacity(buckets.len());
+        for bucket in buckets {
+            compiled.sends.iter_mut().zip(bucket.sends).for_each(|(all, cuts)| all.extend(cuts));
+            compiled.pieces.push(bucket.pieces);
+            jobs.push(bucket.jobs);
+        }
+        compiled.jobs = Arc::new(jobs);
+        Ok(Reducer { comm: comm.clone(), compiled: Arc::new(compiled) })
     }
 
     /// Cuts each rank's concatenated shards into buckets of at most `bucket` elements.
-    fn cut(&self, layouts: &[Layout], me: usize, bucket: usize) -> Vec<Bucket> {
-        let size = layouts.first().map_or(0, |layout| layout.roots_of.len());
-        let mut buckets = Vec::new();
+    fn cut(&self, layouts: &[Layout], size: usize, me: usize, bucket: usize) -> Vec<Bucket> {
+        // One at least: a call that moves nothing is a call, too.
+        let mut buckets = vec![Bucket::new(size)];
         for to in 0..size {
             let mut before = 0;
             for (index, (segment, layout)) in self.segments.iter().zip(layouts).enumerate() {
@@ -123,7 +126,7 @@ impl ReducePlan {
                     let len = (shard.len() - done).min(bucket - (before + done) % bucket);
                     let range = shard.start + done..shard.start + done + len;
                     if buckets.len() <= number {
-                        buckets.resize_with(number + 1, || Draft::new(size));
+                        buckets.resize_with(number + 1, || Bucket::new(size));
                     }
                     buckets[number].add(index, layout, me, to, range, before + done);
                     done += len;
@@ -131,36 +134,35 @@ impl ReducePlan {
                 before += shard.len();
             }
         }
-        buckets.into_iter().map(Draft::finish).collect()
+        buckets
     }
 }
 
-/// A bucket in the making.
-struct Draft {
-    bucket: Bucket,
+/// At most so many bytes from each rank to each rank, summed at once.
+struct Bucket {
+    /// Per rank: what is sent to it.
+    sends: Vec<Vec<Cut>>,
+    /// Per rank: the lengths in bytes of the pieces it sends.
+    pieces: Vec<Vec<usize>>,
     jobs: Vec<Job>,
 }
 
-impl Draft {
+impl Bucket {
     fn new(size: usize) -> Self {
-        let bucket = Bucket {
-            sends: (0..size).map(|_| Vec::new()).collect(),
-            pieces: vec![Vec::new(); size],
-            jobs: Arc::default(),
-        };
-        Self { bucket, jobs: Vec::new() }
+        let sends = (0..size).map(|_| Vec::new()).collect();
+        Self { sends, pieces: vec![Vec::new(); size], jobs: Vec::new() }
     }
 
     /// Elements `range` of segment `index` go to rank `to`, at `at` of its output.
     fn add(&mut self, index: usize, layout: &Layout, me: usize, to: usize, range: Range<usize>, at: usize) {
         for root in 0..layout.roots_of[me] {
-            self.bucket.sends[to].push(Cut { segment: index, root, range: range.clone() });
+            self.sends[to].push(Cut { segment: index, root, range: range.clone() });
         }
         if to != me {
             return;
         }
-        let first: Vec<usize> = self.bucket.pieces.iter().map(Vec::len).collect();
-        for (pieces, &roots) in self.bucket.pieces.iter_mut().zip(&layout.roots_of) {
+        let first: Vec<usize> = self.pieces.iter().map(Vec::len).collect();
+        for (pieces, &roots) in self.pieces.iter_mut().zip(&layout.roots_of) {
             pieces.extend(std::iter::repeat_n(range.len() * size_of::<f32>(), roots));
         }
         self.jobs.push(Job {
@@ -168,10 +170,6 @@ impl Draft {
             sources: layout.sources.iter().map(|&(rank, root)| (rank, first[rank] + root)).collect(),
             tree: Arc::clone(&layout.tree),
         });
-    }
-
-    fn finish(self) -> Bucket {
-        Bucket { jobs: Arc::new(self.jobs), ..self.bucket }
     }
 }
 
@@ -257,7 +255,7 @@ impl Reducer {
         self.start_reduce_scatter(roots, out)?.finish()
     }
 
-    /// Starts a [`reduce_scatter`](Self::reduce_scatter). All ranks make the same calls of the group in between.
+    /// Starts a [`reduce_scatter`](Self::reduce_scatter).
     ///
     /// # Errors
     /// As the finished call.
@@ -265,42 +263,21 @@ impl Reducer {
         &self,
         roots: &[Vec<Part<f32>>],
         mut out: R,
-    ) -> Result<PendingReduce<R>, CommError>
-    where
-        R: AsMut<[f32]> + Send + 'static,
-    {
-        let len = out.as_mut().len();
-        if len < self.compiled.shard_len {
-            let need = self.compiled.shard_len;
-            return Err(self.refuse(format!("the output has {len} elements, the shards have {need}")));
-        }
-        self.check_roots(roots)?;
-        let buckets = self.compiled.buckets.len();
-        let seq = self.comm.reserve(buckets as u64);
-        let state = match buckets {
-            0 => ReduceState::Empty(out),
-            _ => ReduceState::Started(self.start_bucket(0, seq, roots, out)?),
-        };
-        let roots = if buckets > 1 { roots.to_vec() } else { Vec::new() };
-        Ok(PendingReduce { reducer: self.clone(), roots, seq, state })
-    }
-
-    fn start_bucket<R>(
-        &self,
-        index: usize,
-        first_seq: u64,
-        roots: &[Vec<Part<f32>>],
-        out: R,
     ) -> Result<Pending<R>, CommError>
     where
         R: AsMut<[f32]> + Send + 'static,
     {
-        let bucket = &self.compiled.buckets[index];
+        let (len, compiled) = (out.as_mut().len(), &self.compiled);
+        if len < compiled.shard_len {
+            let need = compiled.shard_len;
+            return Err(self.refuse(format!("the output has {len} elements, the shards have {need}")));
+        }
+        self.check_roots(roots)?;
         let part = |cut: &Cut| roots[cut.segment][cut.root].slice(cut.range.clone());
-        let sends = bucket.sends.iter().map(|cuts| cuts.iter().map(part).collect()).collect();
-        let sum = Box::new(Sum { out, jobs: Arc::clone(&bucket.jobs) });
-        let landing = Landing::Combine { sum, pieces: bucket.pieces.clone() };
-        self.comm.start_combine(first_seq + index as u64, sends, landing, take_sum::<R>)
+        let sends = compiled.sends.iter().map(|cuts| cuts.iter().map(part).collect()).collect();
+        let sum = Box::new(Sum { out, jobs: Arc::clone(&compiled.jobs) });
+        let landing = Landing::Combine { sum, pieces: compiled.pieces.clone() };
+        self.comm.start_combine(sends, landing, take_sum::<R>)
     }
 
     fn check_roots(&self, roots: &[Vec<Part<f32>>]) -> Result<(), CommError> {
@@ -327,52 +304,18 @@ impl Reducer {
     }
 }
 
-/// A started [`Reducer::reduce_scatter`].
-#[must_use = "a started call must be finished"]
-pub struct PendingReduce<R> {
-    reducer: Reducer,
-    /// Kept while later buckets need them.
-    roots: Vec<Vec<Part<f32>>>,
-    seq: u64,
-    state: ReduceState<R>,
-}
-
-enum ReduceState<R> {
-    /// There is nothing to sum.
-    Empty(R),
-    /// The first bucket is under way; the others follow one by one, which bounds what is staged.
-    Started(Pending<R>),
-}
-
-impl<R: AsMut<[f32]> + Send + 'static> PendingReduce<R> {
-    /// Waits for the sums and hands the output back; no clone of the roots is left.
-    ///
-    /// # Errors
-    /// [`CommError::Failed`] if the run fails.
-    pub fn finish(self) -> Result<R, CommError> {
-        let mut out = match self.state {
-            ReduceState::Empty(out) => return Ok(out),
-            ReduceState::Started(pending) => pending.finish()?,
-        };
-        for index in 1..self.reducer.compiled.buckets.len() {
-            out = self.reducer.start_bucket(index, self.seq, &self.roots, out)?.finish()?;
-        }
-        Ok(out)
-    }
-}
-
-/// Adds up the jobs of a bucket.
+/// Adds up the jobs of each bucket.
 struct Sum<R> {
     out: R,
-    jobs: Arc<Vec<Job>>,
+    jobs: Arc<Vec<Vec<Job>>>,
 }
 
 impl<R: AsMut<[f32]> + 'static> Combine for Sum<R> {
-    fn combine(&mut self, received: &[Vec<&[u8]>]) {
+    fn combine(&mut self, bucket: usize, received: &[Vec<&[u8]>]) {
         let out = self.out.as_mut();
         let mut scratch = Vec::new();
         let mut sources: Vec<&[f32]> = Vec::new();
-        for job in self.jobs.iter() {
+        for job in &self.jobs[bucket] {
             sources.clear();
             sources
                 .extend(job.sources.iter().map(|&(rank, piece)| bytemuck::cast_slice(received[rank][piece])));

@@ -17,11 +17,13 @@
 
 pub mod bench;
 mod communicator;
+mod copying;
 mod error;
 mod exact;
 mod flight;
 mod gather;
 mod ledger;
+pub mod mpi;
 mod part;
 mod pending;
 pub mod threads;
@@ -31,7 +33,7 @@ pub mod watch;
 
 pub use communicator::{Communicator, kind};
 pub use error::{CallSite, Cause, CommError, Failure, RunError, Waiting};
-pub use exact::{PendingReduce, ReducePlan, Reducer, Segment};
+pub use exact::{ReducePlan, Reducer, Segment};
 pub use flight::{CallState, FlightEntry, FlightRecorder, Message};
 pub use gather::{GatherPlan, GatherSegment, Gatherer};
 pub use ledger::{Ledger, LinkClass, RankTraffic, Row};

@@ -50,9 +50,9 @@ pub trait ByteBuffer: Any {
 
 /// What adds up received pieces where they are.
 pub trait Combine: Any {
-    /// Called once, when all is there: `received[member][piece]`, cut as it was sent. Pieces are aligned as their
-    /// elements need it.
-    fn combine(&mut self, received: &[Vec<&[u8]>]);
+    /// Called once for each bucket, in order, when all of it is there: `received[member][piece]`, cut as it was sent.
+    /// Pieces are aligned as their elements need it.
+    fn combine(&mut self, bucket: usize, received: &[Vec<&[u8]>]);
 }
 
 /// Where received bytes go.
@@ -68,8 +68,9 @@ pub enum Landing {
     Combine {
         /// What adds up.
         sum: Box<dyn Combine + Send>,
-        /// The expected piece lengths in bytes, per member.
-        pieces: Vec<Vec<usize>>,
+        /// `[bucket][member]`: the lengths in bytes of the pieces that are expected. A member sends the pieces of one
+        /// bucket after those of another; a transport that stages them needs room for a few buckets only.
+        pieces: Vec<Vec<Vec<usize>>>,
     },
 }
 
@@ -81,7 +82,9 @@ impl Landing {
                 ranges.iter().map(|list| list.iter().map(|range| range.len() as u64).sum()).collect()
             }
             Self::Combine { pieces, .. } => {
-                pieces.iter().map(|list| list.iter().map(|&len| len as u64).sum()).collect()
+                let members = pieces.first().map_or(0, Vec::len);
+                let of = |member: usize| pieces.iter().flat_map(move |bucket| &bucket[member]);
+                (0..members).map(|member| of(member).map(|&len| len as u64).sum()).collect()
             }
         }
     }

@@ -11,6 +11,7 @@ use std::time::{Duration, Instant};
 
 pub use launch::{ThreadRanks, run_ranks};
 
+use crate::copying::copy_stream;
 use crate::error::{Cause, CommError, Failure};
 use crate::flight::FlightRecorder;
 use crate::ledger::LinkClass;
@@ -107,8 +108,7 @@ impl ThreadTransport {
                 for (peer, sends) in &ready {
                     received[*peer] = sends[me].iter().map(|piece| piece.bytes()).collect();
                 }
-                let cut = |list: &Vec<&[u8]>| list.iter().map(|bytes| bytes.len()).collect::<Vec<_>>();
-                if let Some(peer) = (0..received.len()).find(|&peer| cut(&received[peer]) != pieces[peer]) {
+                if let Some(peer) = cut_otherwise(pieces, &received) {
                     let detail = format!(
                         "rank {} sends rank {} pieces of other lengths than it expects: their plans differ",
                         call.members[peer], self.rank
@@ -117,7 +117,11 @@ impl ThreadTransport {
                     self.world.fail(&mut state, call.members[peer], Cause::Mismatch { detail });
                     return state.check();
                 }
-                sum.combine(&received);
+                for (bucket, members) in pieces.iter().enumerate() {
+                    let take = |(list, lens): (&mut Vec<_>, &Vec<usize>)| list.drain(..lens.len()).collect();
+                    let bucket_pieces: Vec<Vec<&[u8]>> = received.iter_mut().zip(members).map(take).collect();
+                    sum.combine(bucket, &bucket_pieces);
+                }
                 let links = from.iter().map(|&peer| self.link(call.members[peer]));
                 call.moving[links.max().unwrap_or(LinkClass::SameRank) as usize] += begin.elapsed();
             }
@@ -299,55 +303,16 @@ impl Transport for ThreadTransport {
     }
 }
 
-/// Copies the stream of `pieces` into the stream of `ranges` of `target`; both have the same total length.
-fn copy_stream<'a>(
-    pieces: impl Iterator<Item = &'a [u8]>,
-    target: &mut [u8],
-    ranges: &[std::ops::Range<usize>],
-) {
-    let mut ranges = ranges.iter().cloned();
-    let mut free = 0..0;
-    for mut piece in pieces {
-        while !piece.is_empty() {
-            while free.is_empty() {
-                match ranges.next() {
-                    Some(range) => free = range,
-                    None => return,
-                }
-            }
-            let (now, later) = piece.split_at(piece.len().min(free.len()));
-            copy(now, &mut target[free.start..free.start + now.len()]);
-            free.start += now.len();
-            piece = later;
-        }
-    }
-}
-
-/// A copy in runs of 512 bytes.
-///
-/// One `memcpy` of 4 KiB to 1 MiB takes the C library's `rep movsb` path, which is up to 10 times slower on some CPUs
-/// (measured on Zen 3) where the target lies less than a cache line behind the source within their pages. Short runs
-/// never take it, and are as fast otherwise.
-fn copy(source: &[u8], target: &mut [u8]) {
-    const RUN: usize = 512;
-    for (from, to) in source.chunks(RUN).zip(target.chunks_mut(RUN)) {
-        to.copy_from_slice(from);
-    }
+/// The first member whose pieces are not cut as `pieces[bucket][member]` expects.
+fn cut_otherwise(pieces: &[Vec<Vec<usize>>], received: &[Vec<&[u8]>]) -> Option<usize> {
+    let expected = |member: usize| pieces.iter().flat_map(move |bucket| bucket[member].iter().copied());
+    (0..received.len()).find(|&member| !expected(member).eq(received[member].iter().map(|bytes| bytes.len())))
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
     use crate::Communicator;
-
-    #[test]
-    fn streams_are_cut_anew_across_empty_pieces_and_ranges() {
-        let bytes: Vec<u8> = (0..100).collect();
-        let pieces = [&bytes[0..0], &bytes[0..7], &bytes[7..7], &bytes[7..10]];
-        let mut target = [255u8; 12];
-        copy_stream(pieces.into_iter(), &mut target, &[4..4, 8..12, 0..5, 5..6]);
-        assert_eq!(target, [4, 5, 6, 7, 8, 9, 255, 255, 0, 1, 2, 3]);
-    }
 
     #[test]
     fn finished_calls_leave_nothing_behind() {

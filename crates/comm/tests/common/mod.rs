@@ -1,6 +1,8 @@
 //! What the tests share.
 #![allow(dead_code, reason = "each test file uses a part of it")]
 
+pub mod cases;
+
 use std::ops::Range;
 use std::sync::Arc;
 use std::sync::mpsc::channel;

@@ -1,0 +1,575 @@
+//! Calls between MPI ranks: matched by headers, progressed by whoever holds the lock.
+
+use std::collections::HashMap;
+use std::ops::Range;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use super::calls::{Active, Side, key_of};
+use super::incoming::{Frame, Incoming, Place, Pool, Stream};
+use super::outgoing::{Block, blocks, chunks};
+use super::ranks::MpiOptions;
+use super::raw::{Channel, Completed, Library, Memory, Requests, TAGS};
+use super::verdict::{CERTAIN, Verdict};
+use super::wire::{CONTROL_BYTES, Header, INLINE_BYTES, Key, Message, fingerprint};
+use crate::error::{CallSite, Cause, CommError, Failure, Waiting};
+use crate::flight::FlightRecorder;
+use crate::ledger::LinkClass;
+use crate::part::Piece;
+use crate::transport::{Call, CallKey, Done, GroupId};
+
+/// How long headers that do not match are collected before somebody is blamed.
+const GATHER_EVIDENCE: Duration = Duration::from_millis(30);
+
+/// This process's side of the job.
+pub(super) struct Engine {
+    pub rank: usize,
+    pub size: usize,
+    pub nodes: Vec<usize>,
+    pub version: String,
+    pub options: MpiOptions,
+    pub recorder: FlightRecorder,
+    pub step: AtomicU64,
+    /// The rank's own thread polls, so nobody else needs to.
+    pub waits: AtomicBool,
+    state: Mutex<State>,
+}
+
+/// What a request was for.
+pub(super) enum Purpose {
+    Inbox,
+    Control,
+    Send(Key),
+    Frame { key: Key, member: usize, range: Range<usize> },
+}
+
+struct OpenGroup {
+    name: String,
+    members: Vec<usize>,
+    fingerprint: u64,
+}
+
+/// Everything under the lock.
+pub(super) struct State {
+    pub library: Library,
+    requests: Requests<Purpose>,
+    sides: HashMap<Key, Side>,
+    tickets: HashMap<u64, Key>,
+    next_ticket: u64,
+    /// Headers of calls that this rank has not started.
+    early: HashMap<Key, Vec<(usize, Header)>>,
+    groups: Vec<OpenGroup>,
+    /// Groups that others have opened.
+    announced: Vec<(usize, String, Vec<usize>)>,
+    /// Step, number, kind and group of the last call that each rank told of.
+    last: Vec<Option<(u64, u64, String, u64)>>,
+    next_tag: Vec<u32>,
+    gone: Vec<bool>,
+    conflict: Option<(Key, Instant)>,
+    waiting: Option<Key>,
+    pool: Pool,
+    pub verdict: Verdict,
+}
+
+impl Engine {
+    pub fn new(library: Library, options: MpiOptions) -> Result<Self, CommError> {
+        let (rank, size) = (library.rank, library.size);
+        let (nodes, version) = (library.nodes.clone(), library.version.clone());
+        let mut state = State {
+            library,
+            requests: Requests::new(),
+            sides: HashMap::new(),
+            tickets: HashMap::new(),
+            next_ticket: 0,
+            early: HashMap::new(),
+            groups: Vec::new(),
+            announced: Vec::new(),
+            last: vec![None; size],
+            next_tag: vec![0; size],
+            gone: vec![false; size],
+            conflict: None,
+            waiting: None,
+            pool: Pool::default(),
+            verdict: Verdict::default(),
+        };
+        for _ in 0..(2 * size).clamp(4, 64) {
+            state.listen(vec![0; CONTROL_BYTES])?;
+        }
+        Ok(Self {
+            rank,
+            size,
+            nodes,
+            version,
+            options,
+            recorder: FlightRecorder::default(),
+            step: AtomicU64::new(0),
+            waits: AtomicBool::new(false),
+            state: Mutex::new(state),
+        })
+    }
+
+    /// A rank that panicked while it held the lock fails the job anyway.
+    pub fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub fn link(&self, rank: usize) -> LinkClass {
+        match rank {
+            rank if rank == self.rank => LinkClass::SameRank,
+            rank if self.nodes[rank] == self.nodes[self.rank] => LinkClass::SameNode,
+            _ => LinkClass::OtherNode,
+        }
+    }
+
+    /// A failure of this rank, as it stands.
+    pub fn failure(&self, cause: Cause) -> Failure {
+        let step = self.step.load(Ordering::Relaxed);
+        Failure {
+            rank: self.rank,
+            step,
+            call: self.recorder.last(),
+            cause,
+            waiting: Vec::new(),
+            flights: Vec::new(),
+        }
+    }
+}
+
+impl State {
+    fn listen(&mut self, buffer: Vec<u8>) -> Result<(), CommError> {
+        let len = buffer.len();
+        let any = (Channel::Control, None, 0);
+        self.requests.receive(&self.library, any, Memory::Bytes(buffer), 0..len, Purpose::Inbox)
+    }
+
+    /// Sends a message to a rank.
+    pub fn tell(&mut self, rank: usize, message: &Message) -> Result<(), CommError> {
+        let bytes = message.encode();
+        let len = bytes.len();
+        let to = (Channel::Control, rank, 0);
+        self.requests.send(&self.library, to, Memory::Bytes(bytes), 0..len, Purpose::Control)
+    }
+
+    /// Sends a message to all other ranks.
+    pub fn tell_all(&mut self, message: &Message) -> Result<(), CommError> {
+        let me = self.library.rank;
+        (0..self.library.size).filter(|&rank| rank != me).try_for_each(|rank| self.tell(rank, message))
+    }
+
+    /// Finds the group of this name and these members, or opens it.
+    pub fn open_group(
+        &mut self,
+        engine: &Engine,
+        name: &str,
+        members: &[usize],
+    ) -> Result<GroupId, CommError> {
+        self.verdict.check()?;
+        let same = |group: &OpenGroup| group.name == name && group.members == members;
+        if let Some(index) = self.groups.iter().position(same) {
+            return Ok(GroupId(index as u32));
+        }
+        let words = name.bytes().map(u64::from).chain(members.iter().map(|&member| member as u64));
+        let group = OpenGroup {
+            name: name.to_owned(),
+            members: members.to_vec(),
+            fingerprint: fingerprint(words.chain([members.len() as u64])),
+        };
+        let ours = self.groups.iter().map(|open| (engine.rank, &open.name, &open.members));
+        let theirs = self.announced.iter().map(|(rank, name, members)| (*rank, name, members));
+        let clash = ours.chain(theirs).find(|(_, other, list)| {
+            *other == name && *list != members && list.iter().any(|member| members.contains(member))
+        });
+        if let Some((rank, _, list)) = clash {
+            // The next call of this rank comes back with the verdict.
+            let list = list.clone();
+            self.groups_differ(engine, name, (&list, rank), (members, engine.rank));
+        }
+        let told: Vec<u32> = members.iter().map(|&member| member as u32).collect();
+        for &member in members.iter().filter(|&&member| member != engine.rank) {
+            self.tell(member, &Message::Group { name: name.to_owned(), members: told.clone() })?;
+        }
+        self.groups.push(group);
+        Ok(GroupId((self.groups.len() - 1) as u32))
+    }
+
+    fn groups_differ(
+        &mut self,
+        engine: &Engine,
+        name: &str,
+        (first, opener): (&[usize], usize),
+        (second, rank): (&[usize], usize),
+    ) {
+        let detail = format!(
+            "group '{name}' was opened with the world ranks {first:?} by rank {opener}, and rank {rank} opens it with {second:?}"
+        );
+        let failure = Failure { rank, ..engine.failure(Cause::Mismatch { detail }) };
+        self.report(engine, failure, 1);
+    }
+
+    /// Starts a call.
+    pub fn start(&mut self, engine: &Engine, mut call: Call) -> Result<u64, CommError> {
+        self.verdict.check()?;
+        let group = match call.key {
+            CallKey::Collective { group, .. } | CallKey::Message { group, .. } => group,
+        };
+        let group = self.groups[group.0 as usize].fingerprint;
+        let key = key_of(&call.key, group, call.position);
+        let mut side = Side::new(&call);
+        let own = std::mem::take(&mut call.sends[call.position]);
+        let mut moving = [Duration::ZERO; 3];
+        let members = side.members.len();
+        let mut sends_left = 0;
+        // Each rank begins with its neighbour, so that not all send to the same one first.
+        for turn in 1..members {
+            let member = (call.position + turn) % members;
+            if side.talks_to(member) {
+                let to = key_of(&call.key, group, member);
+                let pieces = std::mem::take(&mut call.sends[member]);
+                sends_left += self.post(engine, &side, (key, to), member, pieces, &mut moving)?;
+            }
+        }
+        let begin = Instant::now();
+        let mut incoming = Incoming::new(call.landing, call.position, &own);
+        incoming.sum_up(&mut self.pool);
+        moving[LinkClass::SameRank as usize] += begin.elapsed();
+        let streams = (0..members).map(|_| Stream::default()).collect();
+        side.active = Some(Active { incoming, streams, sends_left, moving, given_up: false });
+        self.sides.insert(key, side);
+        let ticket = self.next_ticket;
+        self.next_ticket += 1;
+        self.tickets.insert(ticket, key);
+        for (source, header) in self.early.remove(&key).unwrap_or_default() {
+            self.meet(engine, source, header)?;
+        }
+        Ok(ticket)
+    }
+
+    /// Sends a member its header and payload. Returns how many messages of payload there are.
+    fn post(
+        &mut self,
+        engine: &Engine,
+        side: &Side,
+        (key, to): (Key, Key),
+        member: usize,
+        pieces: Vec<Piece>,
+        moving: &mut [Duration; 3],
+    ) -> Result<usize, CommError> {
+        let rank = side.members[member];
+        let (sent, begin) = (side.bytes[member], Instant::now());
+        let mut header = Header {
+            key: to,
+            position: side.position as u32,
+            step: side.site.step,
+            kind: side.site.kind.to_string(),
+            element: side.element.to_owned(),
+            sent,
+            expected: side.expects[member],
+            pieces: fingerprint(pieces.iter().map(|piece| piece.len() as u64)),
+            first_tag: self.next_tag[rank],
+            blocks: Vec::new(),
+            payload: Vec::new(),
+        };
+        if sent <= INLINE_BYTES.min(engine.options.chunk_bytes) as u64 {
+            header.payload = pieces.iter().map(Piece::bytes).collect::<Vec<_>>().concat();
+            self.tell(rank, &Message::Call(header))?;
+            return Ok(0);
+        }
+        let blocks = blocks(pieces);
+        header.blocks = blocks.iter().map(|block| block.len() as u64).collect();
+        moving[engine.link(rank) as usize] += begin.elapsed();
+        self.tell(rank, &Message::Call(header))?;
+        let mut messages = 0;
+        for block in blocks {
+            let len = block.len();
+            for range in chunks(len, engine.options.chunk_bytes) {
+                let tag = self.next_tag[rank];
+                self.next_tag[rank] = (tag + 1) % TAGS;
+                let memory = match &block {
+                    Block::Piece(piece) => Memory::Piece(piece.clone()),
+                    Block::Packed(bytes) => Memory::Bytes(bytes[range.clone()].to_vec()),
+                };
+                let range = if matches!(memory, Memory::Bytes(_)) { 0..range.len() } else { range };
+                let to = (Channel::Data, rank, tag);
+                self.requests.send(&self.library, to, memory, range, Purpose::Send(key))?;
+                messages += 1;
+            }
+        }
+        Ok(messages)
+    }
+
+    /// A header has come for a call of this rank.
+    fn meet(&mut self, engine: &Engine, source: usize, header: Header) -> Result<(), CommError> {
+        let key = header.key;
+        let Some(side) = self.sides.get_mut(&key) else {
+            self.early.entry(key).or_default().push((source, header));
+            return Ok(());
+        };
+        let member = header.position as usize;
+        if side.members.get(member) != Some(&source) {
+            let text = format!("rank {source} says it is member {member} of {}", side.site);
+            return Err(CommError::Transport(text));
+        }
+        let disagrees = side.disagrees(&header, member).is_some();
+        if disagrees && !side.conflict {
+            side.conflict = true;
+            self.conflict.get_or_insert((key, Instant::now() + GATHER_EVIDENCE));
+        }
+        if let (false, Some(active)) = (disagrees, &mut side.active) {
+            if header.payload.is_empty() {
+                active.streams[member] = stream_of(&header, engine.options.chunk_bytes);
+            } else {
+                let (begin, range) = (Instant::now(), 0..header.payload.len());
+                active.incoming.scatter(member, &range, &header.payload, &mut self.pool);
+                active.incoming.arrived(member, &range);
+                active.moving[engine.link(source) as usize] += begin.elapsed();
+            }
+        }
+        side.headers[member] = Some(Header { blocks: Vec::new(), payload: Vec::new(), ..header });
+        self.go_on(engine, key)
+    }
+
+    /// Sums what is complete, receives what has a place now, and lets go what is done.
+    fn go_on(&mut self, engine: &Engine, key: Key) -> Result<(), CommError> {
+        let Some(side) = self.sides.get_mut(&key) else { return Ok(()) };
+        if let (Some(active), false) = (&mut side.active, side.conflict) {
+            let farthest = side.members.iter().map(|&rank| engine.link(rank)).max();
+            let farthest = farthest.unwrap_or(LinkClass::SameRank) as usize;
+            active.moving[farthest] += active.incoming.sum_up(&mut self.pool);
+            let Active { incoming, streams, .. } = active;
+            for (member, stream) in streams.iter_mut().enumerate() {
+                while let Some((frame, place)) = incoming.next_frame(member, stream, &mut self.pool) {
+                    let (memory, place) = match place {
+                        Place::Direct(target, range) => (Memory::Target(target), range),
+                        Place::Aside(bytes) => (Memory::Bytes(bytes), 0..frame.range.len()),
+                    };
+                    let from = (Channel::Data, Some(side.members[member]), frame.tag);
+                    let purpose = Purpose::Frame { key, member, range: frame.range };
+                    self.requests.receive(&self.library, from, memory, place, purpose)?;
+                }
+            }
+        }
+        if side.active.as_ref().is_some_and(|active| active.given_up) && side.complete() {
+            side.active = None;
+        }
+        if side.active.is_none() && side.all_told() {
+            self.sides.remove(&key);
+        }
+        Ok(())
+    }
+
+    /// Lets MPI work, and deals with what has come. Returns whether anything has.
+    pub fn progress(&mut self, engine: &Engine) -> Result<bool, CommError> {
+        let completed = self.requests.poll()?;
+        let any = !completed.is_empty();
+        for done in completed {
+            self.completed(engine, done)?;
+        }
+        self.tend(engine)?;
+        Ok(any)
+    }
+
+    fn completed(&mut self, engine: &Engine, done: Completed<Purpose>) -> Result<(), CommError> {
+        match (done.of, done.memory) {
+            (Purpose::Inbox, Memory::Bytes(buffer)) => {
+                let message = Message::decode(&buffer[..done.bytes.min(buffer.len())]);
+                self.listen(buffer)?;
+                self.hear(engine, done.source, message?)
+            }
+            (Purpose::Send(key), memory) => {
+                drop(memory);
+                if let Some(active) = self.sides.get_mut(&key).and_then(|side| side.active.as_mut()) {
+                    active.sends_left -= 1;
+                }
+                self.go_on(engine, key)
+            }
+            (Purpose::Frame { key, member, range }, memory) => {
+                let source = done.source;
+                if done.bytes != range.len() {
+                    let (got, wanted) = (done.bytes, range.len());
+                    let text = format!("rank {source} sent {got} bytes where it had announced {wanted}");
+                    return Err(CommError::Transport(text));
+                }
+                if let Some(active) = self.sides.get_mut(&key).and_then(|side| side.active.as_mut()) {
+                    if let Memory::Bytes(bytes) = &memory {
+                        let begin = Instant::now();
+                        active.incoming.scatter(member, &range, bytes, &mut self.pool);
+                        active.moving[engine.link(source) as usize] += begin.elapsed();
+                    }
+                    drop(memory);
+                    active.incoming.arrived(member, &range);
+                }
+                self.go_on(engine, key)
+            }
+            (Purpose::Inbox | Purpose::Control, _) => Ok(()),
+        }
+    }
+
+    fn hear(&mut self, engine: &Engine, source: usize, message: Message) -> Result<(), CommError> {
+        match message {
+            Message::Call(header) => {
+                self.last[source] =
+                    Some((header.step, header.key.seq, header.kind.clone(), header.key.group));
+                self.meet(engine, source, header)
+            }
+            Message::Group { name, members } => {
+                let members: Vec<usize> = members.into_iter().map(|member| member as usize).collect();
+                let differs = |group: &&OpenGroup| {
+                    group.name == name
+                        && group.members != members
+                        && group.members.iter().any(|member| members.contains(member))
+                };
+                if let Some(ours) = self.groups.iter().find(differs).map(|group| group.members.clone()) {
+                    self.groups_differ(engine, &name, (&ours, engine.rank), (&members, source));
+                }
+                self.announced.push((source, name, members));
+                Ok(())
+            }
+            Message::Report { failure, weight } => {
+                self.verdict.report(failure, weight, true, Instant::now());
+                Ok(())
+            }
+            Message::Verdict(failure) => {
+                self.verdict.settle(failure);
+                Ok(())
+            }
+            Message::Bye => {
+                self.gone[source] = true;
+                Ok(())
+            }
+        }
+    }
+
+    /// Says that something has failed, if nobody has before.
+    pub fn report(&mut self, engine: &Engine, mut failure: Failure, weight: u32) {
+        if self.verdict.failure().is_some() || (self.verdict.has_report() && weight < CERTAIN) {
+            return;
+        }
+        failure.waiting.extend(self.waits(engine.rank));
+        if failure.rank != engine.rank {
+            let last = self.last[failure.rank].clone();
+            failure.step = last.as_ref().map_or(failure.step, |(step, ..)| *step);
+            failure.call = last.map(|(step, seq, kind, group)| {
+                let named = self.groups.iter().find(|open| open.fingerprint == group);
+                let group = named.map_or("?", |open| open.name.as_str()).into();
+                CallSite { step, seq, kind: kind.into(), group }
+            });
+        }
+        self.accuse(engine, failure, weight);
+    }
+
+    /// Brings a failure before rank 0.
+    pub fn accuse(&mut self, engine: &Engine, failure: Failure, weight: u32) {
+        let decides = engine.rank == 0;
+        if !decides {
+            // If this fails, too, the rank's own report stands when the time is over.
+            let _ = self.tell(0, &Message::Report { failure: failure.clone(), weight });
+        }
+        self.verdict.report(failure, weight, decides, Instant::now());
+    }
+
+    /// The call this rank waits in, and for whom.
+    fn waits(&self, rank: usize) -> Option<Waiting> {
+        let side = self.sides.get(self.waiting.as_ref()?)?;
+        let for_ranks = side.missing().into_iter().map(|member| side.members[member]).collect();
+        Some(Waiting { rank, call: side.site.clone(), for_ranks })
+    }
+
+    /// What is due: blame, verdicts, ranks that are gone.
+    fn tend(&mut self, engine: &Engine) -> Result<(), CommError> {
+        if self.conflict.is_none() && !self.verdict.has_report() && !self.gone.contains(&true) {
+            return Ok(());
+        }
+        let now = Instant::now();
+        if let Some((key, due)) = self.conflict
+            && now >= due
+        {
+            self.conflict = None;
+            if let Some((rank, detail, weight)) = self.sides.get(&key).and_then(Side::judge) {
+                let failure = Failure { rank, ..engine.failure(Cause::Mismatch { detail }) };
+                self.report(engine, failure, weight);
+            }
+        }
+        if let Some(waiting) = self.waits(engine.rank)
+            && let Some(&absent) = waiting.for_ranks.iter().find(|&&rank| self.gone[rank])
+            && self.waiting.is_some_and(|key| self.sides.get(&key).is_some_and(|side| side.silent(absent)))
+        {
+            let failure = Failure { rank: absent, ..engine.failure(Cause::ReturnedEarly) };
+            self.report(engine, failure, 1);
+        }
+        if let Some(failure) = self.verdict.decide(now)
+            && engine.rank == 0
+        {
+            self.tell_all(&Message::Verdict(Failure::clone(&failure)))?;
+        }
+        Ok(())
+    }
+
+    /// Says which call the rank's own thread waits in.
+    pub fn wait_in(&mut self, ticket: Option<u64>) {
+        self.waiting = ticket.and_then(|ticket| self.tickets.get(&ticket).copied());
+    }
+
+    /// The call, if it is complete.
+    pub fn take(&mut self, ticket: u64) -> Result<Option<Done>, CommError> {
+        self.verdict.check()?;
+        let unknown = || CommError::Transport("a call that was not started cannot be finished".into());
+        let key = *self.tickets.get(&ticket).ok_or_else(unknown)?;
+        let side = self.sides.get_mut(&key).ok_or_else(unknown)?;
+        if !side.complete() {
+            return Ok(None);
+        }
+        self.tickets.remove(&ticket);
+        let active = side.active.take().ok_or_else(unknown)?;
+        if side.all_told() {
+            self.sides.remove(&key);
+        }
+        let landing = active.incoming.into_landing();
+        let landing = landing.ok_or_else(|| CommError::Transport("a landing is still in use".into()))?;
+        Ok(Some(Done { landing, wait: Duration::ZERO, moving: active.moving }))
+    }
+
+    /// Gives a call up: what is under way goes on, and is let go when it is done.
+    pub fn cancel(&mut self, engine: &Engine, ticket: u64) {
+        let Some(key) = self.tickets.remove(&ticket) else { return };
+        if let Some(active) = self.sides.get_mut(&key).and_then(|side| side.active.as_mut()) {
+            active.given_up = true;
+        }
+        // What goes wrong here comes up again in the next call.
+        let _ = self.go_on(engine, key);
+    }
+
+    /// Whether calls are under way.
+    pub fn is_busy(&self) -> bool {
+        !self.tickets.is_empty()
+    }
+
+    /// Whether all other ranks have said goodbye and everything is sent.
+    pub fn all_gone(&self) -> bool {
+        let others = self.gone.iter().enumerate().filter(|(rank, _)| *rank != self.library.rank);
+        others.map(|(_, gone)| *gone).all(|gone| gone) && self.requests.len() == self.inbox()
+    }
+
+    fn inbox(&self) -> usize {
+        (2 * self.library.size).clamp(4, 64)
+    }
+
+    /// Finalises MPI; all ranks do.
+    pub fn finalise(&mut self) {
+        self.requests.cancel();
+        self.library.finalise();
+    }
+}
+
+fn stream_of(header: &Header, chunk_bytes: usize) -> Stream {
+    let (mut start, mut tag) = (0, header.first_tag);
+    let mut frames = Vec::new();
+    for &len in &header.blocks {
+        for chunk in chunks(len as usize, chunk_bytes) {
+            frames.push(Frame { range: start + chunk.start..start + chunk.end, tag });
+            tag = (tag + 1) % TAGS;
+        }
+        start += len as usize;
+    }
+    Stream::new(frames)
+}

@@ -1,0 +1,308 @@
+//! This process as a rank of an MPI job.
+
+use std::any::Any;
+use std::error::Error;
+use std::fmt;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::thread::{self, JoinHandle, available_parallelism};
+use std::time::{Duration, Instant};
+
+use super::engine::Engine;
+use super::raw::Library;
+use super::verdict::CERTAIN;
+use super::wire::Message;
+use crate::communicator::Communicator;
+use crate::error::{Cause, CommError, Failure, RunError};
+use crate::flight::FlightRecorder;
+use crate::transport::{Call, Done, GroupId, Ticket, Transport};
+
+type Boxed = Box<dyn Error + Send + Sync>;
+
+/// How often started calls are looked after while the rank computes.
+const BUSY: Duration = Duration::from_micros(50);
+/// How often messages are looked for while nothing is under way.
+const IDLE: Duration = Duration::from_millis(1);
+/// How often a waiting rank looks before it gives way to others.
+const LOOKS: u32 = 64;
+
+/// How MPI is used; equal on all ranks.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct MpiOptions {
+    /// Larger messages are cut: counts of MPI end at 2^31. Results do not depend on it.
+    pub chunk_bytes: usize,
+    /// A sum stages at most two times as many bytes from each rank. Results do not depend on it.
+    pub bucket_bytes: usize,
+}
+
+impl Default for MpiOptions {
+    fn default() -> Self {
+        Self { chunk_bytes: 1 << 30, bucket_bytes: 1 << 20 }
+    }
+}
+
+/// This process's rank in an MPI job.
+pub struct MpiRanks {
+    engine: Arc<Engine>,
+    world: Communicator,
+    helper: Mutex<Option<JoinHandle<()>>>,
+    stop: Arc<AtomicBool>,
+}
+
+impl fmt::Debug for MpiRanks {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "MpiRanks(rank {} of {})", self.engine.rank, self.engine.size)
+    }
+}
+
+impl MpiRanks {
+    /// Joins the job that a launcher started this process for. Once a process, and all processes of the job do.
+    ///
+    /// # Errors
+    /// If MPI cannot be initialised for several threads.
+    pub fn join(options: MpiOptions) -> Result<Self, CommError> {
+        let engine = Arc::new(Engine::new(Library::start()?, options)?);
+        let world = Communicator::over(Arc::new(MpiTransport::new(Arc::clone(&engine))))?;
+        let stop = Arc::new(AtomicBool::new(false));
+        let helper = thread::Builder::new().name("communication".into()).spawn({
+            let (engine, stop) = (Arc::clone(&engine), Arc::clone(&stop));
+            move || help(&engine, &stop)
+        });
+        let helper = helper.map_err(|error| CommError::Transport(format!("no thread to be had: {error}")))?;
+        Ok(Self { engine, world, helper: Mutex::new(Some(helper)), stop })
+    }
+
+    /// This rank.
+    pub fn rank(&self) -> usize {
+        self.engine.rank
+    }
+
+    /// How many ranks there are.
+    pub fn size(&self) -> usize {
+        self.engine.size
+    }
+
+    /// How many ranks are on this rank's node.
+    pub fn ranks_here(&self) -> usize {
+        let here = self.engine.nodes[self.engine.rank];
+        self.engine.nodes.iter().filter(|node| **node == here).count()
+    }
+
+    /// The MPI library, for example `Open MPI v4.1.4`.
+    pub fn library(&self) -> &str {
+        &self.engine.version
+    }
+
+    /// This rank's handle on all ranks.
+    pub fn world(&self) -> &Communicator {
+        &self.world
+    }
+
+    /// This rank's last calls.
+    pub fn recorder(&self) -> &FlightRecorder {
+        &self.engine.recorder
+    }
+
+    /// Runs `body` as this rank, as [`run_ranks`](crate::run_ranks) does on threads, and returns what it returns.
+    ///
+    /// # Errors
+    /// The first root cause in the job if a rank panics, returns an error or leaves early, or calls do not match; the
+    /// same on all ranks. The error value is there on the rank that returned it.
+    pub fn run<T, E, F>(&self, body: F) -> Result<T, RunError>
+    where
+        E: Into<Boxed>,
+        F: FnOnce(Communicator) -> Result<T, E>,
+    {
+        let outcome = catch_unwind(AssertUnwindSafe(|| body(self.world.clone()).map_err(Into::into)));
+        let (cause, source) = match outcome {
+            Ok(Ok(value)) => return Ok(value),
+            Ok(Err(error)) => (Cause::Errored { message: error.to_string() }, Some(error)),
+            Err(payload) => (Cause::Panicked { message: panic_message(payload.as_ref()) }, None),
+        };
+        let failure = self.settle(cause);
+        let mine = failure.rank == self.rank() && matches!(failure.cause, Cause::Errored { .. });
+        let consequence =
+            source.as_ref().is_some_and(|error| matches!(error.downcast_ref(), Some(CommError::Failed(_))));
+        Err(RunError { failure, source: source.filter(|_| mine && !consequence) })
+    }
+
+    /// Tells the job that this rank ends with an error, and returns why the job has failed: for this, unless another
+    /// rank was first.
+    pub fn fail(&self, message: String) -> Arc<Failure> {
+        self.settle(Cause::Errored { message })
+    }
+
+    fn settle(&self, cause: Cause) -> Arc<Failure> {
+        let mut state = self.engine.lock();
+        state.report(&self.engine, self.engine.failure(cause), CERTAIN);
+        loop {
+            if let Some(failure) = state.verdict.failure() {
+                return Arc::clone(failure);
+            }
+            // Should MPI itself have failed, the rank's own report stands when the time is over.
+            let _ = state.progress(&self.engine);
+            drop(state);
+            thread::yield_now();
+            state = self.engine.lock();
+        }
+    }
+
+    /// Leaves the job in good order: waits until all ranks do, and finalises MPI.
+    ///
+    /// # Errors
+    /// [`CommError::Failed`] if the job has failed.
+    pub fn leave(&self) -> Result<(), CommError> {
+        let mut state = self.engine.lock();
+        state.tell_all(&Message::Bye)?;
+        loop {
+            state.progress(&self.engine)?;
+            state.verdict.check()?;
+            if state.all_gone() {
+                break;
+            }
+            drop(state);
+            thread::sleep(BUSY);
+            state = self.engine.lock();
+        }
+        drop(state);
+        self.stop_helper();
+        self.engine.lock().finalise();
+        Ok(())
+    }
+
+    /// Ends the whole job at once; the launcher returns `code`.
+    pub fn abort(&self, code: i32) {
+        // What was told to others should have left.
+        let _ = self.engine.lock().progress(&self.engine);
+        self.engine.lock().library.abort(code);
+    }
+
+    fn stop_helper(&self) {
+        self.stop.store(true, Ordering::Release);
+        let helper = self.helper.lock().unwrap_or_else(PoisonError::into_inner).take();
+        if let Some(helper) = helper {
+            // It has no panic of its own to tell of: a rank's thread finds the same error in its next call.
+            let _ = helper.join();
+        }
+    }
+}
+
+impl Drop for MpiRanks {
+    fn drop(&mut self) {
+        self.stop_helper();
+    }
+}
+
+fn panic_message(payload: &(dyn Any + Send)) -> String {
+    let text = payload.downcast_ref::<&str>().map(|text| (*text).to_owned());
+    text.or_else(|| payload.downcast_ref::<String>().cloned())
+        .unwrap_or_else(|| "a value that is no text".into())
+}
+
+/// Looks after started calls while the rank's own thread does not.
+fn help(engine: &Engine, stop: &AtomicBool) {
+    while !stop.load(Ordering::Acquire) {
+        let mut busy = false;
+        if !engine.waits.load(Ordering::Acquire) {
+            let mut state = engine.lock();
+            // An error comes up again in the rank's next call.
+            if state.progress(engine).is_err() {
+                return;
+            }
+            busy = state.is_busy();
+        }
+        thread::sleep(if busy { BUSY } else { IDLE });
+    }
+}
+
+/// The rank's side of the [`Transport`] seam.
+struct MpiTransport {
+    engine: Arc<Engine>,
+    /// Every rank of this node has a core: looking again costs nobody anything.
+    cores_for_all: bool,
+}
+
+impl MpiTransport {
+    fn new(engine: Arc<Engine>) -> Self {
+        let here = engine.nodes[engine.rank];
+        let ranks = engine.nodes.iter().filter(|node| **node == here).count();
+        let cores_for_all = available_parallelism().is_ok_and(|cores| ranks <= cores.get());
+        Self { engine, cores_for_all }
+    }
+
+    fn poll(&self, ticket: Ticket) -> Result<Done, CommError> {
+        let engine = &self.engine;
+        let mut looks = 0u32;
+        loop {
+            let mut state = engine.lock();
+            if let Some(done) = state.take(ticket.0)? {
+                return Ok(done);
+            }
+            state.wait_in(Some(ticket.0));
+            let news = state.progress(engine)?;
+            state.wait_in(None);
+            drop(state);
+            looks = if news { 0 } else { looks + 1 };
+            if looks > 0 && (!self.cores_for_all || looks.is_multiple_of(LOOKS)) {
+                thread::yield_now();
+            }
+        }
+    }
+}
+
+impl Transport for MpiTransport {
+    fn rank(&self) -> usize {
+        self.engine.rank
+    }
+
+    fn size(&self) -> usize {
+        self.engine.size
+    }
+
+    fn node(&self, rank: usize) -> usize {
+        self.engine.nodes[rank]
+    }
+
+    fn bucket_bytes(&self) -> usize {
+        self.engine.options.bucket_bytes
+    }
+
+    fn set_step(&self, step: u64) {
+        self.engine.step.store(step, Ordering::Relaxed);
+    }
+
+    fn recorder(&self) -> &FlightRecorder {
+        &self.engine.recorder
+    }
+
+    fn failure(&self) -> Option<Arc<Failure>> {
+        self.engine.lock().verdict.failure().cloned()
+    }
+
+    fn fail(&self, failure: Arc<Failure>) {
+        self.engine.lock().accuse(&self.engine, Failure::clone(&failure), 1);
+    }
+
+    fn open_group(&self, name: &str, members: &[usize]) -> Result<GroupId, CommError> {
+        self.engine.lock().open_group(&self.engine, name, members)
+    }
+
+    fn start(&self, call: Call) -> Result<Ticket, CommError> {
+        self.engine.lock().start(&self.engine, call).map(Ticket)
+    }
+
+    fn finish(&self, ticket: Ticket) -> Result<Done, CommError> {
+        let begin = Instant::now();
+        self.engine.waits.store(true, Ordering::Release);
+        let done = self.poll(ticket);
+        self.engine.waits.store(false, Ordering::Release);
+        let done = done?;
+        let moving: Duration = done.moving.iter().sum();
+        Ok(Done { wait: begin.elapsed().saturating_sub(moving), ..done })
+    }
+
+    fn cancel(&self, ticket: Ticket) {
+        self.engine.lock().cancel(&self.engine, ticket.0);
+    }
+}
