@@ -3,7 +3,9 @@
 
 mod architecture;
 mod calibration;
+pub mod collectives;
 mod hardware;
+pub mod kernels;
 mod layout;
 mod memory;
 mod model;
