@@ -8,6 +8,8 @@ use crate::backend::{Dims, Product};
 const COLUMN_STEP: usize = 64;
 /// Rows of a tile: multiples of this.
 const ROW_STEP: usize = 24;
+/// Rows of a tile of a tall result at most.
+const MOST_ROWS: usize = 384;
 /// Multiply-adds below which a tile costs more in packing and dispatch than it gains.
 const SMALLEST_TILE: usize = 1 << 20;
 /// Tiles a thread, so that a late thread does not hold up the others for long.
@@ -66,15 +68,16 @@ pub(super) fn tiled(
     });
 }
 
-/// Rows and columns of a tile. Any shape gives the same bits; this one gives every thread several tiles that are as
-/// square as possible, because an operand is packed once for each tile that reads it.
+/// Rows and columns of a tile. Any shape gives the same bits. Tall results are cut by rows alone, short enough that the
+/// packed rows stay in the second-level cache; others so that every thread has a tile that is as square as possible,
+/// because an operand is packed once for each tile that reads it.
 fn tile(dims: Dims, threads: usize) -> (usize, usize) {
     let Dims { m, n, k } = dims;
-    if threads == 1 {
-        return (m, n);
+    let wanted = (threads * TILES_A_THREAD).min(m * n * k.max(1) / SMALLEST_TILE).max(1);
+    if threads == 1 || m >= wanted * MOST_ROWS / 2 {
+        let parts = m.div_ceil(MOST_ROWS).next_multiple_of(wanted);
+        return (m.div_ceil(parts).next_multiple_of(ROW_STEP).min(m), n);
     }
-    let work = m * n * k.max(1);
-    let wanted = (threads * TILES_A_THREAD).min(work / SMALLEST_TILE).max(1);
     let side = ((m * n / wanted) as f64).sqrt() as usize;
     let columns = side.next_multiple_of(COLUMN_STEP).min(n);
     let rows = (m * n / wanted / columns).max(1).next_multiple_of(ROW_STEP).min(m);
