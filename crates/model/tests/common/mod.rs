@@ -1,0 +1,114 @@
+//! The cases of `fixtures/`, ready to be run.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+use std::time::Instant;
+
+use safetensors::SafeTensors;
+use unisono_comm::{CommError, run_ranks};
+use unisono_mesh::{Fold, Grid};
+use unisono_model::{Batch, Gradients, LossScale, Parameters, Profile, Recompute, Transformer};
+use unisono_plan::ModelConfig;
+use unisono_tensor::{Backend, Cpu, IGNORE};
+
+/// A case: its tensors and its model.
+pub struct Reference {
+    pub floats: BTreeMap<String, Vec<f32>>,
+    pub words: BTreeMap<String, Vec<u32>>,
+    pub model: ModelConfig,
+    pub sequence_length: usize,
+}
+
+pub fn load(case: &str) -> Reference {
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures");
+    let json = std::fs::read_to_string(folder.join(format!("{case}.json"))).expect("the case has a config");
+    let mut config: serde_json::Map<String, serde_json::Value> = serde_json::from_str(&json).expect("JSON");
+    let sequence_length =
+        config.remove("sequence_length").expect("a sequence length").as_u64().expect("a number");
+    let model: ModelConfig = serde_json::from_value(config.into()).expect("the fields are the model's");
+    let bytes = std::fs::read(folder.join(format!("{case}.safetensors"))).expect("the case has tensors");
+    let tensors = SafeTensors::deserialize(&bytes).expect("safetensors");
+    let (mut floats, mut words) = (BTreeMap::new(), BTreeMap::new());
+    for (name, view) in tensors.iter() {
+        let values = view.data().as_chunks::<4>().0.iter();
+        match view.dtype() {
+            safetensors::Dtype::F32 => {
+                floats.insert(name.to_string(), values.map(|b| f32::from_le_bytes(*b)).collect());
+            }
+            safetensors::Dtype::U32 => {
+                words.insert(name.to_string(), values.map(|b| u32::from_le_bytes(*b)).collect());
+            }
+            _ => {}
+        }
+    }
+    Reference { floats, words, model, sequence_length: sequence_length as usize }
+}
+
+fn parameters(reference: &Reference, model: &Transformer<Cpu>) -> Parameters<Cpu> {
+    let layout = model.layout();
+    let backend = model.backend();
+    let mut dense = backend.zeros(layout.dense_len());
+    for tensor in layout.dense_tensors() {
+        dense[tensor.range()].copy_from_slice(&reference.floats[&tensor.name]);
+    }
+    let mut experts = backend.zeros(layout.expert_blocks() * layout.expert_len());
+    let blocks = layout.moe_layers().flat_map(|layer| (0..layout.num_experts()).map(move |e| (layer, e)));
+    for (index, (layer, expert)) in blocks.enumerate() {
+        for (which, tensor) in layout.expert.iter().enumerate() {
+            let start = index * layout.expert_len() + tensor.offset;
+            let name = layout.expert_tensor_name(layer, expert, which);
+            experts[start..start + tensor.len()].copy_from_slice(&reference.floats[&name]);
+        }
+    }
+    let bias =
+        layout.moe_layers().map(|layer| reference.floats[&format!("layers.{layer}.router_bias")].clone());
+    let bias = bias.collect();
+    Parameters { dense, experts, bias }
+}
+
+fn batch(reference: &Reference) -> Batch {
+    let rows = reference.words["ids"].len();
+    let length = reference.sequence_length;
+    Batch {
+        slots: 0..1,
+        sequences: rows / length,
+        sequence_length: length,
+        inputs: reference.words["ids"].clone(),
+        targets: reference.words["targets"].clone(),
+        document_start: reference.words["document_start"].clone(),
+        positions: (0..rows).map(|row| (row % length) as u32).collect(),
+    }
+}
+
+/// A case on one rank.
+pub struct Case {
+    pub reference: Reference,
+    pub model: Transformer<Cpu>,
+    pub parameters: Parameters<Cpu>,
+    pub batch: Batch,
+    pub scale: LossScale,
+}
+
+impl Case {
+    pub fn zeros(&self) -> Gradients<Cpu> {
+        Gradients::zeros(self.model.backend(), self.model.layout(), 1, self.reference.model.num_experts)
+    }
+}
+
+/// Runs `body` on a case.
+pub fn run(case: &str, recompute: Recompute, body: impl Fn(Case) -> Result<(), CommError> + Sync) {
+    run_ranks(1, |comm| {
+        let reference = load(case);
+        let fold = Fold::new(Grid::default(), 1).expect("one rank");
+        let group = comm.subgroup("experts", &[0])?;
+        let (profile, length) = (Profile::new(Instant::now()), reference.sequence_length);
+        let (backend, config) = (Cpu::new(2), reference.model.clone());
+        let mut model = Transformer::new(backend, config, fold, 0, group, length, recompute, 256, profile);
+        model.keep_activations();
+        let (parameters, batch) = (parameters(&reference, &model), batch(&reference));
+        let targets = batch.targets.iter().filter(|t| **t != IGNORE).count() as u64;
+        let scale = LossScale { targets, sequences: batch.sequences as u64, sequence_length: length };
+        body(Case { reference, model, parameters, batch, scale })
+    })
+    .expect("the pass runs");
+}
