@@ -1,7 +1,6 @@
 //! Activities that take time at a rate, the links that they share, and the queue of their ends.
 
-use std::cmp::{Ordering, Reverse};
-use std::collections::BinaryHeap;
+use super::queue::Queue;
 
 /// Something under way.
 #[derive(Debug, Clone, Default)]
@@ -14,8 +13,6 @@ struct Activity {
     /// Factor on the rate that is not due to links.
     factor: f64,
     running: bool,
-    /// Counts changes, so that outdated ends are known in the queue.
-    version: u32,
     links: Vec<u32>,
 }
 
@@ -26,36 +23,13 @@ struct Link {
     users: Vec<u32>,
 }
 
-/// The end of an activity, if nothing changes before.
-#[derive(Debug, Clone, Copy, PartialEq)]
-struct End {
-    at_s: f64,
-    activity: u32,
-    version: u32,
-}
-
-impl Eq for End {}
-
-impl Ord for End {
-    fn cmp(&self, other: &Self) -> Ordering {
-        let ids = (self.activity, self.version).cmp(&(other.activity, other.version));
-        self.at_s.total_cmp(&other.at_s).then(ids)
-    }
-}
-
-impl PartialOrd for End {
-    fn partial_cmp(&self, other: &Self) -> Option<Ordering> {
-        Some(self.cmp(other))
-    }
-}
-
 /// All activities of a simulation and its clock.
 #[derive(Debug)]
 pub(super) struct Flows {
     now_s: f64,
     activities: Vec<Activity>,
     links: Vec<Link>,
-    queue: BinaryHeap<Reverse<End>>,
+    queue: Queue,
     /// How many simulated exchanges one stands for, on every link.
     weights: Vec<f64>,
 }
@@ -69,7 +43,7 @@ impl Flows {
             now_s: 0.0,
             activities: vec![Activity { factor: 1.0, ..Activity::default() }; activities],
             links,
-            queue: BinaryHeap::new(),
+            queue: Queue::default(),
             weights,
         }
     }
@@ -98,11 +72,8 @@ impl Flows {
             self.join(link, id);
         }
         let rate = self.rate(id);
-        let activity = &mut self.activities[id as usize];
-        activity.rate = rate;
-        activity.version += 1;
-        let end = End { at_s: self.now_s + seconds / rate, activity: id, version: activity.version };
-        self.queue.push(Reverse(end));
+        self.activities[id as usize].rate = rate;
+        self.queue.set(id, self.now_s + seconds / rate);
     }
 
     /// Changes the factor on the rate of `id`, running or not.
@@ -118,19 +89,14 @@ impl Flows {
 
     /// The next activity that ends, after which the clock stands at its end.
     pub fn next_end(&mut self) -> Option<u32> {
-        while let Some(Reverse(end)) = self.queue.pop() {
-            let activity = &mut self.activities[end.activity as usize];
-            if activity.running && activity.version == end.version {
-                activity.running = false;
-                self.now_s = end.at_s;
-                for index in 0..self.activities[end.activity as usize].links.len() {
-                    let link = self.activities[end.activity as usize].links[index];
-                    self.leave(link, end.activity);
-                }
-                return Some(end.activity);
-            }
+        let (at_s, id) = self.queue.pop()?;
+        self.now_s = at_s;
+        self.activities[id as usize].running = false;
+        for index in 0..self.activities[id as usize].links.len() {
+            let link = self.activities[id as usize].links[index];
+            self.leave(link, id);
         }
-        None
+        Some(id)
     }
 
     fn join(&mut self, link: u32, id: u32) {
@@ -175,9 +141,8 @@ impl Flows {
         activity.left_s = (activity.left_s - (self.now_s - activity.updated_s) * activity.rate).max(0.0);
         activity.updated_s = self.now_s;
         activity.rate = rate;
-        activity.version += 1;
         let at_s = self.now_s + activity.left_s / rate;
-        self.queue.push(Reverse(End { at_s, activity: id, version: activity.version }));
+        self.queue.set(id, at_s);
     }
 
     fn rate(&self, id: u32) -> f64 {

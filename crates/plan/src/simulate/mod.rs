@@ -10,6 +10,7 @@
 mod closed;
 mod costs;
 mod flows;
+mod queue;
 mod run;
 mod trace;
 
