@@ -9,7 +9,8 @@ use unisono_plan::simulate::{
 };
 
 const PIPELINE: usize = 16;
-const LAYERS_A_STAGE: usize = 2;
+/// Layers of a stage of DualPipeV.
+const LAYERS: usize = 2;
 const EXPERT_PARALLEL: u32 = 64;
 
 /// The passes of a layer: attention, dispatch, experts, combine. Seconds are of DeepSeek-V3's order.
@@ -24,17 +25,20 @@ fn layer(attention_s: f64, experts_s: f64) -> [Segment; 4] {
     ]
 }
 
-fn costs() -> UniformCosts {
-    let layers = |attention_s, experts_s| layer(attention_s, experts_s).repeat(LAYERS_A_STAGE);
-    let stage = StageCosts {
-        forward: layers(2.0e-3, 2.5e-3),
-        input: layers(2.2e-3, 2.5e-3),
-        weights: vec![Segment::compute("weights", 3.0e-3 * LAYERS_A_STAGE as f64)],
-        backward: layers(4.0e-3, 4.0e-3),
+fn stage(layers: usize) -> StageCosts {
+    let passes = |attention_s, experts_s| layer(attention_s, experts_s).repeat(layers);
+    StageCosts {
+        forward: passes(2.0e-3, 2.5e-3),
+        input: passes(2.2e-3, 2.5e-3),
+        weights: vec![Segment::compute("weights", 3.0e-3 * layers as f64)],
+        backward: passes(4.0e-3, 4.0e-3),
         reduce: vec![Segment { group: EXPERT_PARALLEL, ..Segment::exchange("reduce", 20e-3) }],
-    };
+    }
+}
+
+fn costs() -> UniformCosts {
     UniformCosts {
-        stages: vec![stage; 2 * PIPELINE],
+        stages: vec![stage(LAYERS); 2 * PIPELINE],
         transfer: Transfer { seconds: 0.6e-3, link: Some(0) },
         update: vec![vec![Segment::compute("optimizer", 0.2)]; PIPELINE],
         gather: vec![vec![Segment::exchange("gather", 20e-3)]; PIPELINE],
@@ -83,6 +87,14 @@ impl Costs for Skewed {
     }
 }
 
+/// Seconds that this process has run on a core so far; 0 where the system does not tell. Unlike the time of day it does not
+/// count what others run.
+fn core_s() -> f64 {
+    let status = std::fs::read_to_string("/proc/self/schedstat").unwrap_or_default();
+    let nanoseconds = status.split_whitespace().next().and_then(|field| field.parse::<f64>().ok());
+    nanoseconds.unwrap_or(0.0) / 1e9
+}
+
 /// The most memory that this process has held, in MB; 0 where the system does not tell.
 fn peak_mb() -> u64 {
     let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
@@ -101,20 +113,20 @@ fn measure(
     let mut seconds = Vec::new();
     let mut result = None;
     for _ in 0..rounds {
-        let begin = Instant::now();
+        let (begin, core) = (Instant::now(), core_s());
         let simulated = simulate(schedule, costs, replicas, false).expect("the schedule is free of deadlock");
-        seconds.push(begin.elapsed().as_secs_f64());
+        seconds.push((begin.elapsed().as_secs_f64(), core_s() - core));
         assert!(result.as_ref().is_none_or(|before| *before == simulated), "results differ between rounds");
         result = Some(simulated);
     }
-    seconds.sort_by(f64::total_cmp);
-    let (simulated, median) = (result.expect("at least one round"), seconds[seconds.len() / 2]);
+    seconds.sort_by(|a, b| a.1.total_cmp(&b.1));
+    let (simulated, (elapsed, core)) = (result.expect("at least one round"), seconds[seconds.len() / 2]);
     println!(
-        "{name:22} {ranks:6} ranks  {:5} ops a rank  {:10} events  {:8.1} ms  {:5.1} M events/s  peak {:5} MB  step {:.3} s",
+        "{name:22} {ranks:6} ranks  {:5} ops a rank  {:10} events  {:8.1} ms ({:8.1} on a core)  peak {:5} MB  step {:.3} s",
         schedule.ranks[0].len(),
         simulated.events,
-        median * 1e3,
-        simulated.events as f64 / median / 1e6,
+        elapsed * 1e3,
+        core * 1e3,
         peak_mb(),
         simulated.seconds,
     );
@@ -130,7 +142,7 @@ fn main() {
             .schedule(PIPELINE, virtual_stages, 15 * PIPELINE / 2)
             .or_else(|_| kind.schedule(PIPELINE, virtual_stages, 8 * PIPELINE));
         let schedule = schedule.expect("allowed sizes").then_update();
-        let costs = UniformCosts { stages: vec![costs().stages[0].clone(); stages], ..costs() };
+        let costs = UniformCosts { stages: vec![stage(2 * LAYERS * PIPELINE / stages); stages], ..costs() };
         measure(&format!("{kind} by symmetry"), &schedule, &costs, Replicas::symmetric(128), 2048, 15);
     }
     let schedule = ScheduleKind::DualPipeV.schedule(PIPELINE, 2, 120).expect("allowed sizes").then_update();
