@@ -11,6 +11,7 @@ mod error;
 mod eval;
 mod generate;
 mod layout;
+mod plan;
 mod screen;
 mod signals;
 mod style;
@@ -55,5 +56,6 @@ fn run(command: Command) -> Result<u8, CliError> {
         Command::Config(args) => config::run(&args),
         Command::Compare(args) => compare::run(args),
         Command::Bench(args) => bench::run(args),
+        Command::Plan(args) => plan::run(args),
     }
 }

@@ -17,6 +17,7 @@ pub mod schedule;
 pub mod simulate;
 mod software;
 mod table;
+pub mod validate;
 
 pub use architecture::{
     Architecture, Attention, FeedForward, HuggingFaceError, LayerKind, LayerParameters, Mixer, MoeShape,

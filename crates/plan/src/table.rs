@@ -25,11 +25,6 @@ impl Table {
         Self { columns, rows: records.collect() }
     }
 
-    /// Whether the header names `column`.
-    pub(crate) fn has(&self, column: &str) -> bool {
-        self.columns.contains_key(column)
-    }
-
     /// The rows below the header.
     pub(crate) fn rows(&self) -> impl Iterator<Item = Row<'_>> {
         (0..self.rows.len()).map(|index| Row { table: self, index })

@@ -1,0 +1,243 @@
+//! A row as its source wrote it: every column read, nothing inferred.
+
+use crate::table::Row;
+
+/// What a row reports.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Kind {
+    /// A measured run.
+    Run,
+    /// A value that a continuous-integration test holds: good for memory, too small and too shared for time.
+    Golden,
+    /// A plan that ran out of memory.
+    OutOfMemory,
+}
+
+/// A published measurement. Absent and unreadable numbers are `None`.
+#[derive(Debug, Clone, PartialEq)]
+pub(super) struct Case {
+    pub id: String,
+    pub file: String,
+    pub kind: Kind,
+    pub model_key: String,
+    pub printed: String,
+    pub custom: String,
+    pub shape: Shape,
+    pub gpu: String,
+    pub gpus: Option<u64>,
+    pub precision: String,
+    pub sequence: Option<u64>,
+    pub global_batch: Option<u64>,
+    pub degrees: Degrees,
+    pub sharding: String,
+    pub recompute: String,
+    pub framework: String,
+    /// Release of the software where the source names one, such as 26.04, in hundredths.
+    pub release: Option<u64>,
+    pub routing: String,
+    pub step_s: Option<f64>,
+    pub tokens_per_s_per_gpu: Option<f64>,
+    pub tflops_per_gpu: Option<f64>,
+    pub convention: String,
+    /// Whether the source says that virtual stages do not apply.
+    pub not_interleaved: bool,
+    pub memory_gib: Option<f64>,
+}
+
+/// The numbers of a layout; `None` where the source prints none.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub(super) struct Degrees {
+    pub micro_batch: Option<u64>,
+    pub tensor: Option<u64>,
+    pub pipeline: Option<u64>,
+    pub virtual_stages: Option<u64>,
+    pub context: Option<u64>,
+    pub expert: Option<u64>,
+    pub expert_tensor: Option<u64>,
+    pub data: Option<u64>,
+}
+
+/// The numbers of `custom_arch`: `L14 h7168 ffn18432 a128 kv8 E64 k8 moeffn2048 v51200`, or `layers=4`.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub(super) struct Shape {
+    pub layers: Option<u64>,
+    pub hidden: Option<u64>,
+    pub heads: Option<u64>,
+    pub kv_heads: Option<u64>,
+    pub ffn: Option<u64>,
+    pub experts: Option<u64>,
+    pub top_k: Option<u64>,
+    pub expert_ffn: Option<u64>,
+    pub vocab: Option<u64>,
+}
+
+impl Case {
+    pub(super) fn read(row: Row<'_>) -> Self {
+        let text = |column: &str| row.text(column).to_string();
+        let kind = match row.text("kind") {
+            "ci_golden" => Kind::Golden,
+            "oom" => Kind::OutOfMemory,
+            _ => Kind::Run,
+        };
+        let mut case = Self {
+            id: text("id"),
+            file: text("file"),
+            kind,
+            model_key: text("model_key"),
+            printed: text("model_as_printed"),
+            custom: text("custom_arch"),
+            shape: Shape::read(row.text("custom_arch")),
+            gpu: text("gpu"),
+            gpus: row.count("n_gpus"),
+            precision: text("precision"),
+            sequence: row.count("seq"),
+            global_batch: row.count("gbs"),
+            degrees: Degrees {
+                micro_batch: row.count("mbs"),
+                tensor: row.count("tp"),
+                pipeline: row.count("pp"),
+                virtual_stages: row.count("vpp"),
+                context: row.count("cp"),
+                expert: row.count("ep"),
+                expert_tensor: row.count("etp"),
+                data: row.count("dp"),
+            },
+            sharding: text("sharding"),
+            recompute: text("recompute"),
+            framework: text("framework"),
+            release: release(row.text("source")),
+            routing: text("routing"),
+            step_s: row.positive("step_time_s"),
+            tokens_per_s_per_gpu: row.positive("tokens_per_s_per_gpu"),
+            tflops_per_gpu: row.positive("tflops_per_gpu"),
+            convention: text("tflops_convention"),
+            not_interleaved: matches!(row.text("vpp"), "n/a" | "-"),
+            memory_gib: row.positive("mem_max_gib"),
+        };
+        case.read_names();
+        case
+    }
+
+    /// Fills what the columns leave blank from what names spell out: `TP1 PP4 VPP2 EP8 mbs2 seq8192`.
+    fn read_names(&mut self) {
+        let names = format!("{} {}", self.printed, self.framework);
+        let fill = |field: &mut Option<u64>, keys: &[&str]| {
+            *field = field.or_else(|| keys.iter().find_map(|key| spelled(&names, key)));
+        };
+        let degrees = &mut self.degrees;
+        fill(&mut degrees.micro_batch, &["mbs"]);
+        fill(&mut degrees.tensor, &["tp"]);
+        fill(&mut degrees.pipeline, &["pp"]);
+        if self.kind != Kind::Golden {
+            fill(&mut degrees.virtual_stages, &["vpp", "vp"]);
+        }
+        fill(&mut degrees.context, &["cp"]);
+        fill(&mut degrees.expert, &["ep"]);
+        fill(&mut degrees.expert_tensor, &["etp"]);
+        fill(&mut self.sequence, &["seq"]);
+        fill(&mut self.global_batch, &["gbs"]);
+        fill(&mut self.shape.layers, &["layers"]);
+        if self.kind == Kind::Golden {
+            // Megatron's tests name the layers of a virtual stage.
+            let layers = self.shape.layers.zip(spelled(&names, "vp"));
+            let of_rank = layers.zip(self.degrees.pipeline).map(|((layers, of), pp)| layers / (of * pp));
+            self.degrees.virtual_stages =
+                self.degrees.virtual_stages.or(of_rank.filter(|stages| *stages > 1));
+        }
+    }
+
+    /// Whether any name of the row contains `word`, in any case.
+    pub(super) fn mentions(&self, word: &str) -> bool {
+        [&self.printed, &self.framework, &self.recompute, &self.routing, &self.sharding]
+            .iter()
+            .any(|text| text.to_lowercase().contains(word))
+    }
+
+    /// Whether all that a prediction of step time needs is printed.
+    pub(super) fn is_complete(&self) -> bool {
+        let degrees = &self.degrees;
+        let sizes = [self.gpus, self.sequence, self.global_batch, degrees.tensor, degrees.pipeline];
+        let model = !self.model_key.is_empty() || self.shape.hidden.is_some();
+        model && sizes.iter().all(Option::is_some) && self.step_s.is_some()
+    }
+
+    /// The model's name within its family: the key, else the shape, else what is printed.
+    pub(super) fn model_name(&self) -> &str {
+        let names = [&self.model_key, &self.custom, &self.printed];
+        names.into_iter().find(|name| !name.is_empty()).map_or("unnamed", |name| name.as_str())
+    }
+}
+
+impl Shape {
+    fn read(text: &str) -> Self {
+        let mut shape = Self::default();
+        for word in text.split([' ', ',', ';']) {
+            let digits = word.find(|c: char| c.is_ascii_digit()).unwrap_or(word.len());
+            let (key, value) = word.split_at(digits);
+            let field = match key.trim_end_matches(['=', ':']).to_lowercase().as_str() {
+                "l" | "layers" => &mut shape.layers,
+                "h" | "hidden" => &mut shape.hidden,
+                "a" | "heads" => &mut shape.heads,
+                "kv" => &mut shape.kv_heads,
+                "ffn" => &mut shape.ffn,
+                "e" | "experts" => &mut shape.experts,
+                "k" | "topk" => &mut shape.top_k,
+                "moeffn" => &mut shape.expert_ffn,
+                "v" | "vocab" => &mut shape.vocab,
+                _ => continue,
+            };
+            *field = value.parse().ok().filter(|value| *value > 0);
+        }
+        shape
+    }
+}
+
+/// The first word like `26.04` in a text.
+fn release(text: &str) -> Option<u64> {
+    text.split(|c: char| c.is_whitespace() || c == 'v').find_map(|word| {
+        let (year, rest) = word.split_once('.')?;
+        let month = rest.get(..2)?;
+        let numbers = year.len() == 2 && month.bytes().all(|byte| byte.is_ascii_digit());
+        let (year, month): (u64, u64) = (year.parse().ok()?, month.parse().ok()?);
+        (numbers && (1..=12).contains(&month)).then_some(100 * year + month)
+    })
+}
+
+/// The number that follows `key` as a word of its own in `text`: `TP4`, `tp=4`, `tp4_pp2`, `PP 8`.
+fn spelled(text: &str, key: &str) -> Option<u64> {
+    let text = text.to_lowercase();
+    text.match_indices(key).find_map(|(at, _)| {
+        let before = text[..at].chars().next_back();
+        if before.is_some_and(|c| c.is_alphabetic()) {
+            return None;
+        }
+        let after = text[at + key.len()..].trim_start_matches(['=', ' ']);
+        let digits: String = after.chars().take_while(char::is_ascii_digit).collect();
+        digits.parse().ok().filter(|value| *value > 0)
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::table::Table;
+
+    #[test]
+    fn a_custom_shape_is_read_key_by_key() {
+        let shape = Shape::read("L14 h7168 ffn18432 a128 kv E64 k8 moeffn2048");
+        assert_eq!((shape.layers, shape.hidden, shape.ffn), (Some(14), Some(7168), Some(18432)));
+        assert_eq!((shape.heads, shape.kv_heads, shape.vocab), (Some(128), None, None));
+        assert_eq!((shape.experts, shape.top_k, shape.expert_ffn), (Some(64), Some(8), Some(2048)));
+        assert_eq!(Shape::read("layers=4").layers, Some(4));
+        assert_eq!(Shape::read("what? L"), Shape::default());
+    }
+
+    #[test]
+    fn names_fill_blank_columns_only() {
+        let text = "tp,pp,model_as_printed,framework\n2,,x tp4_pp8,Primus TP1 PP4 VPP2 EP8 mbs2 seq8192\n";
+        let case = Case::read(Table::parse(text).rows().next().expect("one row"));
+        let degrees = case.degrees;
+        assert_eq!((degrees.tensor, degrees.pipeline, degrees.virtual_stages), (Some(2), Some(8), Some(2)));
+        assert_eq!((degrees.expert, degrees.micro_batch, case.sequence), (Some(8), Some(2), Some(8192)));
+    }
+}

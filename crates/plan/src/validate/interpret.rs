@@ -1,0 +1,313 @@
+//! From a row to what is priced. What the row leaves open becomes several candidates, of which the caller takes the fastest
+//! that fits: whoever published a number had looked for it.
+
+use crate::architecture::Architecture;
+use crate::hardware::{Cluster, Gpu};
+use crate::parallelism::{Modules, Optimizer, Parallelism, Recomputation, Routing, Sharding, Training};
+use crate::precision::Precision;
+use crate::schedule::ScheduleKind;
+use crate::software::{DispatchKind, Software, Trainable};
+
+use super::case::{Case, Kind};
+use super::neighbours::fully_sharded;
+
+/// Micro-batches of a pipeline stage where no batch is printed: enough that the bubble is small.
+const MICRO_BATCHES_A_STAGE: usize = 8;
+/// Sequence length where none is printed.
+const SEQUENCE: usize = 4096;
+/// GPUs where no number is printed and the degrees need no more.
+const GPUS: usize = 8;
+
+/// Megatron-Bridge captures layers in CUDA graphs on Grace since this release, in hundredths.
+const GRAPHS_SINCE: u64 = 2606;
+
+/// What a row describes.
+#[derive(Debug, Clone)]
+pub(super) struct Setup {
+    pub architecture: Architecture,
+    pub cluster: Cluster,
+    /// Each with its training, whose batch the layout divides.
+    pub candidates: Vec<(Parallelism, Training)>,
+}
+
+/// Reads a row whose blanks its neighbours have filled as far as they could.
+pub(super) fn interpret(case: &Case, models: &[Architecture]) -> Result<Setup, String> {
+    let architecture = super::model::architecture(case, models)?;
+    let gpu = Gpu::named(&case.gpu).map_err(|error| error.to_string())?;
+    let needed: u64 = [case.degrees.tensor, case.degrees.pipeline, case.degrees.context]
+        .into_iter()
+        .map(|degree| degree.unwrap_or(1))
+        .product();
+    let gpus = case.gpus.map_or((needed as usize).max(GPUS), |gpus| gpus as usize);
+    let cluster = Cluster::of(gpu, gpus).map_err(|error| error.to_string())?;
+    let precision = precision(case);
+    let candidates: Vec<_> = layouts(case, &architecture, &cluster)
+        .into_iter()
+        .filter_map(|layout| {
+            let training = training(case, precision, &layout);
+            layout.check(&architecture, &training).is_ok().then_some((layout, training))
+        })
+        .collect();
+    if candidates.is_empty() {
+        return Err(format!("no layout of {} fits on {gpus} GPUs", describe(case)));
+    }
+    Ok(Setup { architecture, cluster, candidates })
+}
+
+fn describe(case: &Case) -> String {
+    let of = |degree: Option<u64>| degree.map_or("?".to_string(), |degree| degree.to_string());
+    let degrees = &case.degrees;
+    format!(
+        "tp {} pp {} cp {} ep {} mbs {} gbs {}",
+        of(degrees.tensor),
+        of(degrees.pipeline),
+        of(degrees.context),
+        of(degrees.expert),
+        of(degrees.micro_batch),
+        of(case.global_batch)
+    )
+}
+
+/// The format of products. Where none is printed: fp8 for NVIDIA's own frameworks, whose tables leave out what is their default.
+fn precision(case: &Case) -> Precision {
+    let text = case.precision.to_lowercase();
+    match text.as_str() {
+        text if text.contains("fp4") => Precision::Nvfp4,
+        text if text.starts_with("mxfp8") || text.starts_with("fp8-mx") => Precision::Mxfp8,
+        text if text.contains("fp8") => Precision::Fp8,
+        text if text.contains("bf16") => Precision::Bf16,
+        text if text.contains("fp16") => Precision::F16,
+        text if text.contains("32") => Precision::F32,
+        _ if case.mentions("megatron-bridge")
+            || case.mentions("mlperf")
+            || case.mentions("megatron-core") =>
+        {
+            Precision::Fp8
+        }
+        _ => Precision::Bf16,
+    }
+}
+
+fn training(case: &Case, compute: Precision, layout: &Parallelism) -> Training {
+    let unit = layout.data * layout.micro_batch;
+    let wanted = case.global_batch.map_or(unit * MICRO_BATCHES_A_STAGE * layout.pipeline, |b| b as usize);
+    Training {
+        sequence: case.sequence.map_or(SEQUENCE, |sequence| sequence as usize),
+        global_batch: wanted.div_ceil(unit) * unit,
+        tokens: 1e12,
+        compute,
+        wire: if case.mentions("hai-llm") { Precision::Fp8 } else { Precision::Bf16 },
+        optimizer: Optimizer::default(),
+        routing: Routing::Balanced,
+        dispatch: DispatchKind {
+            deduplicated: ["deepep", "hybridep", "hai-llm"].iter().any(|name| case.mentions(name)),
+            overlapped: case.mentions("overlap")
+                && !case.mentions("overlap off")
+                && !case.mentions("no overlap")
+                || case.mentions("hai-llm"),
+        },
+        trainable: if case.mentions("lora") { Trainable::Adapters } else { Trainable::All },
+        software: software(case),
+    }
+}
+
+/// The family of software, by the names of frameworks and releases.
+fn software(case: &Case) -> Software {
+    let graphs = case.release.is_some_and(|release| release >= GRAPHS_SINCE) && case.gpu.starts_with("GB");
+    match () {
+        () if case.framework == "DeepSpeed" => Software::DeepSpeed2021,
+        () if case.mentions("megatron-deepspeed") => Software::Megatron2021,
+        () if case.mentions("megatron-lm") && case.gpu.starts_with("A100") => Software::Megatron2021,
+        () if case.mentions("llm-foundry") || case.framework.starts_with("FSDP") => Software::TorchEager,
+        () if case.mentions("torchtitan") || case.mentions("automodel") => Software::TorchCompiled,
+        () if case.mentions("maxtext") || case.mentions("paxml") => Software::Xla,
+        () if graphs && case.mentions("megatron-bridge") => Software::MegatronCoreGraphs,
+        () => Software::MegatronCore,
+    }
+}
+
+/// Every layout that the row may mean.
+fn layouts(case: &Case, model: &Architecture, cluster: &Cluster) -> Vec<Parallelism> {
+    let degrees = &case.degrees;
+    let flat = fully_sharded(case) || case.mentions("tp+ep");
+    let tensors = options(degrees.tensor, if fully_sharded(case) { &[1] } else { &[1, 2, 4, 8] });
+    let pipelines = options(degrees.pipeline, if flat { &[1] } else { &[1, 2, 4, 8, 16] });
+    let contexts = options(degrees.context, &[1]);
+    let mut found = Vec::new();
+    for &tensor in &tensors {
+        for &pipeline in &pipelines {
+            for &context in &contexts {
+                let Some(grid) = fold(case, cluster.gpus, [tensor, pipeline, context]) else { continue };
+                for expert in experts(case, model, cluster, &grid) {
+                    for virtual_stages in interleavings(case, model, grid.pipeline) {
+                        for micro_batch in micro_batches(case, &grid) {
+                            for recompute in recomputations(case) {
+                                found.push(Parallelism {
+                                    expert,
+                                    expert_tensor: expert_tensor(case, model, &grid, expert),
+                                    virtual_stages,
+                                    micro_batch,
+                                    recompute,
+                                    schedule: schedule(case, virtual_stages),
+                                    ..grid
+                                });
+                            }
+                        }
+                    }
+                }
+            }
+        }
+    }
+    found
+}
+
+fn options(printed: Option<u64>, otherwise: &[usize]) -> Vec<usize> {
+    printed.map_or(otherwise.to_vec(), |degree| vec![degree as usize])
+}
+
+/// The grid of `[tensor, pipeline, context]` on so many GPUs. A pipeline degree that does not divide them is a misprint
+/// (`PP=41` stands for PP=1); there are never more replicas than sequences: the context takes what is left.
+fn fold(case: &Case, gpus: usize, [tensor, mut pipeline, mut context]: [usize; 3]) -> Option<Parallelism> {
+    if !gpus.is_multiple_of(tensor * pipeline * context) {
+        pipeline = 1;
+    }
+    if !gpus.is_multiple_of(tensor * pipeline * context) {
+        return None;
+    }
+    let mut data = gpus / (tensor * pipeline * context);
+    while case.global_batch.is_some_and(|batch| data as u64 > batch) && data.is_multiple_of(2) {
+        data /= 2;
+        context *= 2;
+    }
+    let sequence_parallel = tensor > 1 && sequence_parallel(case);
+    Some(Parallelism {
+        tensor,
+        pipeline,
+        context,
+        data,
+        sequence_parallel,
+        sharding: sharding(case),
+        ..Parallelism::default()
+    })
+}
+
+/// Megatron splits the sequence between tensor-parallel regions since 2022; its tests only where their name says so.
+fn sequence_parallel(case: &Case) -> bool {
+    let old = case.mentions("megatron-deepspeed")
+        || case.file.contains("2021")
+        || case.file.contains("korthikanti");
+    case.mentions("+sp") || case.mentions("sequence_parallel") || !(old || case.kind == Kind::Golden)
+}
+
+fn schedule(case: &Case, virtual_stages: usize) -> ScheduleKind {
+    match () {
+        () if case.mentions("dualpipe") => ScheduleKind::DualPipeV,
+        () if ["zero-bubble", "zbv", "v-half", "v-min"].iter().any(|name| case.mentions(name)) => {
+            ScheduleKind::ZeroBubble
+        }
+        () if virtual_stages > 1 => ScheduleKind::Interleaved,
+        () => ScheduleKind::OneForwardOneBackward,
+    }
+}
+
+/// As printed; else Megatron's distributed optimizer, but in the years before it and in tests that do not ask for it.
+fn sharding(case: &Case) -> Sharding {
+    let text = case.sharding.to_lowercase();
+    let plain = text == "ddp" || case.mentions("megatron-deepspeed") || case.file.contains("korthikanti");
+    match () {
+        () if fully_sharded(case) => Sharding::Zero3,
+        () if text.contains("shard_grad_op") || text.starts_with("zero-2") => Sharding::Zero2,
+        () if text.contains("zero-1") || text.contains("dist-opt") => Sharding::Zero1,
+        () if plain || case.kind == Kind::Golden => Sharding::None,
+        () => Sharding::Zero1,
+    }
+}
+
+fn experts(case: &Case, model: &Architecture, cluster: &Cluster, grid: &Parallelism) -> Vec<usize> {
+    let Some(moe) = &model.moe else { return vec![1] };
+    let ranks = grid.tensor * grid.context * grid.data;
+    let fits = |degree: &usize| moe.experts.is_multiple_of(*degree) && ranks.is_multiple_of(*degree);
+    let printed = case.degrees.expert.map(|degree| degree as usize);
+    if let Some(degree) = printed.filter(fits) {
+        return vec![degree];
+    }
+    let widest = printed.unwrap_or(cluster.nvlink_domain().max(8));
+    let mut choices: Vec<usize> = (1..=widest.min(moe.experts)).filter(fits).collect();
+    if printed.is_some() {
+        choices = choices.last().copied().into_iter().collect();
+    }
+    choices
+}
+
+/// As printed; else Megatron's habit before it folded experts, which is the tensor degree, or 1.
+fn expert_tensor(case: &Case, model: &Architecture, grid: &Parallelism, expert: usize) -> usize {
+    if model.moe.is_none() {
+        return 1;
+    }
+    let before = case.kind == Kind::Golden || case.mentions("5d") || case.mentions("tp+ep");
+    let wanted = case.degrees.expert_tensor.map_or(if before { grid.tensor } else { 1 }, |d| d as usize);
+    let ranks = grid.tensor * grid.context * grid.data;
+    if ranks.is_multiple_of(wanted * expert) { wanted } else { 1 }
+}
+
+/// Chunks of a pipeline rank: as printed; else any that gives chunks of equal size, for software that interleaves.
+fn interleavings(case: &Case, model: &Architecture, pipeline: usize) -> Vec<usize> {
+    if pipeline == 1 || case.not_interleaved {
+        return vec![1];
+    }
+    if let Some(printed) = case.degrees.virtual_stages {
+        return vec![printed as usize];
+    }
+    if case.mentions("interleaved1f1b") {
+        return vec![2];
+    }
+    let never = ["megatron-deepspeed", "torchtitan", "simumax", "primus", "hai-llm", "deepspeed"];
+    if case.kind == Kind::Golden || never.iter().any(|name| case.mentions(name)) {
+        return vec![1];
+    }
+    let of_rank = model.layers / pipeline;
+    // Llama 3 counts the embedding and the head as layers.
+    let even = |chunks: &usize| {
+        [model.layers, model.layers + 2].iter().any(|layers| layers.is_multiple_of(pipeline * chunks))
+    };
+    let mut choices: Vec<usize> = (1..=of_rank).filter(even).collect();
+    if !choices.contains(&1) {
+        choices.push(1);
+    }
+    choices
+}
+
+fn micro_batches(case: &Case, grid: &Parallelism) -> Vec<usize> {
+    match case.degrees.micro_batch {
+        Some(printed) => vec![printed as usize],
+        None if grid.pipeline > 1 => vec![1],
+        None => vec![1, 2, 4, 8],
+    }
+}
+
+fn recomputations(case: &Case) -> Vec<Recomputation> {
+    let text = case.recompute.to_lowercase();
+    if text.starts_with("full") {
+        return vec![Recomputation::Full];
+    }
+    if text.contains("none") || case.kind == Kind::Golden && text.is_empty() {
+        return vec![Recomputation::None];
+    }
+    let names: Vec<&str> = text.split(|c: char| !c.is_ascii_alphanumeric() && c != '_').collect();
+    let modules = Modules {
+        core_attention: names.contains(&"core_attn") || text.starts_with("selective"),
+        mla_up_projection: names.contains(&"mla_up_proj"),
+        // Torchtitan's selective recomputation keeps every other product.
+        mlp: names.contains(&"mlp") || names.contains(&"sac") || case.mentions("torchtitan"),
+        moe_activation: names.contains(&"moe_act"),
+        moe: names.contains(&"moe"),
+        layernorm: names.contains(&"layernorm"),
+    };
+    if modules != Modules::default() {
+        return vec![Recomputation::Modules(modules)];
+    }
+    if !text.is_empty() {
+        return vec![Recomputation::None];
+    }
+    vec![Recomputation::None, Recomputation::SELECTIVE, Recomputation::Full]
+}

@@ -1,0 +1,313 @@
+//! The planner held to published measurements: every row of a table is read as generously as it can be, priced, and compared.
+//! The columns are those of `end_to_end.csv`; no content of a row can make this fail.
+
+mod baseline;
+mod case;
+mod interpret;
+mod measured;
+mod model;
+mod neighbours;
+mod release;
+mod score;
+
+use serde::Serialize;
+
+use crate::architecture::Architecture;
+use crate::hardware::Cluster;
+use crate::parallelism::{Parallelism, Training};
+use crate::pricing::Priced;
+use crate::table::Table;
+
+use case::{Case, Kind};
+use interpret::Setup;
+
+pub use score::{Group, TimeFigures};
+
+const GIB: f64 = (1u64 << 30) as f64;
+
+/// By how much a layout may exceed a GPU's memory and still be believed: predictions of memory are off by a few percent, and
+/// layouts that are published did run.
+const MEMORY_TOLERANCE: f64 = 1.1;
+
+/// How much narrower, in logarithms, the interval is once the release factor is known.
+const RELEASED_SPREAD: f64 = 0.6;
+
+/// What pricing says of a plan.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Prediction {
+    /// Seconds of a step.
+    pub step_s: f64,
+    /// The 80% interval of it.
+    pub interval_s: [f64; 2],
+    /// Peak of allocated memory on the fullest GPU, bytes.
+    pub memory_bytes: f64,
+}
+
+impl From<&Priced> for Prediction {
+    fn from(priced: &Priced) -> Self {
+        Self { step_s: priced.step_s, interval_s: priced.interval_s, memory_bytes: priced.memory.total() }
+    }
+}
+
+/// What prices a plan: `None` when it cannot be.
+pub type Pricing<'a> = &'a dyn Fn(&Architecture, &Cluster, &Parallelism, &Training) -> Option<Prediction>;
+
+/// A step time and its prediction.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize)]
+pub struct Time {
+    /// Seconds as measured; where the source prints throughput, of the batch that is predicted.
+    pub measured_s: f64,
+    /// Seconds as predicted.
+    pub predicted_s: f64,
+    /// The 80% interval of the prediction without knowledge of the software.
+    pub interval_s: [f64; 2],
+    /// The 80% interval around the prediction times the release factor.
+    pub released_interval_s: [f64; 2],
+    /// Tokens of the step.
+    pub tokens: f64,
+    /// Seconds by the trivial baseline: the median rate of the same GPU, precision and kind of model.
+    pub baseline_s: Option<f64>,
+}
+
+impl Time {
+    fn new(measured_s: f64, priced: &Prediction, tokens: f64) -> Self {
+        Self {
+            measured_s,
+            predicted_s: priced.step_s,
+            interval_s: priced.interval_s,
+            released_interval_s: priced.interval_s,
+            tokens,
+            baseline_s: None,
+        }
+    }
+
+    /// Moves the released interval around the prediction times `factor`.
+    fn release(&mut self, factor: f64) {
+        let narrowed = |end: f64| factor * self.predicted_s * (end / self.predicted_s).powf(RELEASED_SPREAD);
+        self.released_interval_s = self.interval_s.map(narrowed);
+    }
+
+    fn baseline_error(&self) -> Option<f64> {
+        self.baseline_s.map(|seconds| (seconds / self.measured_s - 1.0).abs())
+    }
+}
+
+/// Peak memory of a GPU and its prediction, in GiB.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize)]
+pub struct Memory {
+    /// As measured.
+    pub measured_gib: f64,
+    /// As predicted.
+    pub predicted_gib: f64,
+}
+
+/// What became of a row.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct Outcome {
+    /// The row's `id`.
+    pub id: String,
+    /// Its source.
+    pub file: String,
+    /// The model, or its shape.
+    pub model: String,
+    /// The GPU.
+    pub gpu: String,
+    /// How many.
+    pub gpus: u64,
+    /// The precision as printed.
+    pub precision: String,
+    /// The framework as printed.
+    pub framework: String,
+    /// Whether the model has experts.
+    pub sparse: bool,
+    /// The layout that was priced.
+    pub plan: String,
+    /// Whether the row has everything that a prediction of its step time needs.
+    pub complete: bool,
+    /// Step time, where it was compared.
+    pub time: Option<Time>,
+    /// Peak memory, where it was compared.
+    pub memory: Option<Memory>,
+    /// By how much the software differs from the model, seen from other rows; 1 when there are too few.
+    pub factor: Option<f64>,
+    /// Why no step time was compared.
+    pub skipped: Option<String>,
+    /// Operations of the step for one GPU, all keys of attention counted; 0 where no step time was compared.
+    pub flops_per_gpu: f64,
+}
+
+impl Outcome {
+    fn of(case: &Case) -> Self {
+        Self {
+            id: case.id.clone(),
+            file: case.file.clone(),
+            model: case.model_name().to_string(),
+            gpu: case.gpu.clone(),
+            gpus: case.gpus.unwrap_or(0),
+            precision: case.precision.clone(),
+            framework: case.framework.clone(),
+            sparse: case.shape.experts.is_some(),
+            plan: String::new(),
+            complete: false,
+            time: None,
+            memory: None,
+            factor: None,
+            skipped: None,
+            flops_per_gpu: 0.0,
+        }
+    }
+
+    /// File, model and GPU.
+    pub fn family(&self) -> String {
+        format!("{} / {} / {}", self.file, self.model, self.gpu)
+    }
+
+    fn factor(&self) -> f64 {
+        self.factor.unwrap_or(1.0)
+    }
+
+    fn ratio(&self) -> Option<f64> {
+        self.time.map(|time| time.measured_s / time.predicted_s)
+    }
+}
+
+/// All rows and their figures.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct Validation {
+    /// Every row, in the order of the table.
+    pub rows: Vec<Outcome>,
+    /// Figures of each family.
+    pub families: Vec<Group>,
+    /// Means over families of dense models and of models with experts.
+    pub kinds: Vec<Group>,
+    /// Means over families by GPU.
+    pub gpus: Vec<Group>,
+    /// Means over families by precision.
+    pub precisions: Vec<Group>,
+    /// Mean over all families.
+    pub all: Group,
+    /// Reasons for which no step time was compared, with the number of rows.
+    pub skipped: Vec<(String, usize)>,
+    /// The trivial baseline's mean absolute relative error over rows, not families.
+    pub baseline_mape_of_rows: Option<f64>,
+}
+
+/// Prices every row of `cases` with [`crate::price`] and compares. Models are those of `models`, a table with the columns of
+/// `models.csv`, and the built-in ones.
+pub fn validate(cases: &str, models: Option<&str>) -> Validation {
+    validate_with(cases, models, &|model, cluster, layout, training| {
+        crate::price(model, cluster, layout, training).ok().map(|priced| Prediction::from(&priced))
+    })
+}
+
+/// The same with another pricing.
+pub fn validate_with(cases: &str, models: Option<&str>, price: Pricing<'_>) -> Validation {
+    let mut known = models.map_or_else(Vec::new, Architecture::read_table);
+    known.extend(Architecture::all_built_in());
+    let table = Table::parse(cases);
+    let cases: Vec<Case> = table.rows().map(Case::read).collect();
+    let mut rows: Vec<Outcome> = cases.iter().map(|case| outcome(case, &cases, &known, price)).collect();
+    release::set_factors(&mut rows);
+    baseline::set(&mut rows);
+    Validation {
+        families: score::families(&rows),
+        kinds: score::grouped(&rows, |row| if row.sparse { "MoE".into() } else { "dense".into() }),
+        gpus: score::grouped(&rows, |row| row.gpu.clone()),
+        precisions: score::grouped(&rows, |row| row.precision.to_uppercase()),
+        all: score::grouped(&rows, |_| "all".into()).pop().unwrap_or_else(|| Group::empty("all")),
+        skipped: reasons(&rows),
+        baseline_mape_of_rows: baseline::mape_of_rows(&rows),
+        rows,
+    }
+}
+
+/// Prices the fastest of the row's layouts that fits; if none fits, the one that comes nearest.
+fn outcome(case: &Case, all: &[Case], models: &[Architecture], price: Pricing<'_>) -> Outcome {
+    let filled = neighbours::filled(case, all);
+    let mut outcome = Outcome::of(case);
+    let setup = match interpret::interpret(&filled, models) {
+        Ok(setup) => setup,
+        Err(reason) => {
+            outcome.complete = case.kind == Kind::Run && case.is_complete();
+            outcome.skipped = Some(reason);
+            return outcome;
+        }
+    };
+    outcome.sparse = setup.architecture.moe.is_some();
+    outcome.gpus = setup.cluster.gpus as u64;
+    let Some((layout, training, priced)) = best(&setup, price) else {
+        outcome.complete = case.kind == Kind::Run && case.is_complete();
+        outcome.skipped = Some("the plan cannot be priced".into());
+        return outcome;
+    };
+    outcome.plan = plan_text(layout, training);
+    if case.kind != Kind::OutOfMemory {
+        outcome.memory = case
+            .memory_gib
+            .map(|measured_gib| Memory { measured_gib, predicted_gib: priced.memory_bytes / GIB });
+    }
+    outcome.skipped = match case.kind {
+        Kind::Golden => Some("a test's golden value: counts for memory, not for time".into()),
+        Kind::OutOfMemory => Some("ran out of memory: no step time".into()),
+        Kind::Run => None,
+    };
+    if outcome.skipped.is_some() {
+        return outcome;
+    }
+    match measured::step_s(&filled, &setup.architecture, training, setup.cluster.gpus) {
+        None => outcome.skipped = Some("no step time, throughput or rate is printed".into()),
+        Some(measured_s) => {
+            let tokens = training.sequence as f64 * training.global_batch as f64;
+            let flops = setup.architecture.train_flops(training.sequence, false, false) * tokens;
+            outcome.flops_per_gpu = flops / setup.cluster.gpus as f64;
+            outcome.time = Some(Time::new(measured_s, &priced, tokens));
+        }
+    }
+    outcome
+}
+
+fn best<'a>(setup: &'a Setup, price: Pricing<'_>) -> Option<(&'a Parallelism, &'a Training, Prediction)> {
+    let capacity = setup.cluster.gpu.memory_bytes * MEMORY_TOLERANCE;
+    let mut best: Option<(&Parallelism, &Training, Prediction)> = None;
+    for (layout, training) in &setup.candidates {
+        let Some(priced) = price(&setup.architecture, &setup.cluster, layout, training) else { continue };
+        // Batches of candidates differ where none is printed: what counts is the time of a sequence.
+        let rank = |priced: &Prediction, training: &Training| {
+            let over = (priced.memory_bytes / capacity).max(1.0);
+            (over, priced.step_s / training.global_batch as f64)
+        };
+        if best.as_ref().is_none_or(|(_, of, kept)| rank(&priced, training) < rank(kept, of)) {
+            best = Some((layout, training, priced));
+        }
+    }
+    best
+}
+
+fn plan_text(layout: &Parallelism, training: &Training) -> String {
+    format!(
+        "tp{} pp{}x{} cp{} ep{}x{} dp{} mbs{} gbs{} seq{} {:?} {:?} {}",
+        layout.tensor,
+        layout.pipeline,
+        layout.virtual_stages,
+        layout.context,
+        layout.expert,
+        layout.expert_tensor,
+        layout.data,
+        layout.micro_batch,
+        training.global_batch,
+        training.sequence,
+        layout.sharding,
+        layout.recompute,
+        training.compute,
+    )
+}
+
+fn reasons(rows: &[Outcome]) -> Vec<(String, usize)> {
+    let mut counts = std::collections::BTreeMap::new();
+    for reason in rows.iter().filter_map(|row| row.skipped.clone()) {
+        *counts.entry(reason).or_insert(0) += 1;
+    }
+    let mut counts: Vec<_> = counts.into_iter().collect();
+    counts.sort_by_key(|(_, rows)| std::cmp::Reverse(*rows));
+    counts
+}

@@ -1,0 +1,110 @@
+//! The architecture of a row: a model of the table or a built-in one, changed by what `custom_arch` says, or made of it.
+
+use crate::architecture::{Architecture, Attention, MoeShape, Pattern};
+
+use super::case::Case;
+
+/// Vocabulary of GPT-2 padded to a multiple of 1,024, which GPT rows use that print none.
+const GPT_VOCAB: usize = 51_200;
+
+/// The architecture, or why there is none.
+pub(super) fn architecture(case: &Case, models: &[Architecture]) -> Result<Architecture, String> {
+    let mut model = match known(case, models) {
+        Some(model) => model,
+        None => from_shape(case)?,
+    };
+    if let Some(layers) = case.shape.layers {
+        truncate(&mut model, layers as usize, case);
+    }
+    if case.mentions("w/o mtp") {
+        model.mtp_layers = 0;
+    }
+    Ok(model)
+}
+
+/// The model whose name the row's key is, begins or is begun by, such as `DeepSeek-V4-flash 16L`.
+fn known(case: &Case, models: &[Architecture]) -> Option<Architecture> {
+    let key = plain(&case.model_key);
+    if key.is_empty() && case.shape.hidden.is_some() {
+        return None;
+    }
+    let wanted = if key.is_empty() { plain(&case.printed) } else { key };
+    if wanted.is_empty() {
+        return None;
+    }
+    let named = |exact: bool| {
+        let mut best: Option<&Architecture> = None;
+        for model in models {
+            let name = plain(&model.name);
+            let fits = if exact { name == wanted } else { wanted.contains(&name) };
+            if fits && best.is_none_or(|best| best.name.len() < model.name.len()) {
+                best = Some(model);
+            }
+        }
+        best.cloned()
+    };
+    named(true).or_else(|| named(false))
+}
+
+fn plain(name: &str) -> String {
+    name.chars().filter(char::is_ascii_alphanumeric).map(|c| c.to_ascii_lowercase()).collect()
+}
+
+/// A GPT, or a mixture of experts, of the printed numbers. What is missing is GPT's custom: a feed-forward network of
+/// four times the width without a gate, every head with keys of its own, one choice among the experts.
+fn from_shape(case: &Case) -> Result<Architecture, String> {
+    let shape = &case.shape;
+    let named = || {
+        let name = if case.model_key.is_empty() { &case.printed } else { &case.model_key };
+        format!("model {name:?} is not known")
+    };
+    let hidden = shape.hidden.ok_or_else(|| format!("{} and custom_arch gives no width", named()))? as usize;
+    let heads = shape.heads.ok_or_else(|| format!("{} and custom_arch gives no heads", named()))? as usize;
+    let layers = shape.layers.ok_or_else(|| format!("{} and custom_arch gives no layers", named()))? as usize;
+    let ffn = shape.ffn.map_or(4 * hidden, |width| width as usize);
+    let moe = shape.experts.map(|experts| MoeShape {
+        experts: experts as usize,
+        top_k: shape.top_k.unwrap_or(1) as usize,
+        expert_ffn: shape.expert_ffn.map_or(ffn, |width| width as usize),
+        shared_ffn: 0,
+        groups: 1,
+        top_groups: 1,
+        latent: None,
+    });
+    Ok(Architecture {
+        name: case.model_name().to_string(),
+        layers,
+        hidden,
+        vocab: shape.vocab.map_or(GPT_VOCAB, |vocab| vocab as usize),
+        tied_embeddings: !case.mentions("untie"),
+        gated: case.mentions("swiglu"),
+        attention: Attention::Grouped {
+            heads,
+            kv_heads: shape.kv_heads.map_or(heads, |kv| kv as usize),
+            head_dim: (hidden / heads).max(1),
+        },
+        qk_norm: case.mentions("qk_layernorm"),
+        window: None,
+        ffn_dense: ffn,
+        moe,
+        state_space: None,
+        pattern: Pattern::Uniform { first_dense: 0, moe_every: 1 },
+        parallel_blocks: false,
+        mtp_layers: 0,
+    })
+}
+
+/// Gives the model `layers` layers; the dense ones at the front shrink in proportion, to one at least. A count that does not
+/// fit the row's virtual stages, where the model's own does, is a misprint and stays out.
+fn truncate(model: &mut Architecture, layers: usize, case: &Case) {
+    let chunks = case.degrees.pipeline.unwrap_or(1) * case.degrees.virtual_stages.unwrap_or(1);
+    let fits = |layers: usize| (layers as u64).is_multiple_of(chunks);
+    if layers == model.layers || (!fits(layers) && fits(model.layers)) {
+        return;
+    }
+    if let Pattern::Uniform { first_dense, .. } = &mut model.pattern {
+        *first_dense = (*first_dense * layers).div_ceil(model.layers.max(1));
+    }
+    model.layers = layers;
+    model.mtp_layers = 0;
+}

@@ -1,0 +1,67 @@
+//! Blank degrees taken from the nearest row that prints them.
+
+use super::case::Case;
+
+/// Whether a row's parameters are sharded over all replicas (FSDP, ZeRO-3), by what it says.
+pub(super) fn fully_sharded(case: &Case) -> bool {
+    let sharded = ["fsdp", "full_shard", "zero-3", "maxtext"].iter().any(|word| case.mentions(word));
+    // Llama 3 shards gradients only within the pipeline and says so.
+    sharded && !case.mentions("zero-2")
+}
+
+/// The row with its blanks filled from the most similar row of the same model and GPU that prints tensor and pipeline degree:
+/// same file, framework, sequence length, precision, then the nearest number of GPUs. Rows that print all, and fully sharded rows
+/// without a similar one of their own framework, stay as they are.
+pub(super) fn filled(case: &Case, all: &[Case]) -> Case {
+    let mut case = case.clone();
+    let blank = case.degrees.tensor.is_none() || case.degrees.pipeline.is_none();
+    // A pipeline whose virtual stages are not printed, as opposed to printed as not applicable.
+    let stages = case.degrees.pipeline.is_some_and(|stages| stages > 1) && !case.not_interleaved;
+    if !blank && !(stages && case.degrees.virtual_stages.is_none()) {
+        return case;
+    }
+    let Some(other) = nearest(&case, all, blank) else { return case };
+    let (own, theirs) = (&mut case.degrees, &other.degrees);
+    if blank {
+        own.tensor = own.tensor.or(theirs.tensor);
+        own.pipeline = own.pipeline.or(theirs.pipeline);
+        own.context = own.context.or(theirs.context);
+        own.expert = own.expert.or(theirs.expert);
+        own.expert_tensor = own.expert_tensor.or(theirs.expert_tensor);
+        own.micro_batch = own.micro_batch.or(theirs.micro_batch);
+        case.global_batch = case.global_batch.or(other.global_batch);
+        case.gpus = case.gpus.or(other.gpus);
+    }
+    if own.pipeline == theirs.pipeline {
+        own.virtual_stages = own.virtual_stages.or(theirs.virtual_stages);
+    }
+    case
+}
+
+fn nearest<'a>(case: &Case, all: &'a [Case], blank: bool) -> Option<&'a Case> {
+    let sharded = fully_sharded(case);
+    let similar = all.iter().filter(|other| {
+        let same = other.model_name() == case.model_name() && other.gpu == case.gpu && other.id != case.id;
+        let degrees = &other.degrees;
+        let prints = match blank {
+            true => degrees.tensor.is_some() && degrees.pipeline.is_some(),
+            false => {
+                let same = degrees.pipeline == case.degrees.pipeline && degrees.tensor == case.degrees.tensor;
+                same && degrees.virtual_stages.is_some() && other.file == case.file
+            }
+        };
+        let alike = !sharded || other.framework == case.framework;
+        same && prints && alike && fully_sharded(other) == sharded
+    });
+    similar.min_by_key(|other| {
+        let gpus = |case: &Case| (case.gpus.unwrap_or(1) as f64).log2();
+        let distance = (gpus(case) - gpus(other)).abs();
+        (
+            other.file != case.file,
+            other.framework != case.framework,
+            other.sequence != case.sequence,
+            other.precision != case.precision,
+            (16.0 * distance) as u64,
+        )
+    })
+}
