@@ -14,6 +14,7 @@ mod precision;
 mod pricing;
 mod rank_memory;
 pub mod schedule;
+pub mod search;
 pub mod simulate;
 mod software;
 mod table;

@@ -96,6 +96,14 @@ impl Pricer {
         memory
     }
 
+    /// At least so many bytes of weights, gradients and optimizer states on the fullest rank: the mean over pipeline ranks,
+    /// whatever the schedule. Prunes a search.
+    pub(crate) fn least_states(&self, layout: &Parallelism) -> f64 {
+        let whole = Parallelism { pipeline: 1, virtual_stages: 1, ..*layout };
+        let states = self.states_of(layout, &self.stages.share(&whole, 0));
+        (states.total() - states.communication) / layout.pipeline as f64
+    }
+
     /// Weights, gradients and optimizer states, and what gathers them.
     fn states_of(&self, layout: &Parallelism, share: &Share) -> RankMemory {
         let held = self.rank_parameters(layout, share);

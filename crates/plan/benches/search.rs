@@ -1,0 +1,78 @@
+//! Priced plans a second on one core, and the whole search for DeepSeek-V3 on 2,048 H800.
+
+use std::time::Instant;
+
+use unisono_plan::search::Search;
+use unisono_plan::{
+    Architecture, Cluster, DispatchKind, Optimizer, Parallelism, Precision, Routing, Software, Trainable,
+    Training,
+};
+
+fn training() -> Training {
+    Training {
+        sequence: 4096,
+        global_batch: 15_360,
+        tokens: 14.8e12,
+        compute: Precision::Fp8,
+        wire: Precision::Fp8,
+        optimizer: Optimizer::default(),
+        routing: Routing::Balanced,
+        dispatch: DispatchKind { deduplicated: true, overlapped: true },
+        trainable: Trainable::All,
+        software: Software::MegatronCore,
+    }
+}
+
+/// Seconds that this thread has run on a core so far: unlike the time of day it does not count what others run.
+fn core_s() -> f64 {
+    let status = std::fs::read_to_string("/proc/thread-self/schedstat").unwrap_or_default();
+    let nanoseconds = status.split_whitespace().next().and_then(|field| field.parse::<f64>().ok());
+    nanoseconds.unwrap_or(0.0) / 1e9
+}
+
+fn main() {
+    let model = Architecture::built_in("DeepSeek-V3").expect("a built-in model");
+    let cluster = Cluster::parse("h800x2048").expect("a built-in GPU");
+    let search = Search::new(&model, &cluster, &training());
+    let layouts: Vec<Parallelism> = search.layouts().collect();
+    println!("{} layouts of {} on {} x {}", layouts.len(), model.name, cluster.gpus, cluster.gpu.name);
+    for round in 0..3 {
+        let begin = core_s();
+        let mut sum = 0.0;
+        for layout in &layouts {
+            sum += search.pricer().price(layout).map_or(0.0, |priced| priced.step_s);
+        }
+        let seconds = core_s() - begin;
+        println!(
+            "round {round}: {:.0} plans a second and core (sum of steps {sum:.3} s)",
+            layouts.len() as f64 / seconds
+        );
+    }
+    let begin = Instant::now();
+    let (half, other) = std::thread::scope(|scope| {
+        let other = scope.spawn(|| search.run(1, 2));
+        (search.run(0, 2), other.join().expect("a search does not panic"))
+    });
+    let found = half.merge(other);
+    println!(
+        "search on 2 threads: {:.2} s, {} priced, {} fit, {} on the front",
+        begin.elapsed().as_secs_f64(),
+        found.priced,
+        found.feasible,
+        found.front.len()
+    );
+    for plan in found.fastest.iter().take(8) {
+        let Parallelism {
+            tensor, pipeline, virtual_stages, expert, expert_tensor, data, micro_batch, ..
+        } = plan.layout;
+        println!(
+            "{:7.3} s  TP{tensor} PP{pipeline}x{virtual_stages} EP{expert} ETP{expert_tensor} DP{data} MB{micro_batch} {} {:?} {:?}  {:.1} GB left  ${:.2}M",
+            plan.priced.step_s,
+            plan.layout.schedule,
+            plan.layout.sharding,
+            plan.layout.recompute,
+            plan.headroom_bytes / 1e9,
+            plan.run_usd / 1e6,
+        );
+    }
+}

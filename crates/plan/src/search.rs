@@ -1,0 +1,94 @@
+//! Which layouts there are, and which are best: an enumeration of everything feasible, pruned by what can be known before a
+//! layout is priced, and a Pareto front of time, memory headroom and cost.
+//!
+//! Results do not depend on how a search is cut into parts: every layout has a number, ties go to the lower one.
+
+mod front;
+mod space;
+
+use crate::architecture::Architecture;
+use crate::hardware::Cluster;
+use crate::parallelism::{Parallelism, Training};
+use crate::pricing::{Priced, Pricer};
+
+pub use front::Found;
+pub use space::Layouts;
+
+/// A layout with its price.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Plan {
+    /// Its place in the order of all layouts.
+    pub number: usize,
+    /// The layout.
+    pub layout: Parallelism,
+    /// What it costs.
+    pub priced: Priced,
+    /// Bytes that the fullest rank has left.
+    pub headroom_bytes: f64,
+    /// Dollars of the whole run, without failures.
+    pub run_usd: f64,
+}
+
+/// How many of the fastest plans a search keeps.
+const KEPT: usize = 100;
+
+/// A search for the layouts of one training on one cluster.
+#[derive(Debug, Clone)]
+pub struct Search {
+    pricer: Pricer,
+    cluster: Cluster,
+    training: Training,
+    layouts: Layouts,
+}
+
+impl Search {
+    /// A search over every layout that uses the whole cluster, a half or a quarter of it.
+    pub fn new(model: &Architecture, cluster: &Cluster, training: &Training) -> Self {
+        Self {
+            pricer: Pricer::new(model, cluster, training),
+            layouts: Layouts::new(model, cluster, training),
+            cluster: cluster.clone(),
+            training: training.clone(),
+        }
+    }
+
+    /// The layouts that are priced, in order: those whose parameters, gradients and optimizer states alone would fit.
+    pub fn layouts(&self) -> impl Iterator<Item = Parallelism> {
+        let memory = self.cluster.gpu.memory_bytes;
+        self.layouts.clone().flat_map(move |degrees| {
+            let fits = self.pricer.least_states(&degrees) <= memory;
+            let variants = fits.then(|| self.layouts.variants(degrees));
+            variants.into_iter().flatten()
+        })
+    }
+
+    /// Searches every `parts`-th layout from number `part` on; [`Found::merge`] puts parts together.
+    pub fn run(&self, part: usize, parts: usize) -> Found {
+        let mut found = Found::new(KEPT);
+        for (number, layout) in self.layouts().enumerate().skip(part).step_by(parts.max(1)) {
+            let Ok(priced) = self.pricer.price(&layout) else { continue };
+            found.priced += 1;
+            if priced.fits {
+                found.add(self.plan(number, layout, priced));
+            }
+        }
+        found
+    }
+
+    /// The pricer of this search.
+    pub fn pricer(&self) -> &Pricer {
+        &self.pricer
+    }
+
+    fn plan(&self, number: usize, layout: Parallelism, priced: Priced) -> Plan {
+        let tokens_a_step = (self.training.global_batch * self.training.sequence) as f64;
+        let hours = self.training.tokens / tokens_a_step * priced.step_s / 3600.0;
+        Plan {
+            number,
+            headroom_bytes: self.cluster.gpu.memory_bytes - priced.memory.total(),
+            run_usd: hours * layout.gpus() as f64 * self.cluster.price_usd_per_gpu_hour,
+            layout,
+            priced,
+        }
+    }
+}

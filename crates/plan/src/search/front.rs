@@ -1,0 +1,71 @@
+//! What a search keeps: the fastest plans and the Pareto front.
+
+use super::Plan;
+
+/// Plans found so far.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Found {
+    /// Layouts that were priced, those that do not fit included.
+    pub priced: usize,
+    /// Layouts that fit.
+    pub feasible: usize,
+    /// The fastest plans, fastest first.
+    pub fastest: Vec<Plan>,
+    /// Plans that no other beats in time, headroom and cost at once, fastest first.
+    pub front: Vec<Plan>,
+    kept: usize,
+}
+
+impl Found {
+    /// Nothing yet; `kept` of the fastest plans are kept.
+    pub(super) fn new(kept: usize) -> Self {
+        Self { priced: 0, feasible: 0, fastest: Vec::new(), front: Vec::new(), kept }
+    }
+
+    pub(super) fn add(&mut self, plan: Plan) {
+        self.feasible += 1;
+        self.keep_fast(&plan);
+        self.keep_best(plan);
+    }
+
+    /// The plans of two parts of one search.
+    pub fn merge(mut self, other: Self) -> Self {
+        self.priced += other.priced;
+        self.feasible += other.feasible;
+        other.fastest.iter().for_each(|plan| self.keep_fast(plan));
+        other.front.into_iter().for_each(|plan| self.keep_best(plan));
+        self
+    }
+
+    fn keep_fast(&mut self, plan: &Plan) {
+        let place = self.fastest.partition_point(|kept| faster(kept, plan));
+        if place < self.kept {
+            self.fastest.insert(place, plan.clone());
+            self.fastest.truncate(self.kept);
+        }
+    }
+
+    /// The front is ordered by time, so that only plans before the new one can beat it, and it can beat only those after.
+    fn keep_best(&mut self, plan: Plan) {
+        let place = self.front.partition_point(|kept| faster(kept, &plan));
+        if self.front[..place].iter().any(|kept| beats(kept, &plan)) {
+            return;
+        }
+        let mut index = 0;
+        self.front.retain(|kept| {
+            index += 1;
+            index <= place || !beats(&plan, kept)
+        });
+        self.front.insert(place, plan);
+    }
+}
+
+/// The order of plans: by time, then by number.
+fn faster(a: &Plan, b: &Plan) -> bool {
+    a.priced.step_s.total_cmp(&b.priced.step_s).then(a.number.cmp(&b.number)).is_lt()
+}
+
+/// Whether `a`, which is not slower, is as good in everything else.
+fn beats(a: &Plan, b: &Plan) -> bool {
+    a.headroom_bytes >= b.headroom_bytes && a.run_usd <= b.run_usd
+}

@@ -1,0 +1,82 @@
+//! A search finds every feasible layout once, the same plans however it is cut, and no plan that another beats.
+
+use std::collections::HashSet;
+
+use unisono_plan::search::{Plan, Search};
+use unisono_plan::{
+    Architecture, Cluster, DispatchKind, Optimizer, Parallelism, Precision, Routing, Software, Trainable,
+    Training,
+};
+
+fn training() -> Training {
+    Training {
+        sequence: 4096,
+        global_batch: 256,
+        tokens: 1e12,
+        compute: Precision::Bf16,
+        wire: Precision::Bf16,
+        optimizer: Optimizer::default(),
+        routing: Routing::Balanced,
+        dispatch: DispatchKind::default(),
+        trainable: Trainable::All,
+        software: Software::MegatronCore,
+    }
+}
+
+fn search(gpus: &str) -> Search {
+    let model = Architecture::built_in("Qwen3-30B-A3B").expect("a built-in model");
+    Search::new(&model, &Cluster::parse(gpus).expect("a built-in GPU"), &training())
+}
+
+#[test]
+fn layouts_are_distinct_and_feasible() {
+    let search = search("h100x32");
+    let model = Architecture::built_in("Qwen3-30B-A3B").expect("a built-in model");
+    let layouts: Vec<Parallelism> = search.layouts().collect();
+    let distinct: HashSet<&Parallelism> = layouts.iter().collect();
+    assert_eq!(distinct.len(), layouts.len());
+    for layout in &layouts {
+        layout.check(&model, &training()).unwrap_or_else(|error| panic!("{layout:?}: {error}"));
+        assert!([32, 16, 8].contains(&layout.gpus()));
+    }
+}
+
+#[test]
+fn parts_of_a_search_together_are_the_whole() {
+    let search = search("h100x16");
+    let whole = search.run(0, 1);
+    assert!(whole.feasible > 100 && whole.priced == search.layouts().count());
+    let parts = (0..3).map(|part| search.run(part, 3)).reduce(|a, b| b.merge(a)).expect("three parts");
+    assert_eq!(parts, whole);
+}
+
+#[test]
+fn no_plan_of_the_front_is_beaten_by_any_layout_that_fits() {
+    let search = search("h100x16");
+    let found = search.run(0, 1);
+    let cost = |plan: &Plan| (plan.priced.step_s, -plan.headroom_bytes, plan.run_usd);
+    assert_eq!(found.front[0].priced.step_s, found.fastest[0].priced.step_s);
+    for layout in search.layouts() {
+        let priced = search.pricer().price(&layout).expect("feasible");
+        let headroom = 80e9 - priced.memory.total();
+        for plan in found.front.iter().filter(|_| priced.fits) {
+            let (step_s, bytes, usd) = cost(plan);
+            let own_usd = usd / (step_s * plan.layout.gpus() as f64) * priced.step_s * layout.gpus() as f64;
+            let better = [priced.step_s < step_s, -headroom < bytes - 1e6, own_usd < usd * (1.0 - 1e-9)];
+            assert!(!better.iter().all(|better| *better), "{layout:?} beats {:?}", plan.layout);
+        }
+    }
+}
+
+#[test]
+fn what_is_left_out_before_pricing_would_not_have_fitted() {
+    let model = Architecture::built_in("Mixtral-8x22B").expect("a built-in model");
+    let cluster = Cluster::parse("h100x32").expect("a built-in GPU");
+    let search = Search::new(&model, &cluster, &training());
+    let priced: HashSet<Parallelism> = search.layouts().collect();
+    let left_out = |expert| Parallelism { data: 32, expert, ..Parallelism::default() };
+    for layout in [1, 2, 4].map(left_out) {
+        assert!(!priced.contains(&layout));
+        assert!(!search.pricer().price(&layout).expect("feasible").fits);
+    }
+}
