@@ -2,73 +2,248 @@
 //!
 //! `scripts/calibrate FOLDER` fits them to the published runs of the folder's `end_to_end.csv`. Kernel tables are measured alone on
 //! an idle GPU; a training step runs hot, keeps every unit busy and waits for its host, which is what these factors say.
+//! A constant belongs to a generation of GPUs or to a family of software, never to a model or a row.
 
 use crate::hardware::Gpu;
 use crate::precision::Precision;
+use crate::software::Software;
 
-/// What training does to the times of kernels and links on one family of GPUs. Factors multiply seconds.
+/// What training does to the kernels and links of a generation of GPUs. Factors multiply seconds.
 #[derive(Debug, Clone, Copy, PartialEq)]
-pub struct Calibration {
+pub struct GpuConstants {
     /// Of products in 16 or 32 bits.
     pub gemm: f64,
     /// Of products in 8 bits, casts not counted.
     pub gemm_fp8: f64,
     /// Of products in 4 bits, casts not counted.
     pub gemm_fp4: f64,
-    /// Of the products of experts.
+    /// Of the products of experts, on top of that of products.
     pub grouped: f64,
-    /// Of attention.
+    /// Of fused attention.
     pub attention: f64,
     /// Of kernels bound by memory.
     pub memory: f64,
+    /// Of what the host does.
+    pub host: f64,
+}
+
+/// How a family of software runs a layer.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct SoftwareConstants {
+    /// Of kernels bound by memory: less than 1 where they are fused.
+    pub memory: f64,
+    /// Of attention.
+    pub attention: f64,
+    /// Host seconds for each kernel of a dense layer.
+    pub launch_s: f64,
+    /// By how much more the host works for an MoE layer's kernels.
+    pub moe_launch: f64,
+    /// Part of tensor-parallel communication that no product hides.
+    pub tensor_exposed: f64,
+    /// Part of gradient and parameter traffic that no computation hides.
+    pub data_exposed: f64,
+}
+
+/// What does not depend on GPU or software.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct CommonConstants {
     /// Of dispatch and combine.
     pub dispatch: f64,
     /// Of collectives and messages between servers.
     pub network: f64,
-    /// Host seconds for each kernel that is launched.
-    pub launch_s: f64,
-    /// Part of tensor-parallel communication that no product hides.
-    pub tensor_exposed: f64,
     /// Part of dispatch and combine that overlapping micro-batches leave exposed.
     pub expert_exposed: f64,
-    /// Part of gradient and parameter traffic that no computation hides.
-    pub data_exposed: f64,
-    /// Part of the host's time that does not run under the GPU's.
+    /// Part of the context-parallel exchange that attention leaves exposed.
+    pub context_exposed: f64,
+    /// Part of messages between pipeline stages that is exposed.
+    pub message_exposed: f64,
+    /// Growth of the step for each doubling of the number of servers: the slowest of many.
+    pub straggler: f64,
+    /// Seconds once a step.
     pub step_s: f64,
-    /// Standard deviation of the logarithm of measured over predicted seconds.
+    /// Standard deviation of the logarithm of measured over predicted seconds, dense models.
     pub spread: f64,
+    /// The same for models with experts.
+    pub spread_moe: f64,
 }
 
-const COMMON: Calibration = Calibration {
-    gemm: 1.15,
-    gemm_fp8: 1.25,
-    gemm_fp4: 1.4,
-    grouped: 1.2,
-    attention: 1.1,
-    memory: 1.2,
-    dispatch: 1.2,
-    network: 1.2,
-    launch_s: 4e-6,
-    tensor_exposed: 0.7,
-    expert_exposed: 0.3,
-    data_exposed: 0.15,
-    step_s: 0.02,
-    spread: 0.12,
+/// Constants for one GPU and software.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Calibration {
+    /// Of the GPU.
+    pub gpu: GpuConstants,
+    /// Of the software.
+    pub software: SoftwareConstants,
+    /// Of neither.
+    pub common: CommonConstants,
+}
+
+/// All constants.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Constants {
+    /// `[generation]`: A100; H100, H800, H200, H20; B200, B300, GB200, GB300; MI300X, MI325X, MI355X.
+    pub gpus: [GpuConstants; 4],
+    /// `[software]`, in the order of the enumeration.
+    pub software: [SoftwareConstants; 7],
+    /// The rest.
+    pub common: CommonConstants,
+}
+
+/// Fitted values.
+pub const FITTED: Constants = Constants {
+    gpus: [
+        GpuConstants {
+            gemm: 1.1,
+            gemm_fp8: 1.1,
+            gemm_fp4: 1.1,
+            grouped: 1.1,
+            attention: 1.1,
+            memory: 1.0,
+            host: 1.0,
+        },
+        GpuConstants {
+            gemm: 1.1,
+            gemm_fp8: 1.2,
+            gemm_fp4: 1.2,
+            grouped: 1.1,
+            attention: 1.1,
+            memory: 1.0,
+            host: 1.0,
+        },
+        GpuConstants {
+            gemm: 1.2,
+            gemm_fp8: 1.2,
+            gemm_fp4: 1.3,
+            grouped: 1.1,
+            attention: 1.1,
+            memory: 1.0,
+            host: 0.7,
+        },
+        GpuConstants {
+            gemm: 1.1,
+            gemm_fp8: 1.2,
+            gemm_fp4: 1.2,
+            grouped: 1.1,
+            attention: 1.1,
+            memory: 1.0,
+            host: 1.0,
+        },
+    ],
+    software: [
+        SoftwareConstants {
+            memory: 1.0,
+            attention: 1.0,
+            launch_s: 6e-6,
+            moe_launch: 3.0,
+            tensor_exposed: 0.4,
+            data_exposed: 0.3,
+        },
+        SoftwareConstants {
+            memory: 1.0,
+            attention: 1.0,
+            launch_s: 2e-6,
+            moe_launch: 1.0,
+            tensor_exposed: 0.4,
+            data_exposed: 0.3,
+        },
+        SoftwareConstants {
+            memory: 1.2,
+            attention: 1.0,
+            launch_s: 14e-6,
+            moe_launch: 1.0,
+            tensor_exposed: 1.0,
+            data_exposed: 0.5,
+        },
+        SoftwareConstants {
+            memory: 1.2,
+            attention: 1.0,
+            launch_s: 14e-6,
+            moe_launch: 1.0,
+            tensor_exposed: 1.0,
+            data_exposed: 0.5,
+        },
+        SoftwareConstants {
+            memory: 2.0,
+            attention: 1.5,
+            launch_s: 12e-6,
+            moe_launch: 3.0,
+            tensor_exposed: 1.0,
+            data_exposed: 0.2,
+        },
+        SoftwareConstants {
+            memory: 1.3,
+            attention: 1.5,
+            launch_s: 8e-6,
+            moe_launch: 3.0,
+            tensor_exposed: 0.6,
+            data_exposed: 0.2,
+        },
+        SoftwareConstants {
+            memory: 1.0,
+            attention: 1.0,
+            launch_s: 2e-6,
+            moe_launch: 1.0,
+            tensor_exposed: 0.6,
+            data_exposed: 0.2,
+        },
+    ],
+    common: CommonConstants {
+        dispatch: 1.2,
+        network: 1.2,
+        expert_exposed: 0.3,
+        context_exposed: 0.5,
+        message_exposed: 0.3,
+        straggler: 0.01,
+        step_s: 0.02,
+        spread: 0.1,
+        spread_moe: 0.15,
+    },
 };
 
+impl Constants {
+    /// The constants for `gpu` and `software`.
+    pub fn of(&self, gpu: &Gpu, software: Software) -> Calibration {
+        let generation = match gpu.name {
+            "A100" => 0,
+            "H100" | "H800" | "H200" | "H20" => 1,
+            name if name.starts_with("MI") => 3,
+            _ => 2,
+        };
+        Calibration {
+            gpu: self.gpus[generation],
+            software: self.software[software as usize],
+            common: self.common,
+        }
+    }
+}
+
 impl Calibration {
-    /// The constants for training on `gpu`; GPUs without runs take those of the nearest relative.
-    pub fn of(gpu: &Gpu) -> Self {
-        let _ = gpu;
-        COMMON
+    /// The fitted constants for `gpu` and `software`.
+    pub fn of(gpu: &Gpu, software: Software) -> Self {
+        FITTED.of(gpu, software)
     }
 
     /// The factor of products in `precision`.
     pub fn product(&self, precision: Precision) -> f64 {
         match precision {
-            Precision::F32 | Precision::F16 | Precision::Bf16 => self.gemm,
-            Precision::Fp8 | Precision::Mxfp8 => self.gemm_fp8,
-            Precision::Nvfp4 => self.gemm_fp4,
+            Precision::F32 | Precision::F16 | Precision::Bf16 => self.gpu.gemm,
+            Precision::Fp8 | Precision::Mxfp8 => self.gpu.gemm_fp8,
+            Precision::Nvfp4 => self.gpu.gemm_fp4,
         }
+    }
+
+    /// The factor of kernels bound by memory.
+    pub fn stream(&self) -> f64 {
+        self.gpu.memory * self.software.memory
+    }
+
+    /// The factor of attention.
+    pub fn attention(&self) -> f64 {
+        self.gpu.attention * self.software.attention
+    }
+
+    /// Host seconds of a kernel.
+    pub fn launch_s(&self) -> f64 {
+        self.software.launch_s * self.gpu.host
     }
 }

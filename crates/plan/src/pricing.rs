@@ -125,7 +125,7 @@ pub fn price(
 impl Pricer {
     /// A pricer with the constants that are calibrated for the cluster's GPU.
     pub fn new(model: &Architecture, cluster: &Cluster, training: &Training) -> Self {
-        Self::with_calibration(model, cluster, training, Calibration::of(&cluster.gpu))
+        Self::with_calibration(model, cluster, training, Calibration::of(&cluster.gpu, training.software))
     }
 
     /// A pricer with other constants: those of a run's trace, or while they are fitted.
@@ -139,7 +139,7 @@ impl Pricer {
             stages: Stages::of(model),
             model: model.clone(),
             training: training.clone(),
-            rates: Rates { cluster: cluster.clone(), calibration },
+            rates: Rates::new(cluster, calibration),
         }
     }
 
@@ -151,7 +151,9 @@ impl Pricer {
         layout.check(&self.model, &self.training)?;
         let breakdown = self.breakdown(layout);
         let step_s = breakdown.total_s();
-        let spread = (QUANTILE_90 * self.rates.calibration.spread).exp();
+        let common = &self.rates.calibration.common;
+        let deviation = if self.model.moe.is_some() { common.spread_moe } else { common.spread };
+        let spread = (QUANTILE_90 * deviation).exp();
         let (worst_rank, memory) = self.worst_rank(layout);
         Ok(Priced {
             step_s,

@@ -64,17 +64,19 @@ impl Pricer {
     /// Seconds of a pass: kernels, or their launches where these take longer, and communication that nothing hides.
     fn pass_s(&self, work: &Work) -> f64 {
         let of = &self.rates.calibration;
-        let kernels = work.compute_s().max(work.kernels * of.launch_s);
-        let exposed = of.tensor_exposed * (work.tensor_s + work.context_s);
-        kernels + exposed + self.exposed_expert_s(work)
+        let (device, host) = (work.compute_s(), work.kernels * of.launch_s());
+        let kernels = (device.powi(4) + host.powi(4)).sqrt().sqrt();
+        kernels
+            + of.software.tensor_exposed * work.tensor_s
+            + of.common.context_exposed * work.context_s
+            + self.exposed_expert_s(work)
     }
 
     /// Seconds of dispatch and combine that no other micro-batch's kernels hide.
     fn exposed_expert_s(&self, work: &Work) -> f64 {
         match self.training.dispatch.overlapped {
-            true => {
-                (self.rates.calibration.expert_exposed * work.expert_s).max(work.expert_s - work.compute_s())
-            }
+            true => (self.rates.calibration.common.expert_exposed * work.expert_s)
+                .max(work.expert_s - work.compute_s()),
             false => work.expert_s,
         }
     }
@@ -92,18 +94,19 @@ impl Pricer {
             grouped_s: micro_batches * all.grouped_s,
             attention_s: micro_batches * all.attention_s,
             memory_s: micro_batches * all.memory_s,
-            tensor_s: micro_batches * of.tensor_exposed * all.tensor_s,
-            context_s: micro_batches * of.tensor_exposed * all.context_s,
+            tensor_s: micro_batches * of.software.tensor_exposed * all.tensor_s,
+            context_s: micro_batches * of.common.context_exposed * all.context_s,
             expert_s: micro_batches * expert_s,
             ..Breakdown::default()
         };
-        let exposed = of.tensor_exposed * (all.tensor_s + all.context_s) + expert_s;
+        let exposed =
+            of.software.tensor_exposed * all.tensor_s + of.common.context_exposed * all.context_s + expert_s;
         step.host_s = micro_batches * (rank.total_s() - exposed - all.compute_s());
-        step.hidden_s = micro_batches
-            * ((1.0 - of.tensor_exposed) * (all.tensor_s + all.context_s) + all.expert_s - expert_s);
+        step.hidden_s = micro_batches * (all.tensor_s + all.context_s + all.expert_s - exposed);
         self.pipeline(layout, rank, through_s, &mut step);
         self.states(layout, share, rank.total_s(), &mut step);
-        step.overhead_s = of.step_s;
+        let servers = (layout.gpus() as f64 / self.rates.cluster.per_server as f64).max(1.0);
+        step.overhead_s = of.common.step_s + of.common.straggler * servers.log2() * step.total_s();
         step
     }
 
@@ -117,8 +120,9 @@ impl Pricer {
         let stride = layout.tensor * layout.context * layout.data;
         let bytes = 2.0 * self.sizes(layout).split_tokens() * self.model.hidden as f64;
         let message_s = self.rates.message(bytes, stride);
+        let exposed = self.rates.calibration.common.message_exposed;
         let micro_batches = layout.micro_batches(&self.training) as f64;
-        step.pipeline_s = (2.0 * (ranks - 1.0) + 0.3 * 2.0 * stages * micro_batches) * message_s;
+        step.pipeline_s = (2.0 * (ranks - 1.0) + 2.0 * exposed * stages * micro_batches) * message_s;
         let idle = through_s - rank.total_s();
         // Uneven ranks keep the formulas' form: what all other ranks take, less what the schedule fills.
         step.bubble_s = match layout.schedule {

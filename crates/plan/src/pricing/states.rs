@@ -1,6 +1,7 @@
 //! Gradients, parameters and the optimizer, once a step.
 
 use crate::parallelism::{Parallelism, Sharding};
+use crate::software::Trainable;
 
 use super::stages::Share;
 use super::{Breakdown, Pricer};
@@ -48,6 +49,9 @@ impl Pricer {
         micro_batch_s: f64,
         step: &mut Breakdown,
     ) {
+        if self.training.trainable == Trainable::Adapters {
+            return;
+        }
         let held = self.rank_parameters(layout, share);
         let dense_ranks = layout.data * layout.context;
         let expert_ranks = layout.expert_data();
@@ -59,7 +63,7 @@ impl Pricer {
         let gradients = self.training.optimizer.gradients.bytes();
         let weights = self.training.compute.bytes().clamp(2.0, 4.0);
         let micro_batches = layout.micro_batches(&self.training) as f64;
-        let exposed = self.rates.calibration.data_exposed;
+        let exposed = self.rates.calibration.software.data_exposed;
         let (traffic, under) = match layout.sharding {
             Sharding::Zero3 => {
                 let each = 2.0 * gather(weights) + gather(gradients);

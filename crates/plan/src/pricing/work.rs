@@ -3,8 +3,11 @@
 use std::ops::AddAssign;
 
 use crate::architecture::{Architecture, Attention, FeedForward, LayerKind, Mixer, MoeShape, StateSpace};
+use crate::collectives::Way;
+use crate::kernels::AttentionShape;
 use crate::parallelism::{Parallelism, Recomputation, Training};
 use crate::precision::Precision;
+use crate::software::{Software, Trainable};
 
 use super::rates::Rates;
 
@@ -118,7 +121,10 @@ impl Sizes<'_> {
             (FeedForward::Moe, Some(moe)) => self.experts(&mut passes, moe),
             _ => self.dense(&mut passes, self.model.ffn_dense, true),
         }
-        self.recompute(&mut passes, kind);
+        self.recompute(&mut passes, kind, windowed);
+        if self.training.trainable == Trainable::Adapters {
+            passes.weight = Work::default();
+        }
         passes
     }
 
@@ -211,25 +217,51 @@ impl Sizes<'_> {
     fn core(&self, passes: &mut Passes, windowed: bool) {
         let attention = &self.model.attention;
         let (t, c) = (self.layout.tensor as f64, self.layout.context as f64);
-        let heads = attention.heads() as f64 / t;
-        let sequence = self.training.sequence as f64;
-        let seen = match (windowed, self.model.window) {
-            (true, Some(window)) => (window.tokens as f64).min(sequence / 2.0),
-            _ => sequence / 2.0,
+        let shape = AttentionShape {
+            batch: self.layout.micro_batch,
+            queries: (self.training.sequence / self.layout.context).max(1),
+            keys: self.training.sequence,
+            heads: (attention.heads() / self.layout.tensor).max(1),
+            kv_heads: (attention.kv_heads() / self.layout.tensor).max(1),
+            qk_dim: attention.qk_dim(),
+            v_dim: attention.v_dim(),
+            causal: true,
+            window: self.model.window.filter(|_| windowed).map(|window| window.tokens),
         };
-        let dims = [attention.qk_dim() as f64, attention.v_dim() as f64];
-        let operations = 2.0 * self.tokens() * seen * heads * (dims[0] + dims[1]);
-        let [forward, backward] = self.rates.attention(operations, sequence, dims);
+        let [forward, backward] = match self.fused_attention() {
+            true => self.rates.attention(&shape),
+            false => self.unfused(&shape),
+        };
         passes.forward.attention_s += forward;
         passes.input.attention_s += backward;
         self.count(passes, 2.0);
         if c > 1.0 {
             let kv = (attention.kv_heads() as f64 / t).max(1.0);
-            let bytes = width(self.training) * self.tokens() * c * kv * (dims[0] + dims[1]);
+            let widths = (attention.qk_dim() + attention.v_dim()) as f64;
+            let bytes = width(self.training) * self.tokens() * c * kv * widths;
             let once = self.rates.gather(bytes, self.layout.context, self.layout.tensor);
             passes.forward.context_s += once;
             passes.input.context_s += 2.0 * once;
         }
+    }
+
+    fn fused_attention(&self) -> bool {
+        !matches!(self.training.software, Software::Megatron2021 | Software::DeepSpeed2021)
+    }
+
+    /// Attention before it was fused: all scores are computed, written, masked, normalised, dropped out and read again:
+    /// five passes over them forward, eight backward.
+    fn unfused(&self, shape: &AttentionShape) -> [f64; 2] {
+        let (queries, keys) = (shape.queries as f64, shape.keys as f64);
+        let products = (shape.batch * shape.heads) as f64
+            * (self.rates.gemm(queries, keys, shape.qk_dim as f64, Precision::Bf16)
+                + self.rates.gemm(queries, shape.v_dim as f64, keys, Precision::Bf16));
+        let scores = 2.0 * (shape.batch * shape.heads) as f64 * queries * keys;
+        let factor = self.rates.calibration.attention();
+        [
+            products + factor * self.rates.kernels.memory_bound(5.0 * scores),
+            2.0 * products + factor * self.rates.kernels.memory_bound(8.0 * scores),
+        ]
     }
 
     /// Mamba-2: projections, and a scan of states in chunks.
@@ -268,7 +300,17 @@ impl Sizes<'_> {
         }
     }
 
+    /// The network of experts; the host works harder for its many small kernels.
     fn experts(&self, passes: &mut Passes, moe: &MoeShape) {
+        let mut own = Passes::default();
+        self.routed(&mut own, moe);
+        for work in [&mut own.forward, &mut own.input, &mut own.weight] {
+            work.kernels *= self.rates.calibration.software.moe_launch;
+        }
+        passes.add(&own, 1.0);
+    }
+
+    fn routed(&self, passes: &mut Passes, moe: &MoeShape) {
         let d = self.model.hidden as f64;
         let m = self.split_tokens();
         self.norm(passes);
@@ -323,9 +365,10 @@ impl Sizes<'_> {
         let tokens = self.tokens() / self.layout.tensor as f64;
         if self.layout.expert > 1 {
             let sent = self.training.wire.bytes().min(width(self.training)) * dispatched;
+            let once = self.training.dispatch.deduplicated;
             let back = width(self.training) * dispatched;
-            let there = self.rates.dispatch(tokens, sent, moe, self.layout);
-            let home = self.rates.dispatch(tokens, back, moe, self.layout);
+            let there = self.rates.dispatch(Way::Dispatch, tokens, sent, moe, self.layout, once);
+            let home = self.rates.dispatch(Way::Combine, tokens, back, moe, self.layout, once);
             passes.forward.expert_s += there + home;
             passes.input.expert_s += 2.0 * home;
             self.count(passes, 4.0);
@@ -340,13 +383,18 @@ impl Sizes<'_> {
     }
 
     /// Adds to the backward what it computes again.
-    fn recompute(&self, passes: &mut Passes, kind: LayerKind) {
+    fn recompute(&self, passes: &mut Passes, kind: LayerKind, windowed: bool) {
         let forward = passes.forward;
         match self.layout.recompute {
             Recomputation::None => {}
             Recomputation::Full => passes.input += forward,
             Recomputation::Modules(modules) => {
                 let mut again = Work::default();
+                if modules.core_attention && kind.mixer == Mixer::Attention && !self.fused_attention() {
+                    let mut core = Passes::default();
+                    self.core(&mut core, windowed);
+                    again += core.forward;
+                }
                 if modules.moe && kind.ffn == FeedForward::Moe {
                     let mut experts = Passes::default();
                     if let Some(moe) = &self.model.moe {
