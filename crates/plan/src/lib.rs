@@ -24,7 +24,7 @@ pub use architecture::{
     Architecture, Attention, FeedForward, HuggingFaceError, LayerKind, LayerParameters, Mixer, MoeShape,
     Pattern, StateSpace, UnknownModel, Window,
 };
-pub use calibration::Calibration;
+pub use calibration::{Calibration, CommonConstants, Constants, FITTED, GpuConstants, SoftwareConstants};
 pub use hardware::{Cluster, ClusterError, Gpu, Level};
 pub use layout::{Init, LayerTensors, Layout, NORM_CHUNK, TensorSpec};
 pub use memory::{KeptActivations, MemoryEstimate, StepShape};

@@ -90,8 +90,8 @@ impl Pricer {
         memory.temporary = largest;
         let tokens = (layout.micro_batch * self.training.sequence) as f64 / layout.context as f64;
         if share.head {
-            // In 16 bits as the product leaves them, in 32 as the loss needs them, and their gradient in 16.
-            memory.logits = 8.0 * tokens * self.model.vocab as f64 / layout.tensor as f64;
+            // In 32 bits as the loss needs them, and in 16 as the product leaves them or takes their gradient.
+            memory.logits = 6.0 * tokens * self.model.vocab as f64 / layout.tensor as f64;
         }
         memory
     }
@@ -119,8 +119,7 @@ impl Pricer {
             Sharding::Zero3 => (owned, owned, owned),
         };
         let width = if self.training.compute == crate::precision::Precision::F32 { 4.0 } else { 2.0 };
-        let narrow =
-            if self.training.compute.is_narrow() { 2.0 * self.training.compute.bytes() } else { 0.0 };
+        let narrow = if self.training.compute.is_narrow() { self.training.compute.bytes() } else { 0.0 };
         let layers: u32 = share.layers.iter().sum();
         let layer = all / f64::from(layers.max(1));
         let master = optimizer.master.map_or(0.0, |master| master.bytes());

@@ -24,6 +24,13 @@ pub enum Software {
     Xla,
 }
 
+impl Software {
+    /// Whether attention keeps its scores on chip.
+    pub fn fuses_attention(self) -> bool {
+        !matches!(self, Self::Megatron2021 | Self::DeepSpeed2021)
+    }
+}
+
 /// How tokens travel to experts.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub struct DispatchKind {

@@ -7,7 +7,7 @@ use crate::collectives::Way;
 use crate::kernels::AttentionShape;
 use crate::parallelism::{Parallelism, Recomputation, Training};
 use crate::precision::Precision;
-use crate::software::{Software, Trainable};
+use crate::software::Trainable;
 
 use super::rates::Rates;
 
@@ -136,12 +136,8 @@ impl Sizes<'_> {
         passes.weight.gemm_s += rates.gemm(n, k, m, precision);
         self.count(passes, 1.0);
         if precision.is_narrow() {
-            // Inputs and their transposes, then gradients and theirs.
-            self.stream(
-                passes,
-                (2.0 + 2.0 * precision.bytes()) * m * k,
-                (2.0 + 2.0 * precision.bytes()) * m * n,
-            );
+            // What is multiplied is written in both orders, by the kernel that made it.
+            self.stream(passes, 2.0 * precision.bytes() * m * k, 2.0 * precision.bytes() * m * n);
         }
     }
 
@@ -228,7 +224,7 @@ impl Sizes<'_> {
             causal: true,
             window: self.model.window.filter(|_| windowed).map(|window| window.tokens),
         };
-        let [forward, backward] = match self.fused_attention() {
+        let [forward, backward] = match self.training.software.fuses_attention() {
             true => self.rates.attention(&shape),
             false => self.unfused(&shape),
         };
@@ -243,10 +239,6 @@ impl Sizes<'_> {
             passes.forward.context_s += once;
             passes.input.context_s += 2.0 * once;
         }
-    }
-
-    fn fused_attention(&self) -> bool {
-        !matches!(self.training.software, Software::Megatron2021 | Software::DeepSpeed2021)
     }
 
     /// Attention before it was fused: all scores are computed, written, masked, normalised, dropped out and read again:
@@ -355,7 +347,7 @@ impl Sizes<'_> {
         passes.weight.grouped_s += rates.grouped(rows, here, n, k, precision);
         self.count(passes, 1.0);
         if precision.is_narrow() {
-            let cast = 2.0 + 2.0 * precision.bytes();
+            let cast = 2.0 * precision.bytes();
             self.stream(passes, cast * rows * k, cast * rows * n);
         }
     }
@@ -390,7 +382,10 @@ impl Sizes<'_> {
             Recomputation::Full => passes.input += forward,
             Recomputation::Modules(modules) => {
                 let mut again = Work::default();
-                if modules.core_attention && kind.mixer == Mixer::Attention && !self.fused_attention() {
+                if modules.core_attention
+                    && kind.mixer == Mixer::Attention
+                    && !self.training.software.fuses_attention()
+                {
                     let mut core = Passes::default();
                     self.core(&mut core, windowed);
                     again += core.forward;

@@ -13,6 +13,8 @@ enum Part {
     Norm,
     /// Queries, keys, values of latent attention.
     UpProjection,
+    /// Scores of attention that is not fused.
+    Core,
     /// Inside of a dense feed-forward network.
     Mlp,
     /// What the experts' activation function leaves.
@@ -89,6 +91,11 @@ impl Kept {
             self.push("queries and keys before their norms", Part::Other, of((heads + kv_heads) * qk));
         }
         self.push("softmax statistics", Part::Other, 4.0 * sizes.tokens * heads);
+        if sizes.unfused {
+            // Korthikanti et al. (2022): softmax and dropout in 16 bits, and its mask.
+            let scores = sizes.tokens * sizes.sequence * heads;
+            self.push("attention scores", Part::Core, (2.0 * sizes.width + 1.0) * scores);
+        }
         self.push("attention output", Part::Other, of(heads * v));
         if sizes.input < sizes.width {
             self.push("attention output in 8 bits", Part::Other, sizes.input * sizes.tokens * heads * v);
@@ -161,6 +168,7 @@ fn spared(part: Part, recompute: Recomputation) -> bool {
         _ if super::full(recompute) => true,
         Part::Norm => of.layernorm,
         Part::UpProjection => of.mla_up_projection,
+        Part::Core => of.core_attention,
         Part::Mlp => of.mlp,
         Part::MoeActivation => of.moe_activation || of.moe,
         Part::Moe => of.moe,
@@ -170,6 +178,8 @@ fn spared(part: Part, recompute: Recomputation) -> bool {
 
 struct Sizes {
     tokens: f64,
+    sequence: f64,
+    unfused: bool,
     split: f64,
     hidden: f64,
     tensor: f64,
@@ -186,6 +196,8 @@ impl Sizes {
         let width = if training.compute == Precision::F32 { 4.0 } else { 2.0 };
         let input = if training.compute.is_narrow() { training.compute.bytes() } else { width };
         let split = if layout.sequence_parallel { tokens / tensor } else { tokens };
-        Self { tokens, split, hidden: model.hidden as f64, tensor, width, input }
+        let sequence = training.sequence as f64;
+        let unfused = !training.software.fuses_attention();
+        Self { tokens, sequence, unfused, split, hidden: model.hidden as f64, tensor, width, input }
     }
 }
