@@ -3,7 +3,9 @@
 mod activations;
 
 use crate::parallelism::{Parallelism, Recomputation, Sharding};
+use crate::precision::Precision;
 use crate::pricing::{Pricer, Share};
+use crate::software::{Software, Trainable};
 
 pub use activations::Kept;
 
@@ -40,9 +42,10 @@ impl RankMemory {
         ]
     }
 
-    /// Bytes in all: what an allocator reports as its peak.
+    /// Bytes at the peak, as an allocator reports them. Logits are gone before the backward is in any layer.
     pub fn total(&self) -> f64 {
-        self.parts().iter().map(|(_, bytes)| bytes).sum()
+        let sum: f64 = self.parts().iter().map(|(_, bytes)| bytes).sum();
+        sum - self.temporary.min(self.logits)
     }
 }
 
@@ -90,8 +93,13 @@ impl Pricer {
         memory.temporary = largest;
         let tokens = (layout.micro_batch * self.training.sequence) as f64 / layout.context as f64;
         if share.head {
-            // In 32 bits as the loss needs them, and in 16 as the product leaves them or takes their gradient.
-            memory.logits = 6.0 * tokens * self.model.vocab as f64 / layout.tensor as f64;
+            // In 32 bits as the loss needs them, which becomes the gradient in place, and that in 16. Frameworks that leave
+            // the loss to autograd hold logits and gradients in both formats.
+            let bytes = match self.training.software {
+                Software::TorchEager | Software::TorchCompiled => 12.0,
+                _ => 6.0,
+            };
+            memory.logits = bytes * tokens * self.model.vocab as f64 / layout.tensor as f64;
         }
         memory
     }
@@ -118,16 +126,24 @@ impl Pricer {
             Sharding::Zero2 => (all, owned, owned),
             Sharding::Zero3 => (owned, owned, owned),
         };
-        let width = if self.training.compute == crate::precision::Precision::F32 { 4.0 } else { 2.0 };
-        let narrow = if self.training.compute.is_narrow() { self.training.compute.bytes() } else { 0.0 };
+        // Narrow weights are kept as they are and transposed, and not in 16 bits.
+        let width = match self.training.compute {
+            Precision::F32 => 4.0,
+            narrow if narrow.is_narrow() => 2.0 * narrow.bytes(),
+            _ => 2.0,
+        };
         let layers: u32 = share.layers.iter().sum();
         let layer = all / f64::from(layers.max(1));
         let master = optimizer.master.map_or(0.0, |master| master.bytes());
+        // Adapters are small beside what they adapt, which gets neither gradients nor moments.
+        let trained = if self.training.trainable == Trainable::Adapters { 0.0 } else { 1.0 };
         RankMemory {
-            weights: (width + narrow) * weights,
-            gradients: optimizer.gradients.bytes() * gradients,
-            optimizer: (master + 2.0 * optimizer.moments.bytes()) * states,
+            weights: width * weights,
+            gradients: trained * optimizer.gradients.bytes() * gradients,
+            optimizer: trained * (master + 2.0 * optimizer.moments.bytes()) * states,
             communication: match layout.sharding {
+                // Gathered once and for all micro-batches, and their gradients.
+                Sharding::Zero3 if layout.pipeline > 1 => (width + optimizer.gradients.bytes()) * all,
                 // Two layers gathered, the gradient of one on its way.
                 Sharding::Zero3 => 2.0 * width * layer + optimizer.gradients.bytes() * layer,
                 _ => 0.0,

@@ -1,5 +1,6 @@
 //! A row as its source wrote it: every column read, nothing inferred.
 
+use crate::parallelism::{Parallelism, Sharding};
 use crate::table::Row;
 
 /// What a row reports.
@@ -18,6 +19,7 @@ pub(super) enum Kind {
 pub(super) struct Case {
     pub id: String,
     pub file: String,
+    pub source: String,
     pub kind: Kind,
     pub model_key: String,
     pub printed: String,
@@ -82,6 +84,7 @@ impl Case {
         let mut case = Self {
             id: text("id"),
             file: text("file"),
+            source: text("source"),
             kind,
             model_key: text("model_key"),
             printed: text("model_as_printed"),
@@ -115,6 +118,8 @@ impl Case {
             memory_gib: row.positive("mem_max_gib"),
         };
         case.read_names();
+        let interleaved = case.mentions("interleaved") || case.mentions("vpp");
+        case.not_interleaved |= (case.mentions("1f1b") && !interleaved) || case.is_zero_bubble();
         case
     }
 
@@ -144,6 +149,26 @@ impl Case {
             self.degrees.virtual_stages =
                 self.degrees.virtual_stages.or(of_rank.filter(|stages| *stages > 1));
         }
+    }
+
+    /// Whether the pipeline's schedule is one of the zero-bubble family.
+    pub(super) fn is_zero_bubble(&self) -> bool {
+        ["zero-bubble", "zbv", "v-half", "v-min", "dualpipe"].iter().any(|name| self.mentions(name))
+    }
+
+    /// Whether a test of Megatron runs fused attention. The small ones ask for the unfused kernel, and without Transformer
+    /// Engine there is no other; those that resume (on all of their clusters but one) or split the context have the fused one.
+    pub(super) fn fused_attention(&self) -> bool {
+        let small = self.sequence.is_some_and(|sequence| sequence <= 1024);
+        let engine = self.printed.contains("_te_");
+        let resumed = self.mentions("resume") && !self.source.contains("dracooci");
+        !small || self.degrees.context.is_some_and(|degree| degree > 1) || engine && resumed
+    }
+
+    /// Whether memory depends on a number of replicas that the row does not print. Tests run on one server where they do not say;
+    /// release tests on as many as they need.
+    pub(super) fn unknown_replicas(&self, layout: &Parallelism) -> bool {
+        self.gpus.is_none() && self.mentions("release") && layout.sharding != Sharding::None
     }
 
     /// Whether any name of the row contains `word`, in any case.

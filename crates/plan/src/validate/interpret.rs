@@ -21,6 +21,9 @@ const GPUS: usize = 8;
 /// Megatron-Bridge captures layers in CUDA graphs on Grace since this release, in hundredths.
 const GRAPHS_SINCE: u64 = 2606;
 
+/// Megatron-Bridge's recipes dispatch with DeepEP or HybridEP since this release.
+const DEDUPLICATED_SINCE: u64 = 2509;
+
 /// What a row describes.
 #[derive(Debug, Clone)]
 pub(super) struct Setup {
@@ -34,11 +37,7 @@ pub(super) struct Setup {
 pub(super) fn interpret(case: &Case, models: &[Architecture]) -> Result<Setup, String> {
     let architecture = super::model::architecture(case, models)?;
     let gpu = Gpu::named(&case.gpu).map_err(|error| error.to_string())?;
-    let needed: u64 = [case.degrees.tensor, case.degrees.pipeline, case.degrees.context]
-        .into_iter()
-        .map(|degree| degree.unwrap_or(1))
-        .product();
-    let gpus = case.gpus.map_or((needed as usize).max(GPUS), |gpus| gpus as usize);
+    let gpus = case.gpus.map_or_else(|| fewest_gpus(case).max(GPUS), |gpus| gpus as usize);
     let cluster = Cluster::of(gpu, gpus).map_err(|error| error.to_string())?;
     let precision = precision(case);
     let candidates: Vec<_> = layouts(case, &architecture, &cluster)
@@ -52,6 +51,15 @@ pub(super) fn interpret(case: &Case, models: &[Architecture]) -> Result<Setup, S
         return Err(format!("no layout of {} fits on {gpus} GPUs", describe(case)));
     }
     Ok(Setup { architecture, cluster, candidates })
+}
+
+/// The GPUs that the printed degrees need at least.
+fn fewest_gpus(case: &Case) -> usize {
+    let of = |degree: Option<u64>| degree.unwrap_or(1) as usize;
+    let degrees = &case.degrees;
+    let dense = of(degrees.tensor) * of(degrees.context);
+    let experts = of(degrees.expert) * of(degrees.expert_tensor);
+    of(degrees.pipeline) * dense * experts.div_ceil(dense)
 }
 
 fn describe(case: &Case) -> String {
@@ -91,16 +99,18 @@ fn precision(case: &Case) -> Precision {
 fn training(case: &Case, compute: Precision, layout: &Parallelism) -> Training {
     let unit = layout.data * layout.micro_batch;
     let wanted = case.global_batch.map_or(unit * MICRO_BATCHES_A_STAGE * layout.pipeline, |b| b as usize);
+    // Interleaved schedules take rounds of as many micro-batches as there are ranks.
+    let unit = if layout.virtual_stages > 1 { unit * layout.pipeline } else { unit };
     Training {
         sequence: case.sequence.map_or(SEQUENCE, |sequence| sequence as usize),
         global_batch: wanted.div_ceil(unit) * unit,
         tokens: 1e12,
         compute,
         wire: if case.mentions("hai-llm") { Precision::Fp8 } else { Precision::Bf16 },
-        optimizer: Optimizer::default(),
+        optimizer: optimizer(case),
         routing: Routing::Balanced,
         dispatch: DispatchKind {
-            deduplicated: ["deepep", "hybridep", "hai-llm"].iter().any(|name| case.mentions(name)),
+            deduplicated: deduplicates(case),
             overlapped: case.mentions("overlap")
                 && !case.mentions("overlap off")
                 && !case.mentions("no overlap")
@@ -111,10 +121,25 @@ fn training(case: &Case, compute: Precision, layout: &Parallelism) -> Training {
     }
 }
 
+/// Whether tokens are sent once to a server: where a library that does so is named, and in the recipes of Megatron-Bridge and
+/// Megatron-Core since they use it.
+fn deduplicates(case: &Case) -> bool {
+    let named = ["deepep", "hybridep", "hai-llm"].iter().any(|name| case.mentions(name));
+    let recipe = case.release.is_some_and(|release| release >= DEDUPLICATED_SINCE);
+    named || recipe && case.mentions("megatron-bridge") || case.framework.trim() == "Megatron-Core"
+}
+
+/// NVIDIA's recipes accumulate and reduce gradients in 16 bits; Megatron itself, and its tests, in 32.
+fn optimizer(case: &Case) -> Optimizer {
+    let narrow = ["nemo", "megatron-bridge", "maxtext"].iter().any(|name| case.mentions(name));
+    Optimizer { gradients: if narrow { Precision::Bf16 } else { Precision::F32 }, ..Optimizer::default() }
+}
+
 /// The family of software, by the names of frameworks and releases.
 fn software(case: &Case) -> Software {
     let graphs = case.release.is_some_and(|release| release >= GRAPHS_SINCE) && case.gpu.starts_with("GB");
     match () {
+        () if case.kind == Kind::Golden && !case.fused_attention() => Software::Megatron2021,
         () if case.framework == "DeepSpeed" => Software::DeepSpeed2021,
         () if case.mentions("megatron-deepspeed") => Software::Megatron2021,
         () if case.mentions("megatron-lm") && case.gpu.starts_with("A100") => Software::Megatron2021,
@@ -201,10 +226,8 @@ fn sequence_parallel(case: &Case) -> bool {
 
 fn schedule(case: &Case, virtual_stages: usize) -> ScheduleKind {
     match () {
-        () if case.mentions("dualpipe") => ScheduleKind::DualPipeV,
-        () if ["zero-bubble", "zbv", "v-half", "v-min"].iter().any(|name| case.mentions(name)) => {
-            ScheduleKind::ZeroBubble
-        }
+        () if case.mentions("dualpipe") && virtual_stages == 2 => ScheduleKind::DualPipeV,
+        () if case.is_zero_bubble() => ScheduleKind::ZeroBubble,
         () if virtual_stages > 1 => ScheduleKind::Interleaved,
         () => ScheduleKind::OneForwardOneBackward,
     }
@@ -252,6 +275,9 @@ fn expert_tensor(case: &Case, model: &Architecture, grid: &Parallelism, expert: 
 
 /// Chunks of a pipeline rank: as printed; else any that gives chunks of equal size, for software that interleaves.
 fn interleavings(case: &Case, model: &Architecture, pipeline: usize) -> Vec<usize> {
+    if pipeline > 1 && case.mentions("dualpipe") {
+        return vec![2];
+    }
     if pipeline == 1 || case.not_interleaved {
         return vec![1];
     }
@@ -280,6 +306,11 @@ fn interleavings(case: &Case, model: &Architecture, pipeline: usize) -> Vec<usiz
 fn micro_batches(case: &Case, grid: &Parallelism) -> Vec<usize> {
     match case.degrees.micro_batch {
         Some(printed) => vec![printed as usize],
+        // Torchtitan cuts a replica's batch into as many micro-batches as there are stages.
+        None if case.mentions("torchtitan") => {
+            let of_replica = case.global_batch.map_or(1, |batch| batch as usize / grid.data);
+            vec![if grid.pipeline > 1 { (of_replica / grid.pipeline).max(1) } else { 1 }]
+        }
         None if grid.pipeline > 1 => vec![1],
         None => vec![1, 2, 4, 8],
     }
@@ -309,5 +340,14 @@ fn recomputations(case: &Case) -> Vec<Recomputation> {
     if !text.is_empty() {
         return vec![Recomputation::None];
     }
-    vec![Recomputation::None, Recomputation::SELECTIVE, Recomputation::Full]
+    // Megatron-Bridge's recipes for models with experts compute these again before they do whole layers.
+    let parts = Modules {
+        core_attention: false,
+        mla_up_projection: true,
+        mlp: true,
+        moe_activation: true,
+        moe: false,
+        layernorm: true,
+    };
+    vec![Recomputation::None, Recomputation::SELECTIVE, Recomputation::Modules(parts), Recomputation::Full]
 }

@@ -9,7 +9,7 @@ const GPT_VOCAB: usize = 51_200;
 
 /// The architecture, or why there is none.
 pub(super) fn architecture(case: &Case, models: &[Architecture]) -> Result<Architecture, String> {
-    let mut model = match known(case, models) {
+    let mut model = match known(case, models).or_else(|| of_same_shape(case, models)) {
         Some(model) => model,
         None => from_shape(case)?,
     };
@@ -46,6 +46,20 @@ fn known(case: &Case, models: &[Architecture]) -> Option<Architecture> {
     named(true).or_else(|| named(false))
 }
 
+/// The known model with experts of exactly the printed numbers, which say less than its name.
+fn of_same_shape(case: &Case, models: &[Architecture]) -> Option<Architecture> {
+    let shape = &case.shape;
+    let printed = (shape.layers?, shape.hidden?, shape.heads?, shape.experts?, shape.top_k?);
+    let same = |model: &&Architecture| {
+        model.moe.is_some_and(|moe| {
+            let sizes = [model.layers, model.hidden, model.attention.heads(), moe.experts, moe.top_k];
+            let [layers, hidden, heads, experts, top_k] = sizes.map(|size| size as u64);
+            (layers, hidden, heads, experts, top_k) == printed
+        })
+    };
+    models.iter().find(same).cloned()
+}
+
 fn plain(name: &str) -> String {
     name.chars().filter(char::is_ascii_alphanumeric).map(|c| c.to_ascii_lowercase()).collect()
 }
@@ -61,7 +75,10 @@ fn from_shape(case: &Case) -> Result<Architecture, String> {
     let hidden = shape.hidden.ok_or_else(|| format!("{} and custom_arch gives no width", named()))? as usize;
     let heads = shape.heads.ok_or_else(|| format!("{} and custom_arch gives no heads", named()))? as usize;
     let layers = shape.layers.ok_or_else(|| format!("{} and custom_arch gives no layers", named()))? as usize;
-    let ffn = shape.ffn.map_or(4 * hidden, |width| width as usize);
+    let gated = case.mentions("swiglu");
+    // Megatron keeps the number of parameters when it adds a gate.
+    let usual = if gated { 8 * hidden / 3 / 64 * 64 } else { 4 * hidden };
+    let ffn = shape.ffn.map_or(usual, |width| width as usize);
     let moe = shape.experts.map(|experts| MoeShape {
         experts: experts as usize,
         top_k: shape.top_k.unwrap_or(1) as usize,
@@ -77,7 +94,7 @@ fn from_shape(case: &Case) -> Result<Architecture, String> {
         hidden,
         vocab: shape.vocab.map_or(GPT_VOCAB, |vocab| vocab as usize),
         tied_embeddings: !case.mentions("untie"),
-        gated: case.mentions("swiglu"),
+        gated,
         attention: Attention::Grouped {
             heads,
             kv_heads: shape.kv_heads.map_or(heads, |kv| kv as usize),
