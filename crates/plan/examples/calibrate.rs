@@ -56,8 +56,7 @@ fn knobs() -> Vec<Knob> {
 fn run(cases: &str, models: &str, constants: &Constants) -> Validation {
     validate_with(cases, Some(models), &|model, cluster, layout, training| {
         let calibration = constants.of(&cluster.gpu, training.software);
-        let priced = Pricer::with_calibration(model, cluster, training, calibration).price(layout).ok()?;
-        Some(Prediction::from(&priced))
+        Prediction::of(&Pricer::with_calibration(model, cluster, training, calibration), layout)
     })
 }
 

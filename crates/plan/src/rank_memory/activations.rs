@@ -3,7 +3,6 @@
 use crate::architecture::{Architecture, Attention, FeedForward, LayerKind, Mixer, MoeShape};
 use crate::parallelism::{Parallelism, Recomputation, Training};
 use crate::precision::Precision;
-use crate::software::Software;
 
 /// Which part of a layer a tensor belongs to, and hence what spares it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -20,8 +19,6 @@ enum Part {
     Mlp,
     /// What the experts' activation function leaves.
     MoeActivation,
-    /// Scores of attention, where it is not fused.
-    Core,
     /// Anything else of an MoE layer.
     Moe,
     /// Anything else.
@@ -50,12 +47,7 @@ impl Kept {
         }
         match kind.mixer {
             Mixer::None => {}
-            Mixer::Attention => {
-                kept.attention(model, &sizes);
-                if training.software == Software::Megatron2021 {
-                    kept.unfused(model, layout, training, &sizes);
-                }
-            }
+            Mixer::Attention => kept.attention(model, &sizes),
             Mixer::StateSpace => kept.state_space(model, &sizes),
         }
         if kind.ffn == FeedForward::None {
@@ -108,15 +100,6 @@ impl Kept {
         if sizes.input < sizes.width {
             self.push("attention output in 8 bits", Part::Other, sizes.input * sizes.tokens * heads * v);
         }
-    }
-
-    /// Korthikanti et al. (2022): scores before and after softmax's dropout in 16 bits and its mask, masks of two more dropouts.
-    fn unfused(&mut self, model: &Architecture, layout: &Parallelism, training: &Training, sizes: &Sizes) {
-        let heads = model.attention.heads() as f64 / sizes.tensor;
-        let scores = sizes.tokens * training.sequence as f64 * heads;
-        self.push("scores, and their mask", Part::Core, (2.0 * sizes.width + 1.0) * scores);
-        let whole = if layout.sequence_parallel { sizes.split } else { sizes.tokens };
-        self.push("masks of dropout", Part::Other, 2.0 * whole * sizes.hidden);
     }
 
     fn state_space(&mut self, model: &Architecture, sizes: &Sizes) {
@@ -189,7 +172,6 @@ fn spared(part: Part, recompute: Recomputation) -> bool {
         Part::Mlp => of.mlp,
         Part::MoeActivation => of.moe_activation || of.moe,
         Part::Moe => of.moe,
-        Part::Core => of.core_attention,
         Part::Other => false,
     }
 }
