@@ -26,11 +26,16 @@ pub struct RankMemory {
     pub logits: f64,
     /// Buffers of collectives: parameters that are gathered, gradients on their way.
     pub communication: f64,
+    /// What libraries of products and collectives set aside.
+    pub workspace: f64,
 }
+
+/// Bytes that libraries set aside on a GPU: the intercept of peaks that Megatron's tests record, over their layers.
+const WORKSPACE_BYTES: f64 = 48e6;
 
 impl RankMemory {
     /// The names and bytes of all parts, in the order in which they are printed.
-    pub fn parts(&self) -> [(&'static str, f64); 7] {
+    pub fn parts(&self) -> [(&'static str, f64); 8] {
         [
             ("weights", self.weights),
             ("gradients", self.gradients),
@@ -39,6 +44,7 @@ impl RankMemory {
             ("temporary", self.temporary),
             ("logits", self.logits),
             ("communication", self.communication),
+            ("workspace", self.workspace),
         ]
     }
 
@@ -148,6 +154,7 @@ impl Pricer {
                 Sharding::Zero3 => 2.0 * width * layer + optimizer.gradients.bytes() * layer,
                 _ => 0.0,
             },
+            workspace: WORKSPACE_BYTES,
             ..RankMemory::default()
         }
     }

@@ -31,6 +31,13 @@ impl Software {
     }
 }
 
+impl Software {
+    /// Whether layers are Megatron's.
+    pub fn is_megatron(self) -> bool {
+        matches!(self, Self::MegatronCore | Self::MegatronCoreGraphs | Self::Megatron2021)
+    }
+}
+
 /// How tokens travel to experts.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub struct DispatchKind {

@@ -54,6 +54,11 @@ impl Kept {
             return kept;
         }
         let first = if kind.mixer == Mixer::None { Part::Input } else { Part::Other };
+        if !model.gated && training.software.is_megatron() {
+            // GPT drops out after attention and network: a mask, and what the fused addition of bias and residual reads.
+            let part = if kind.ffn == FeedForward::Moe { Part::Moe } else { Part::Other };
+            kept.push("dropout", part, (2.0 + sizes.width) * sizes.split * sizes.hidden);
+        }
         if !model.parallel_blocks {
             kept.push("residual stream after the mixer", first, sizes.width * sizes.split * sizes.hidden);
             kept.push("norm before the network", Part::Norm, sizes.input * sizes.split * sizes.hidden);

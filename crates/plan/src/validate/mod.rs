@@ -101,7 +101,8 @@ impl Time {
     }
 }
 
-/// Peak of allocated memory on the fullest GPU, or on one of the last pipeline rank for a test's golden value, in GiB.
+/// Peak of allocated memory on the fullest GPU in GiB; on a GPU of the last pipeline rank for a test's golden value, and of what the
+/// allocator had reserved for torchtitan.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize)]
 pub struct Memory {
     /// As measured.
@@ -251,9 +252,7 @@ fn outcome(case: &Case, all: &[Case], models: &[Architecture], price: Pricing<'_
     };
     outcome.plan = plan_text(layout, training);
     if case.kind != Kind::OutOfMemory && !case.unknown_replicas(layout) {
-        // Megatron's tests record what their last rank, which writes the log, has allocated.
-        let golden = case.kind == Kind::Golden;
-        let bytes = if golden { priced.last_rank_bytes } else { priced.memory_bytes };
+        let bytes = case.memory_bytes(priced.memory_bytes, priced.last_rank_bytes);
         outcome.memory =
             case.memory_gib.map(|measured_gib| Memory { measured_gib, predicted_gib: bytes / GIB });
     }
