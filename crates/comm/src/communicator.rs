@@ -30,6 +30,8 @@ pub mod kind {
     pub const SEND: &str = "send_recv";
     /// Sums of segments, each rank its shards.
     pub const REDUCE_SCATTER: &str = "reduce_scatter";
+    /// Sums inside nodes that go before the sums between them.
+    pub const REDUCE_IN_NODE: &str = "reduce_in_node";
     /// Small sums, all to all ranks.
     pub const ALL_REDUCE: &str = "all_reduce";
     /// Small values of any length from every rank to all.
@@ -174,6 +176,14 @@ impl Communicator {
     /// If `rank` is not below [`Communicator::size`].
     pub fn link(&self, rank: usize) -> LinkClass {
         self.group.links[rank]
+    }
+
+    /// The node that the group's rank `rank` is on.
+    ///
+    /// # Panics
+    /// If `rank` is not below [`Communicator::size`].
+    pub fn node(&self, rank: usize) -> usize {
+        self.core.transport.node(self.world_rank(rank))
     }
 
     /// Says which step this rank is in, as errors and the flight recorder name it. Holds for all handles of the rank.
@@ -512,12 +522,13 @@ impl Communicator {
     /// Starts a reduction.
     pub(crate) fn start_combine<R: 'static>(
         &self,
+        kind: &'static str,
         sends: Vec<Vec<Part<f32>>>,
         landing: Landing,
         take: fn(Landing) -> Option<R>,
     ) -> Result<Pending<R>, CommError> {
-        let sends = self.check_sends(kind::REDUCE_SCATTER, sends)?;
-        self.launch(self.collective::<f32>(kind::REDUCE_SCATTER, false), sends, landing, Take::Landed(take))
+        let sends = self.check_sends(kind, sends)?;
+        self.launch(self.collective::<f32>(kind, false), sends, landing, Take::Landed(take))
     }
 
     pub(crate) fn bucket_bytes(&self) -> usize {

@@ -6,17 +6,17 @@
 
 use std::any::Any;
 use std::ops::Range;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 
 use bytemuck::Pod;
-use unisono_mesh::tree;
 
 use crate::communicator::{Communicator, kind};
 use crate::error::CommError;
 use crate::part::Part;
 use crate::pending::Pending;
+use crate::reduce_route::{Cut, Job, Layout, Route, Source, Stage};
 use crate::transport::{Combine, Landing};
-use crate::tree_sum::{Real, TreeSum};
+use crate::tree_sum::Real;
 
 /// One vector to be summed over ranks and handed out in shards.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -46,36 +46,39 @@ pub struct Reducer {
 struct Compiled {
     /// Roots this rank contributes, and the least length of each, per segment.
     roots: Vec<(usize, usize)>,
-    /// Per rank: what is sent to it, bucket by bucket.
-    sends: Vec<Vec<Cut>>,
-    /// `[bucket][rank]`: the lengths in bytes of the pieces it sends.
-    pieces: Vec<Vec<Vec<usize>>>,
-    /// By bucket.
-    jobs: Arc<Vec<Vec<Job>>>,
+    route: Route,
     shard_len: usize,
-}
-
-/// Elements `range` of one of this rank's roots.
-struct Cut {
-    segment: usize,
-    root: usize,
-    range: Range<usize>,
-}
-
-/// One range of the output and the pieces it is the sum of.
-struct Job {
-    out: Range<usize>,
-    /// (rank, its piece), in the order of the tree's leaves.
-    sources: Vec<(usize, usize)>,
-    tree: Arc<TreeSum>,
+    /// Buffers of earlier inner stages, to be used again.
+    spare: Mutex<Vec<Vec<f32>>>,
 }
 
 impl ReducePlan {
-    /// Checks the plan and works out who sends what to whom.
+    /// Checks the plan and works out who sends what to whom: every rank its roots to every receiver.
     ///
     /// # Errors
     /// If lists do not have one entry per rank, the held leaves are not all leaves, each once, or shards overlap.
     pub fn compile(&self, comm: &Communicator) -> Result<Reducer, CommError> {
+        self.compile_over(comm, &vec![0; comm.size()])
+    }
+
+    /// The same for ranks on several nodes: what ranks of a node hold together is joined inside it first, so that each
+    /// node sends as few roots as one rank in its place would. The sums have the same bits.
+    ///
+    /// # Errors
+    /// As [`compile`](Self::compile).
+    pub fn compile_hierarchical(&self, comm: &Communicator) -> Result<Reducer, CommError> {
+        let mut nodes: Vec<usize> = Vec::new();
+        let number = |node: usize| {
+            nodes.iter().position(|known| *known == node).unwrap_or_else(|| {
+                nodes.push(node);
+                nodes.len() - 1
+            })
+        };
+        let node_of: Vec<usize> = (0..comm.size()).map(|rank| comm.node(rank)).map(number).collect();
+        self.compile_over(comm, &node_of)
+    }
+
+    fn compile_over(&self, comm: &Communicator, node_of: &[usize]) -> Result<Reducer, CommError> {
         let mut layouts: Vec<Layout> = Vec::with_capacity(self.segments.len());
         for (index, segment) in self.segments.iter().enumerate() {
             let refuse =
@@ -87,89 +90,23 @@ impl ReducePlan {
             });
             layouts.push(match same {
                 Some(last) => layouts[last].clone(),
-                None => Layout::of(segment).map_err(refuse)?,
+                None => Layout::new(segment.items, &segment.held, node_of).map_err(refuse)?,
             });
         }
         let me = comm.rank();
         let roots = self.segments.iter().zip(&layouts).map(|(segment, layout)| {
             (layout.roots_of[me], segment.shards.iter().map(|shard| shard.end).max().unwrap_or(0))
         });
-        let buckets = self.cut(&layouts, comm.size(), me, (comm.bucket_bytes() / size_of::<f32>()).max(1));
-        let mut compiled = Compiled {
-            roots: roots.collect(),
-            sends: (0..comm.size()).map(|_| Vec::new()).collect(),
-            pieces: Vec::with_capacity(buckets.len()),
-            jobs: Arc::default(),
-            shard_len: self.segments.iter().map(|segment| segment.shards[me].len()).sum(),
-        };
-        let mut jobs = Vec::with_capacity(buckets.len());
-        for bucket in buckets {
-            compiled.sends.iter_mut().zip(bucket.sends).for_each(|(all, cuts)| all.extend(cuts));
-            compiled.pieces.push(bucket.pieces);
-            jobs.push(bucket.jobs);
-        }
-        compiled.jobs = Arc::new(jobs);
-        Ok(Reducer { comm: comm.clone(), compiled: Arc::new(compiled) })
-    }
-
-    /// Cuts each rank's concatenated shards into buckets of at most `bucket` elements.
-    fn cut(&self, layouts: &[Layout], size: usize, me: usize, bucket: usize) -> Vec<Bucket> {
-        // One at least: a call that moves nothing is a call, too.
-        let mut buckets = vec![Bucket::new(size)];
-        for to in 0..size {
-            let mut before = 0;
-            for (index, (segment, layout)) in self.segments.iter().zip(layouts).enumerate() {
-                let shard = segment.shards[to].clone();
-                let mut done = 0;
-                while done < shard.len() {
-                    let number = (before + done) / bucket;
-                    let len = (shard.len() - done).min(bucket - (before + done) % bucket);
-                    let range = shard.start + done..shard.start + done + len;
-                    if buckets.len() <= number {
-                        buckets.resize_with(number + 1, || Bucket::new(size));
-                    }
-                    buckets[number].add(index, layout, me, to, range, before + done);
-                    done += len;
-                }
-                before += shard.len();
-            }
-        }
-        buckets
-    }
-}
-
-/// At most so many bytes from each rank to each rank, summed at once.
-struct Bucket {
-    /// Per rank: what is sent to it.
-    sends: Vec<Vec<Cut>>,
-    /// Per rank: the lengths in bytes of the pieces it sends.
-    pieces: Vec<Vec<usize>>,
-    jobs: Vec<Job>,
-}
-
-impl Bucket {
-    fn new(size: usize) -> Self {
-        let sends = (0..size).map(|_| Vec::new()).collect();
-        Self { sends, pieces: vec![Vec::new(); size], jobs: Vec::new() }
-    }
-
-    /// Elements `range` of segment `index` go to rank `to`, at `at` of its output.
-    fn add(&mut self, index: usize, layout: &Layout, me: usize, to: usize, range: Range<usize>, at: usize) {
-        for root in 0..layout.roots_of[me] {
-            self.sends[to].push(Cut { segment: index, root, range: range.clone() });
-        }
-        if to != me {
-            return;
-        }
-        let first: Vec<usize> = self.pieces.iter().map(Vec::len).collect();
-        for (pieces, &roots) in self.pieces.iter_mut().zip(&layout.roots_of) {
-            pieces.extend(std::iter::repeat_n(range.len() * size_of::<f32>(), roots));
-        }
-        self.jobs.push(Job {
-            out: at..at + range.len(),
-            sources: layout.sources.iter().map(|&(rank, root)| (rank, first[rank] + root)).collect(),
-            tree: Arc::clone(&layout.tree),
-        });
+        let bucket = (comm.bucket_bytes() / size_of::<f32>()).max(1);
+        Ok(Reducer {
+            comm: comm.clone(),
+            compiled: Arc::new(Compiled {
+                roots: roots.collect(),
+                route: Route::new(&self.segments, &layouts, node_of, me, bucket),
+                shard_len: self.segments.iter().map(|segment| segment.shards[me].len()).sum(),
+                spare: Mutex::default(),
+            }),
+        })
     }
 }
 
@@ -185,53 +122,6 @@ impl Segment {
             return Err(format!("shards {:?} and {:?} overlap", pair[0], pair[1]));
         }
         Ok(())
-    }
-}
-
-/// The roots of a segment: whose they are and how they are added.
-#[derive(Clone)]
-struct Layout {
-    /// How many roots each rank contributes.
-    roots_of: Vec<usize>,
-    /// (rank, its root), in the order of the leaves.
-    sources: Vec<(usize, usize)>,
-    tree: Arc<TreeSum>,
-}
-
-impl Layout {
-    fn of(segment: &Segment) -> Result<Self, String> {
-        Self::new(segment.items, &segment.held)
-    }
-
-    fn new(items: usize, held: &[Range<usize>]) -> Result<Self, String> {
-        let mut nodes = Vec::new();
-        for (rank, range) in held.iter().enumerate() {
-            if range.end > items {
-                return Err(format!("rank {rank} holds {range:?} of {items} items"));
-            }
-            let roots = tree::roots(range.clone(), items);
-            nodes.extend(roots.into_iter().enumerate().map(|(root, node)| (node, rank, root)));
-        }
-        nodes.sort_unstable_by_key(|(node, ..)| node.start);
-        let mut end = 0;
-        for (node, rank, _) in &nodes {
-            if node.start != end {
-                let what = if node.start > end { "held by nobody" } else { "held twice" };
-                let (from, to) = (end.min(node.start), end.max(node.start));
-                return Err(format!("items {from}..{to} of {items} are {what} (at rank {rank})"));
-            }
-            end = node.end;
-        }
-        if end != items || items == 0 {
-            return Err(format!("items {end}..{items} are held by nobody; a sum needs at least one item"));
-        }
-        let mut roots_of = vec![0; held.len()];
-        for (_, rank, _) in &nodes {
-            roots_of[*rank] += 1;
-        }
-        let ranges: Vec<Range<usize>> = nodes.iter().map(|(node, ..)| node.clone()).collect();
-        let sources = nodes.into_iter().map(|(_, rank, root)| (rank, root)).collect();
-        Ok(Self { roots_of, sources, tree: Arc::new(TreeSum::over(items, &ranges)) })
     }
 }
 
@@ -255,7 +145,8 @@ impl Reducer {
         self.start_reduce_scatter(roots, out)?.finish()
     }
 
-    /// Starts a [`reduce_scatter`](Self::reduce_scatter).
+    /// Starts a [`reduce_scatter`](Self::reduce_scatter). All ranks advance and finish hierarchical ones in the same
+    /// order.
     ///
     /// # Errors
     /// As the finished call.
@@ -263,7 +154,7 @@ impl Reducer {
         &self,
         roots: &[Vec<Part<f32>>],
         mut out: R,
-    ) -> Result<Pending<R>, CommError>
+    ) -> Result<PendingReduce<R>, CommError>
     where
         R: AsMut<[f32]> + Send + 'static,
     {
@@ -273,11 +164,43 @@ impl Reducer {
             return Err(self.refuse(format!("the output has {len} elements, the shards have {need}")));
         }
         self.check_roots(roots)?;
-        let part = |cut: &Cut| roots[cut.segment][cut.root].slice(cut.range.clone());
-        let sends = compiled.sends.iter().map(|cuts| cuts.iter().map(part).collect()).collect();
-        let sum = Box::new(Sum { out, jobs: Arc::clone(&compiled.jobs) });
-        let landing = Landing::Combine { sum, pieces: compiled.pieces.clone() };
-        self.comm.start_combine(sends, landing, take_sum::<R>)
+        let Some(inner) = &compiled.route.inner else {
+            let outer = self.start_outer(roots, None, out)?;
+            return Ok(PendingReduce { reducer: self.clone(), stage: PendingStage::Outer(outer, None) });
+        };
+        let spare = compiled.spare.lock().unwrap_or_else(PoisonError::into_inner).pop();
+        let mut joined = spare.unwrap_or_default();
+        joined.resize(compiled.route.joined_len, 0.0);
+        let pending = self.start_stage(kind::REDUCE_IN_NODE, inner, roots, None, joined)?;
+        let stage = PendingStage::Inner { pending, roots: roots.to_vec(), out };
+        Ok(PendingReduce { reducer: self.clone(), stage })
+    }
+
+    fn start_outer<R: AsMut<[f32]> + Send + 'static>(
+        &self,
+        roots: &[Vec<Part<f32>>],
+        joined: Option<&Arc<Vec<f32>>>,
+        out: R,
+    ) -> Result<Pending<R>, CommError> {
+        self.start_stage(kind::REDUCE_SCATTER, &self.compiled.route.outer, roots, joined, out)
+    }
+
+    fn start_stage<R: AsMut<[f32]> + Send + 'static>(
+        &self,
+        kind: &'static str,
+        stage: &Stage,
+        roots: &[Vec<Part<f32>>],
+        joined: Option<&Arc<Vec<f32>>>,
+        out: R,
+    ) -> Result<Pending<R>, CommError> {
+        let part = |cut: &Cut| match cut {
+            Cut::Root { segment, root, range } => Some(roots[*segment][*root].slice(range.clone())),
+            Cut::Joined(range) => Some(Part::new(Arc::clone(joined?), range.clone())),
+        };
+        let sends = stage.sends.iter().map(|cuts| cuts.iter().filter_map(part).collect()).collect();
+        let sum = Box::new(Sum { out, jobs: Arc::clone(&stage.jobs) });
+        let landing = Landing::Combine { sum, pieces: stage.pieces.clone() };
+        self.comm.start_combine(kind, sends, landing, take_sum::<R>)
     }
 
     fn check_roots(&self, roots: &[Vec<Part<f32>>]) -> Result<(), CommError> {
@@ -301,6 +224,59 @@ impl Reducer {
 
     fn refuse(&self, reason: String) -> CommError {
         self.comm.refuse(kind::REDUCE_SCATTER, reason)
+    }
+}
+
+/// A started [`Reducer::reduce_scatter`].
+#[must_use = "a started call must be finished"]
+pub struct PendingReduce<R> {
+    reducer: Reducer,
+    stage: PendingStage<R>,
+}
+
+enum PendingStage<R> {
+    /// Sums inside nodes.
+    Inner { pending: Pending<Vec<f32>>, roots: Vec<Vec<Part<f32>>>, out: R },
+    /// Sums of the receivers, and what this rank has joined for them.
+    Outer(Pending<R>, Option<Arc<Vec<f32>>>),
+}
+
+impl<R: AsMut<[f32]> + Send + 'static> PendingReduce<R> {
+    /// Finishes the sums inside nodes, if they are under way, and starts what goes between nodes.
+    ///
+    /// # Errors
+    /// [`CommError::Failed`] if the run fails.
+    pub fn advance(self) -> Result<Self, CommError> {
+        let Self { reducer, stage } = self;
+        let stage = match stage {
+            PendingStage::Inner { pending, roots, out } => {
+                let joined = Arc::new(pending.finish()?);
+                let outer = reducer.start_outer(&roots, Some(&joined), out)?;
+                PendingStage::Outer(outer, Some(joined))
+            }
+            outer => outer,
+        };
+        Ok(Self { reducer, stage })
+    }
+
+    /// Waits for the sums and hands the output back; no clone of the roots is left.
+    ///
+    /// # Errors
+    /// [`CommError::Failed`] if the run fails.
+    pub fn finish(self) -> Result<R, CommError> {
+        let Self { reducer, stage } = self.advance()?;
+        match stage {
+            PendingStage::Outer(pending, joined) => {
+                let out = pending.finish()?;
+                if let Some(joined) = joined.and_then(Arc::into_inner) {
+                    reducer.compiled.spare.lock().unwrap_or_else(PoisonError::into_inner).push(joined);
+                }
+                Ok(out)
+            }
+            PendingStage::Inner { .. } => {
+                Err(reducer.refuse("its sums inside nodes are not finished".into()))
+            }
+        }
     }
 }
 
@@ -351,7 +327,7 @@ impl Communicator {
             let (given, size) = (held.len(), self.size());
             return Err(refuse(format!("{given} held ranges, but the group has {size} ranks")));
         }
-        let layout = Layout::new(items, held).map_err(refuse)?;
+        let layout = Layout::new(items, held, &vec![0; self.size()]).map_err(refuse)?;
         let count = layout.roots_of[self.rank()];
         if roots.len() != count * width {
             let given = roots.len();
@@ -360,13 +336,17 @@ impl Communicator {
             )));
         }
         let (all, ranges) = self.gather_known(&layout.roots_of, width, roots)?;
-        let of = |&(rank, root): &(usize, usize)| {
-            let start = ranges[rank].start + root * width;
-            &all[start..start + width]
+        let view = layout.view(0);
+        let of = |source: &Source| match *source {
+            Source::Root { rank, root } => {
+                let start = ranges[rank].start + root * width;
+                Some(&all[start..start + width])
+            }
+            Source::Joined { .. } => None,
         };
-        let sources: Vec<&[T]> = layout.sources.iter().map(of).collect();
+        let sources: Vec<&[T]> = view.sources.iter().filter_map(of).collect();
         let mut out = vec![T::zeroed(); width];
-        layout.tree.run(&sources, &mut out, &mut Vec::new());
+        view.tree.run(&sources, &mut out, &mut Vec::new());
         Ok(out)
     }
 

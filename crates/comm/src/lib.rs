@@ -2,8 +2,9 @@
 //!
 //! - [`Communicator`]: one rank's handle on a group of ranks. Everything it does is a pattern of one *exchange*: for
 //!   each peer a list of [`Part`]s to send, for each peer a list of ranges of the receive buffer to fill.
-//! - [`ReducePlan`], [`GatherPlan`]: reduce-scatter and all-gather of many segments in one call. Sums run strictly
-//!   along the fixed tree of [`unisono_mesh::tree`], so their bits depend on no layout and no arrival order.
+//! - [`ReducePlan`], [`GatherPlan`]: reduce-scatter and all-gather of many segments in one call, where ranks are on
+//!   several nodes inside each node first. Sums run strictly along the fixed tree of [`unisono_mesh::tree`], so their
+//!   bits depend on no layout and no arrival order.
 //! - [`run_ranks`], [`ThreadRanks`]: ranks as threads of one process.
 //! - [`Transport`]: what moves the bytes. Today threads that share memory.
 //! - [`Ledger`]: what moved, by kind, group and link class.
@@ -26,6 +27,7 @@ mod ledger;
 pub mod mpi;
 mod part;
 mod pending;
+mod reduce_route;
 pub mod threads;
 pub mod transport;
 mod tree_sum;
@@ -33,13 +35,13 @@ pub mod watch;
 
 pub use communicator::{Communicator, kind};
 pub use error::{CallSite, Cause, CommError, Failure, RunError, Waiting};
-pub use exact::{ReducePlan, Reducer, Segment};
+pub use exact::{PendingReduce, ReducePlan, Reducer, Segment};
 pub use flight::{CallState, FlightEntry, FlightRecorder, Message};
 pub use gather::{GatherPlan, GatherSegment, Gatherer};
 pub use ledger::{Ledger, LinkClass, RankTraffic, Row};
 pub use part::Part;
 pub use pending::Pending;
-pub use threads::{ThreadRanks, run_ranks};
+pub use threads::{PretendedLink, ThreadRanks, run_ranks};
 pub use transport::Transport;
 pub use tree_sum::Real;
 pub use watch::{Activity, Diagnosis, FlightDeck, FlightRecord, Limits, Reason, Watchdog};

@@ -39,6 +39,7 @@ fn subtree(segment: usize, range: Range<usize>, len: usize) -> Vec<f32> {
 struct Case {
     lens: Vec<usize>,
     plan: ReducePlan,
+    hierarchical: bool,
 }
 
 impl Case {
@@ -53,7 +54,10 @@ impl Case {
     }
 
     fn reduce(&self, comm: &Communicator) -> Result<Vec<f32>, CommError> {
-        let reducer = self.plan.compile(comm)?;
+        let reducer = match self.hierarchical {
+            true => self.plan.compile_hierarchical(comm)?,
+            false => self.plan.compile(comm)?,
+        };
         let roots: Vec<Vec<Part<f32>>> =
             (0..self.lens.len()).map(|segment| self.roots(segment, comm.rank())).collect();
         let out = reducer.reduce_scatter(&roots, vec![f32::NAN; reducer.shard_len()])?;
@@ -108,6 +112,7 @@ fn case(draws: &[Draw], ranks: usize) -> Case {
     Case {
         lens: draws.iter().map(|draw| draw.1).collect(),
         plan: ReducePlan { segments: draws.iter().map(segment).collect() },
+        hierarchical: false,
     }
 }
 
@@ -122,6 +127,20 @@ proptest! {
             case.run(&ThreadRanks::new(ranks).bucket_bytes(bucket * 4), ranks);
             if ranks < 4 {
                 case.run(&ThreadRanks::new(ranks).jitter(seed), ranks);
+            }
+        }
+    }
+
+    #[test]
+    fn sums_inside_nodes_first_change_no_bit(
+        draws in draws(), sizes in proptest::collection::vec(1usize..6, 1..5), bucket in 1usize..600, seed: u64,
+    ) {
+        for ranks in 2..=8 {
+            let case = Case { hierarchical: true, ..case(&draws, ranks) };
+            case.run(&ThreadRanks::new(ranks).nodes(&sizes), ranks);
+            case.run(&ThreadRanks::new(ranks).nodes(&sizes).bucket_bytes(bucket * 4), ranks);
+            if ranks < 4 {
+                case.run(&ThreadRanks::new(ranks).nodes(&sizes).jitter(seed), ranks);
             }
         }
     }
@@ -192,9 +211,11 @@ fn many_small_segments_of_which_most_ranks_hold_none() {
                     .collect();
                 Segment { items: 2, held, shards }
             };
-            let case =
-                Case { lens: vec![10; 300], plan: ReducePlan { segments: (0..300).map(segment).collect() } };
+            let plan = ReducePlan { segments: (0..300).map(segment).collect() };
+            let mut case = Case { lens: vec![10; 300], plan, hierarchical: false };
             case.run(&ThreadRanks::new(ranks), ranks);
+            case.hierarchical = true;
+            case.run(&ThreadRanks::new(ranks).nodes(&[ranks / 3, ranks - ranks / 3]), ranks);
         }
     });
 }

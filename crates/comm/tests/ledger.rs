@@ -144,3 +144,30 @@ fn an_aligned_fold_moves_what_a_ring_moves() {
         assert_eq!(volumes(2, 6, elements, usize::MAX), vec![(2 * 1680, 1680); 2]);
     });
 }
+
+/// Bytes that cross nodes of the given sizes when 8 ranks, one leaf each, reduce a vector of 840 elements.
+fn between_nodes(sizes: &[usize], hierarchical: bool) -> u64 {
+    let shards: Vec<_> = (0..8).map(|i| i * 105..(i + 1) * 105).collect();
+    let plan =
+        ReducePlan { segments: vec![Segment { items: 8, held: (0..8).map(|i| i..i + 1).collect(), shards }] };
+    let run = ThreadRanks::new(8).nodes(sizes).run(|comm| {
+        let reducer = if hierarchical { plan.compile_hierarchical(&comm)? } else { plan.compile(&comm)? };
+        let root = Part::whole(Arc::new(vec![1.0f32; 840]));
+        reducer.reduce_scatter(&[vec![root]], vec![0.0f32; 105])?;
+        let far = |row: &&Row| row.link == LinkClass::OtherNode;
+        Ok::<_, CommError>(comm.ledger().rows.iter().filter(far).map(|row| row.bytes_sent).sum::<u64>())
+    });
+    run.unwrap().into_iter().sum()
+}
+
+#[test]
+fn a_node_sends_the_roots_of_what_its_ranks_hold_together() {
+    within_seconds(20, || {
+        let shard = 105 * 4;
+        // Four leaves are one subtree: one root to each of 8 receivers, not four.
+        assert_eq!((between_nodes(&[4, 4], true), between_nodes(&[4, 4], false)), (8 * shard, 32 * shard));
+        // Of 3 + 5 the first hold leaves 0..2 and 2..3, the others 3..4 and 4..8: two roots each.
+        assert_eq!((between_nodes(&[3, 5], true), between_nodes(&[3, 5], false)), (16 * shard, 30 * shard));
+        assert_eq!((between_nodes(&[2, 2, 2, 2], true), between_nodes(&[8], true)), (24 * shard, 0));
+    });
+}

@@ -1,6 +1,7 @@
 //! One call, as all its members see it: who has posted what, and what was taken.
 
 use std::sync::Arc;
+use std::time::Instant;
 
 use crate::error::CallSite;
 use crate::transport::{Call, Landing, Piece};
@@ -34,6 +35,8 @@ pub(super) struct Board {
     posted: usize,
     /// `[from * members + to]`
     taken: Vec<bool>,
+    /// `[from * members + to]` when what is sent arrives, where a link is pretended.
+    arrivals: Vec<Option<Instant>>,
     left: usize,
     /// Two posts do not match, so nobody takes anything.
     pub conflict: bool,
@@ -47,6 +50,7 @@ impl Board {
             posts: (0..size).map(|_| None).collect(),
             posted: 0,
             taken: vec![false; size * size],
+            arrivals: Vec::new(),
             left: size,
             conflict: false,
         }
@@ -93,8 +97,27 @@ impl Board {
         self.posts[position].as_ref().map(|post| &post.site)
     }
 
-    /// What member `me` can take now: senders and what they send.
-    pub fn ready(&self, me: usize) -> Vec<(usize, Arc<Sends>)> {
+    /// What member `from` sends to member `to` arrives at `when`.
+    pub fn delay(&mut self, from: usize, to: usize, when: Instant) {
+        let size = self.members.len();
+        self.arrivals.resize(size * size, None);
+        self.arrivals[from * size + to] = Some(when);
+    }
+
+    /// When the next of what member `me` still expects arrives after `now`.
+    pub fn next_arrival(&self, me: usize, now: Instant) -> Option<Instant> {
+        let size = self.members.len();
+        let pending = (0..size).filter(|peer| self.posts[*peer].is_some() && !self.was_taken(*peer, me));
+        pending.filter_map(|peer| *self.arrivals.get(peer * size + me)?).filter(|when| *when > now).min()
+    }
+
+    fn has_arrived(&self, from: usize, to: usize, now: Option<Instant>) -> bool {
+        let when = self.arrivals.get(from * self.members.len() + to).copied().flatten();
+        when.is_none_or(|when| now.is_none_or(|now| when <= now))
+    }
+
+    /// What member `me` can take at `now` (without it, sooner or later): senders and what they send.
+    pub fn ready(&self, me: usize, now: Option<Instant>) -> Vec<(usize, Arc<Sends>)> {
         let mut found = Vec::new();
         let Some(post) = &self.posts[me] else { return found };
         if self.conflict || post.receives_left == 0 {
@@ -105,9 +128,11 @@ impl Board {
                 continue;
             }
             match &self.posts[peer] {
-                Some(other) => found.push((peer, Arc::clone(&other.sends))),
-                None if post.at_once => return Vec::new(),
-                None => {}
+                Some(other) if self.has_arrived(peer, me, now) => {
+                    found.push((peer, Arc::clone(&other.sends)));
+                }
+                _ if post.at_once => return Vec::new(),
+                _ => {}
             }
         }
         found

@@ -6,8 +6,8 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::thread::{self, available_parallelism};
 
-use super::ThreadTransport;
 use super::world::World;
+use super::{PretendedLink, ThreadTransport};
 use crate::communicator::Communicator;
 use crate::error::{Cause, CommError, Failure, RunError};
 
@@ -21,6 +21,7 @@ pub struct ThreadRanks {
     bucket_bytes: usize,
     jitter: Option<u64>,
     nodes: Vec<usize>,
+    link: Option<PretendedLink>,
 }
 
 /// Runs `body` on `ranks` threads, each with its world communicator, and returns what they return, by rank.
@@ -40,7 +41,14 @@ impl ThreadRanks {
     /// `ranks` ranks, with the usual options.
     pub fn new(ranks: usize) -> Self {
         // Sums read the senders' memory where it is, so there is no staging to keep small.
-        Self { ranks, stack_bytes: None, bucket_bytes: usize::MAX, jitter: None, nodes: Vec::new() }
+        Self {
+            ranks,
+            stack_bytes: None,
+            bucket_bytes: usize::MAX,
+            jitter: None,
+            nodes: Vec::new(),
+            link: None,
+        }
     }
 
     /// The stack of each rank's thread, in bytes.
@@ -63,6 +71,13 @@ impl ThreadRanks {
     #[must_use]
     pub fn nodes(mut self, sizes: &[usize]) -> Self {
         self.nodes = sizes.to_vec();
+        self
+    }
+
+    /// For measurements: puts a link between the pretended nodes.
+    #[must_use]
+    pub fn link(mut self, link: Option<PretendedLink>) -> Self {
+        self.link = link;
         self
     }
 
@@ -90,7 +105,7 @@ impl ThreadRanks {
         F: Fn(Communicator) -> Result<T, E> + Sync,
     {
         let spin = available_parallelism().is_ok_and(|cores| self.ranks <= cores.get());
-        let world = Arc::new(World::new(self.node_of(), self.bucket_bytes, spin, self.jitter));
+        let world = Arc::new(World::new(self.node_of(), self.bucket_bytes, spin, self.jitter, self.link));
         let outcomes: Vec<Option<Result<T, Boxed>>> = thread::scope(|scope| {
             let mut threads = Vec::with_capacity(self.ranks);
             for rank in 0..self.ranks {

@@ -22,6 +22,16 @@ use world::World;
 /// How long a rank looks for news before it sleeps, where every rank has a core.
 const SPIN: Duration = Duration::from_micros(200);
 
+/// A network between pretended nodes, for measurements. What a call sends to another node arrives when a rank's own link
+/// of this speed has carried it, one call after the other, whatever the ranks do meanwhile.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct PretendedLink {
+    /// Bytes a second of each rank's link.
+    pub bytes_per_s: f64,
+    /// The kind of calls that take it; others arrive at once.
+    pub kind: &'static str,
+}
+
 /// One thread rank's side of the world.
 struct ThreadTransport {
     world: Arc<World>,
@@ -46,6 +56,8 @@ struct Started {
 enum Look {
     Complete(usize),
     WentOn,
+    /// Something for the awaited call is on its way for so long.
+    Arriving(usize, Duration),
     Stuck,
 }
 
@@ -67,6 +79,7 @@ impl ThreadTransport {
             return Err(CommError::Transport("a call that was not started cannot be finished".into()));
         };
         let mut order = std::iter::once(awaited).chain((0..started.len()).filter(|&i| i != awaited));
+        let now = Instant::now();
         let (index, ready) = {
             let state = self.world.lock();
             state.check()?;
@@ -75,12 +88,16 @@ impl ThreadTransport {
                 return Ok(Look::Complete(awaited));
             }
             let next = order.find_map(|i| {
-                let ready = board_of(i)?.ready(started[i].position);
+                let ready = board_of(i)?.ready(started[i].position, Some(now));
                 (!ready.is_empty()).then_some((i, ready))
             });
             match next {
                 Some(next) => next,
-                None => return Ok(Look::Stuck),
+                None => {
+                    let position = started[awaited].position;
+                    let arrival = board_of(awaited).and_then(|board| board.next_arrival(position, now));
+                    return Ok(arrival.map_or(Look::Stuck, |when| Look::Arriving(awaited, when - now)));
+                }
             }
         };
         let ready = self.disturb(ready, &started[index].landing);
@@ -156,6 +173,24 @@ impl ThreadTransport {
             }
         }
         call.wait += begin.elapsed();
+    }
+
+    /// When what a call sends to other nodes arrives, where a link is pretended.
+    fn arrivals(&self, call: &Call) -> Vec<(usize, Instant)> {
+        let Some(link) = self.world.link.filter(|link| call.site.kind == link.kind) else {
+            return Vec::new();
+        };
+        let mut free = self.world.ranks[self.rank].link_free.lock().unwrap_or_else(PoisonError::into_inner);
+        let far = |to: &usize| self.link(call.members[*to]) == LinkClass::OtherNode;
+        let mut when = free.unwrap_or_else(Instant::now).max(Instant::now());
+        let mut arrivals = Vec::new();
+        for to in (0..call.members.len()).filter(far) {
+            let bytes: usize = call.sends[to].iter().map(|piece| piece.len()).sum();
+            when += Duration::from_secs_f64(bytes as f64 / link.bytes_per_s);
+            arrivals.push((to, when));
+        }
+        *free = Some(when);
+        arrivals
     }
 
     fn link(&self, member: usize) -> LinkClass {
@@ -240,7 +275,9 @@ impl Transport for ThreadTransport {
             let mut state = self.world.lock();
             state.check()?;
             let board = state.board(&key, &members);
+            let arrivals = self.arrivals(&call);
             let landing = board.post(call);
+            arrivals.into_iter().for_each(|(to, when)| board.delay(position, to, when));
             let conflict = board.conflict;
             state.ranks[self.rank].started.push((key.clone(), position));
             for (peer, &receives) in receivers.iter().enumerate() {
@@ -273,6 +310,10 @@ impl Transport for ThreadTransport {
             let seen = self.world.ranks[self.rank].signal.load(Ordering::Acquire);
             match self.look(&mut started, ticket) {
                 Ok(Look::WentOn) => {}
+                Ok(Look::Arriving(index, time)) => {
+                    std::thread::sleep(time);
+                    started[index].wait += time;
+                }
                 Ok(Look::Stuck) => {
                     if let Some(call) = started.iter_mut().find(|call| call.ticket == ticket) {
                         self.wait(call, seen);
@@ -316,7 +357,7 @@ mod tests {
 
     #[test]
     fn finished_calls_leave_nothing_behind() {
-        let world = Arc::new(World::new(vec![0; 3], usize::MAX, false, None));
+        let world = Arc::new(World::new(vec![0; 3], usize::MAX, false, None, None));
         std::thread::scope(|scope| {
             for rank in 0..3 {
                 let transport = ThreadTransport::new(Arc::clone(&world), rank);

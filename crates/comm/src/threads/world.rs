@@ -4,7 +4,9 @@ use std::collections::HashMap;
 use std::collections::hash_map::Entry;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::Instant;
 
+use super::PretendedLink;
 use super::board::Board;
 use crate::error::{Cause, CommError, Failure, Waiting};
 use crate::flight::FlightRecorder;
@@ -18,6 +20,7 @@ pub(super) struct World {
     pub bucket_bytes: usize,
     pub spin: bool,
     pub jitter: Option<u64>,
+    pub link: Option<PretendedLink>,
     state: Mutex<State>,
 }
 
@@ -29,6 +32,8 @@ pub(super) struct RankDesk {
     /// Goes up whenever something the rank may wait for has happened.
     pub signal: AtomicU64,
     pub bell: Condvar,
+    /// When the rank's pretended link has carried what was sent so far.
+    pub link_free: Mutex<Option<Instant>>,
 }
 
 /// Everything under the world's lock.
@@ -51,7 +56,13 @@ pub(super) struct RankState {
 }
 
 impl World {
-    pub fn new(nodes: Vec<usize>, bucket_bytes: usize, spin: bool, jitter: Option<u64>) -> Self {
+    pub fn new(
+        nodes: Vec<usize>,
+        bucket_bytes: usize,
+        spin: bool,
+        jitter: Option<u64>,
+        link: Option<PretendedLink>,
+    ) -> Self {
         let ranks = nodes.len();
         let state = State {
             boards: HashMap::new(),
@@ -66,6 +77,7 @@ impl World {
             bucket_bytes,
             spin,
             jitter,
+            link,
             state: Mutex::new(state),
         }
     }
@@ -277,7 +289,7 @@ impl State {
             || rank
                 .started
                 .iter()
-                .any(|(key, p)| board_of(key).is_some_and(|board| !board.ready(*p).is_empty()))
+                .any(|(key, p)| board_of(key).is_some_and(|board| !board.ready(*p, None).is_empty()))
     }
 }
 
