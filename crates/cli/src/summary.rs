@@ -152,6 +152,7 @@ fn memory(summary: &Summary) -> Vec<String> {
             format!("estimated {}", readable(record.estimated)),
             format!("measured {}", readable(record.measured)),
             format!("{:+.0}%", 100.0 * off),
+            format!("states {}", readable(record.states)),
         ]);
     }
     let mut lines = table(&rows, 1);

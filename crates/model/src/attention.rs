@@ -3,7 +3,7 @@
 use unisono_tensor::{AttentionShape, Backend, Buffer, Dims, Product};
 
 use crate::batch::Batch;
-use crate::parameters::{Gradients, Parameters};
+use crate::parameters::{UnitGradients, UnitParameters};
 use crate::transformer::{Recompute, Transformer};
 
 /// What the backward needs.
@@ -38,7 +38,7 @@ impl<B: Backend> Transformer<B> {
     pub(crate) fn attention_forward(
         &self,
         layer: usize,
-        parameters: &Parameters<B>,
+        parameters: &UnitParameters<B>,
         batch: &Batch,
         x: B::Buf,
         keep: Recompute,
@@ -87,7 +87,7 @@ impl<B: Backend> Transformer<B> {
     pub(crate) fn place(
         &self,
         layer: usize,
-        parameters: &Parameters<B>,
+        parameters: &UnitParameters<B>,
         batch: &Batch,
         raw: B::Buf,
     ) -> (B::Buf, Option<(B::Buf, B::Buf)>) {
@@ -96,8 +96,8 @@ impl<B: Backend> Transformer<B> {
             Some([q_norm, k_norm]) => {
                 let mut qkv = self.backend.alloc(raw.len());
                 let mut rstd = self.backend.alloc(batch.rows() * (self.heads.heads + self.heads.kv_heads));
-                let q_weight = parameters.dense.slice(q_norm.range());
-                let k_weight = parameters.dense.slice(k_norm.range());
+                let q_weight = parameters.values.slice(q_norm.range());
+                let k_weight = parameters.values.slice(k_norm.range());
                 let epsilon = self.model.rms_norm_eps;
                 self.backend.head_norm(
                     self.heads,
@@ -129,7 +129,7 @@ impl<B: Backend> Transformer<B> {
     pub(crate) fn attention_backward(
         &self,
         layer: usize,
-        parameters: &Parameters<B>,
+        parameters: &UnitParameters<B>,
         batch: &Batch,
         dy: B::Buf,
         saved: AttentionSaved<B>,
@@ -162,7 +162,7 @@ impl<B: Backend> Transformer<B> {
     fn head_norm_backward(
         &self,
         layer: usize,
-        parameters: &Parameters<B>,
+        parameters: &UnitParameters<B>,
         dqkv: &mut B::Buf,
         raw: Option<(B::Buf, B::Buf)>,
     ) -> Option<(B::Buf, B::Buf, B::Buf)> {
@@ -170,8 +170,8 @@ impl<B: Backend> Transformer<B> {
         let (raw, rstd) = raw?;
         let mut after = self.backend.alloc(dqkv.len());
         self.backend.copy(dqkv.all(), after.all_mut());
-        let q_weight = parameters.dense.slice(q_norm.range());
-        let k_weight = parameters.dense.slice(k_norm.range());
+        let q_weight = parameters.values.slice(q_norm.range());
+        let k_weight = parameters.values.slice(k_norm.range());
         self.backend.head_norm_backward(
             self.heads,
             dqkv.all_mut(),
@@ -189,14 +189,14 @@ impl<B: Backend> Transformer<B> {
         layer: usize,
         batch: &Batch,
         work: &AttentionWeights<B>,
-        gradients: &mut Gradients<B>,
+        gradients: &mut UnitGradients<B>,
     ) {
         let tensors = &self.layout.layers[layer];
         let (d, width) = (self.model.hidden_size, self.heads.qkv_width());
         let heads = self.heads;
         for index in 0..batch.slots.len() {
             let rows = batch.rows_of(index);
-            let base = index * self.layout.dense_len();
+            let base = gradients.slot(index);
             self.product_gradient(
                 &work.out,
                 heads.q_width(),
@@ -255,7 +255,7 @@ impl<B: Backend> Transformer<B> {
         out_width: usize,
         rows: &std::ops::Range<usize>,
         offset: usize,
-        gradients: &mut Gradients<B>,
+        gradients: &mut UnitGradients<B>,
     ) {
         self.backend.matmul(
             Product::TransposedLeft,
@@ -275,7 +275,7 @@ impl<B: Backend> Transformer<B> {
         rstd: &B::Buf,
         rows: &std::ops::Range<usize>,
         offset: usize,
-        gradients: &mut Gradients<B>,
+        gradients: &mut UnitGradients<B>,
     ) {
         let d = self.model.hidden_size;
         self.backend.rms_norm_weight_grad(

@@ -1,10 +1,11 @@
 //! Generation: one sequence at a time, keys and values of the past kept.
 
 use unisono_comm::CommError;
+use unisono_plan::Layout;
 use unisono_tensor::{AttentionShape, Backend, Buffer, Dims, Product};
 
 use crate::batch::Batch;
-use crate::parameters::Parameters;
+use crate::parameters::{ParameterSource, UnitParameters};
 use crate::transformer::{Recompute, Transformer};
 
 /// Keys and values of the tokens seen so far, one buffer `[capacity, 2 * kv_width]` a layer.
@@ -34,12 +35,12 @@ impl<B: Backend> Cache<B> {
 /// Next-token logits from a model that one rank holds whole.
 pub struct Decoder<'a, B: Backend> {
     model: &'a Transformer<B>,
-    parameters: &'a Parameters<B>,
+    parameters: &'a dyn ParameterSource<B>,
 }
 
 impl<'a, B: Backend> Decoder<'a, B> {
     /// A decoder over a model folded onto one rank.
-    pub fn new(model: &'a Transformer<B>, parameters: &'a Parameters<B>) -> Self {
+    pub fn new(model: &'a Transformer<B>, parameters: &'a dyn ParameterSource<B>) -> Self {
         Self { model, parameters }
     }
 
@@ -67,18 +68,22 @@ impl<'a, B: Backend> Decoder<'a, B> {
         let (backend, d) = (&model.backend, model.model.hidden_size);
         let batch = self.batch(cache.len, tokens);
         let mut x = backend.alloc(tokens.len() * d);
-        let table = self.parameters.dense.slice(model.layout.embed.range());
+        let embedding = self.parameters.unit(Layout::EMBED, model.unit_after(Layout::EMBED))?;
+        let table = embedding.values.slice(model.layout.embed.range());
         backend.embedding(tokens, table, d, x.all_mut());
         for layer in 0..model.model.num_hidden_layers {
-            x = self.attention(layer, cache, &batch, x);
-            x = self.feed_forward(layer, &batch, x)?;
+            let unit = Layout::layer_unit(layer);
+            let parameters = self.parameters.unit(unit, model.unit_after(unit))?;
+            x = self.attention(layer, cache, &parameters, &batch, x);
+            x = self.feed_forward(layer, &parameters, &batch, x)?;
         }
         cache.len += tokens.len();
-        let (normed, _) = model.norm(&x, &model.layout.final_norm, self.parameters);
+        let (last, table) = model.head_parameters(self.parameters, None)?;
+        let (normed, _) = model.norm(&x, &model.layout.final_norm, &last);
         let vocab = model.model.vocab_size;
         let mut logits = backend.alloc(vocab);
         let last = normed.slice((tokens.len() - 1) * d..tokens.len() * d);
-        let head = self.parameters.dense.slice(model.layout.head.range());
+        let head = table.values.slice(model.layout.head.range());
         backend.matmul(
             Product::TransposedRight,
             Dims { m: 1, n: vocab, k: d },
@@ -104,13 +109,20 @@ impl<'a, B: Backend> Decoder<'a, B> {
         }
     }
 
-    fn attention(&self, layer: usize, cache: &mut Cache<B>, batch: &Batch, x: B::Buf) -> B::Buf {
+    fn attention(
+        &self,
+        layer: usize,
+        cache: &mut Cache<B>,
+        parameters: &UnitParameters<B>,
+        batch: &Batch,
+        x: B::Buf,
+    ) -> B::Buf {
         let model = self.model;
         let (backend, heads) = (&model.backend, model.heads);
         let tensors = &model.layout.layers[layer];
-        let (normed, _) = model.norm(&x, &tensors.attn_norm, self.parameters);
-        let raw = model.project(&normed, tensors.wqkv.range(), heads.qkv_width(), self.parameters);
-        let (qkv, _) = model.place(layer, self.parameters, batch, raw);
+        let (normed, _) = model.norm(&x, &tensors.attn_norm, parameters);
+        let raw = model.project(&normed, tensors.wqkv.range(), heads.qkv_width(), parameters);
+        let (qkv, _) = model.place(layer, parameters, batch, raw);
         let (width, kv_width, rows) = (heads.qkv_width(), 2 * heads.kv_width(), batch.inputs.len());
         let past = &mut cache.layers[layer];
         for row in 0..rows {
@@ -130,12 +142,18 @@ impl<'a, B: Backend> Decoder<'a, B> {
         let mut lse = backend.alloc(rows * heads.heads);
         let kv = past.slice(0..keys * kv_width);
         backend.attention(shape, qkv.all(), width, kv, kv_width, out.all_mut(), lse.all_mut());
-        let mut y = model.project(&out, tensors.wo.range(), model.model.hidden_size, self.parameters);
+        let mut y = model.project(&out, tensors.wo.range(), model.model.hidden_size, parameters);
         backend.add(y.all_mut(), x.all());
         y
     }
 
-    fn feed_forward(&self, layer: usize, batch: &Batch, x: B::Buf) -> Result<B::Buf, CommError> {
-        self.model.ffn_forward(layer, self.parameters, batch, x, Recompute::Selective).map(|(y, _)| y)
+    fn feed_forward(
+        &self,
+        layer: usize,
+        parameters: &UnitParameters<B>,
+        batch: &Batch,
+        x: B::Buf,
+    ) -> Result<B::Buf, CommError> {
+        self.model.ffn_forward(layer, parameters, batch, x, Recompute::Selective).map(|(y, _)| y)
     }
 }

@@ -4,7 +4,7 @@ use unisono_plan::TensorSpec;
 use unisono_tensor::{Backend, Buffer, FfnRun, FfnShape};
 
 use crate::batch::Batch;
-use crate::parameters::{Gradients, Parameters};
+use crate::parameters::{UnitGradients, UnitParameters};
 use crate::transformer::Transformer;
 
 /// A dense weight gradient is one product over a slot's rows, whatever `expert_row_block` says.
@@ -21,16 +21,20 @@ impl<B: Backend> Transformer<B> {
         FfnShape { d_model: self.model.hidden_size, ffn: ffn[1].shape[0], row_block: WHOLE_RUN }
     }
 
-    /// One run a slot: same weights, its own gradient.
-    fn feed_forward_runs(&self, ffn: &[TensorSpec; 2], batch: &Batch) -> Vec<FfnRun> {
-        let dense = self.layout.dense_len();
+    /// One run a slot: same weights, its own gradient, which starts at `slot(index)`.
+    fn feed_forward_runs(
+        &self,
+        ffn: &[TensorSpec; 2],
+        batch: &Batch,
+        slot: impl Fn(usize) -> usize,
+    ) -> Vec<FfnRun> {
         (0..batch.slots.len())
             .map(|index| FfnRun {
                 rows: batch.rows_of(index),
                 w13: ffn[0].offset,
                 w2: ffn[1].offset,
-                dw13: index * dense + ffn[0].offset,
-                dw2: index * dense + ffn[1].offset,
+                dw13: slot(index) + ffn[0].offset,
+                dw2: slot(index) + ffn[1].offset,
             })
             .collect()
     }
@@ -39,15 +43,15 @@ impl<B: Backend> Transformer<B> {
     pub(crate) fn feed_forward(
         &self,
         ffn: &[TensorSpec; 2],
-        parameters: &Parameters<B>,
+        parameters: &UnitParameters<B>,
         batch: &Batch,
         x: &B::Buf,
     ) -> (B::Buf, B::Buf) {
         let shape = self.feed_forward_shape(ffn);
         let mut gu = self.backend.alloc(batch.rows() * 2 * shape.ffn);
         let mut y = self.backend.alloc(x.len());
-        let runs = self.feed_forward_runs(ffn, batch);
-        self.backend.ffn(shape, &runs, x.all(), parameters.dense.all(), None, gu.all_mut(), y.all_mut());
+        let runs = self.feed_forward_runs(ffn, batch, |_| 0);
+        self.backend.ffn(shape, &runs, x.all(), parameters.values.all(), None, gu.all_mut(), y.all_mut());
         (y, gu)
     }
 
@@ -55,7 +59,7 @@ impl<B: Backend> Transformer<B> {
     pub(crate) fn feed_forward_backward(
         &self,
         ffn: &[TensorSpec; 2],
-        parameters: &Parameters<B>,
+        parameters: &UnitParameters<B>,
         batch: &Batch,
         dy: &B::Buf,
         mut gu: B::Buf,
@@ -63,8 +67,8 @@ impl<B: Backend> Transformer<B> {
         let shape = self.feed_forward_shape(ffn);
         let mut hidden = self.backend.alloc(batch.rows() * shape.ffn);
         let mut dx = self.backend.alloc(dy.len());
-        let runs = self.feed_forward_runs(ffn, batch);
-        let weights = parameters.dense.all();
+        let runs = self.feed_forward_runs(ffn, batch, |_| 0);
+        let weights = parameters.values.all();
         let (gu_mut, hidden_mut) = (gu.all_mut(), hidden.all_mut());
         self.backend.ffn_backward(
             shape,
@@ -88,9 +92,9 @@ impl<B: Backend> Transformer<B> {
         x: &B::Buf,
         dy: &B::Buf,
         work: &FeedForwardWeights<B>,
-        gradients: &mut Gradients<B>,
+        gradients: &mut UnitGradients<B>,
     ) {
-        let runs = self.feed_forward_runs(ffn, batch);
+        let runs = self.feed_forward_runs(ffn, batch, |index| gradients.slot(index));
         let (dgu, hidden) = (work.dgu.all(), work.hidden.all());
         let shape = self.feed_forward_shape(ffn);
         self.backend.ffn_weight_grad(shape, &runs, x.all(), dgu, hidden, dy.all(), gradients.dense.all_mut());

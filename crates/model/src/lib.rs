@@ -13,6 +13,8 @@ mod transformer;
 
 pub use batch::{Batch, LossScale, SlotLosses};
 pub use decode::{Cache, Decoder};
-pub use parameters::{Gradients, Parameters, initialize_dense, initialize_expert};
+pub use parameters::{
+    GradientSink, ParameterSource, UnitGradients, UnitParameters, initialize_expert, initialize_unit,
+};
 pub use profile::{Lane, Profile, Span};
 pub use transformer::{Activations, Outcome, Recompute, Transformer};

@@ -1,13 +1,13 @@
 //! The sparse half of a layer: norm, router, dispatch, experts, combine, with the shared experts beside it.
 
 use unisono_comm::CommError;
-use unisono_plan::TensorSpec;
+use unisono_plan::{Layout, TensorSpec};
 use unisono_tensor::{Backend, Buffer, FfnRun, FfnShape, RouterShape, Routing};
 
 use crate::batch::{Batch, LossScale};
 use crate::dispatch::{DispatchGroup, Route};
 use crate::feed_forward::FeedForwardWeights;
-use crate::parameters::{Gradients, Parameters};
+use crate::parameters::{UnitGradients, UnitParameters};
 use crate::transformer::{Recompute, Transformer};
 
 /// What the backward needs.
@@ -72,16 +72,15 @@ impl<B: Backend> Transformer<B> {
 
     /// One run an instance: parameters shared between groups, gradients its own.
     fn expert_runs(&self, layer: usize, batch: &Batch, route: &Route) -> Vec<FfnRun> {
-        let moe_layer = layer - self.layout.moe_layers().start;
-        let (layers, len) = (self.layout.moe_layers().len(), self.layout.expert_len());
+        let (dense, len) = (self.layout.unit_len(Layout::layer_unit(layer)), self.layout.expert_len());
         let [w13, w2] = &self.layout.expert;
         let instances = self.placement.instances(batch.slots.clone());
         let runs = route.runs.iter().zip(instances).enumerate();
         runs.map(|(index, (rows, instance))| {
             let held = self.held.binary_search(&instance.expert);
             let held = held.expect("a rank holds the experts of its own slots");
-            let block = (moe_layer * self.held.len() + held) * len;
-            let gradient = (index * layers + moe_layer) * len;
+            let block = dense + held * len;
+            let gradient = index * len;
             FfnRun {
                 rows: rows.clone(),
                 w13: block + w13.offset,
@@ -97,7 +96,7 @@ impl<B: Backend> Transformer<B> {
     pub(crate) fn moe_forward(
         &self,
         layer: usize,
-        parameters: &Parameters<B>,
+        parameters: &UnitParameters<B>,
         batch: &Batch,
         x: B::Buf,
         keep: Recompute,
@@ -109,8 +108,7 @@ impl<B: Backend> Transformer<B> {
             let (normed, rstd) = self.norm(&x, &tensors.ffn_norm, parameters);
             let router = self.router_tensor(layer);
             let logits = self.project(&normed, router.range(), self.model.num_experts, parameters);
-            let bias = &parameters.bias[layer - self.layout.moe_layers().start];
-            let routing = backend.router(self.router_shape(batch), logits.all(), bias);
+            let routing = backend.router(self.router_shape(batch), logits.all(), &parameters.bias);
             (normed, rstd, logits, routing)
         });
         self.note("", layer, "ffn_norm", &normed);
@@ -138,7 +136,7 @@ impl<B: Backend> Transformer<B> {
         let mut expert_y = backend.alloc(route.received_rows() * d);
         profile.compute("experts", || {
             let shape = self.expert_shape();
-            let weights = parameters.experts.all();
+            let weights = parameters.values.all();
             let weight = Some(row_weight.as_slice());
             backend.ffn(shape, &runs, expert_in.all(), weights, weight, gu.all_mut(), expert_y.all_mut());
         });
@@ -194,7 +192,7 @@ impl<B: Backend> Transformer<B> {
     pub(crate) fn moe_backward(
         &self,
         layer: usize,
-        parameters: &Parameters<B>,
+        parameters: &UnitParameters<B>,
         batch: &Batch,
         scale: &LossScale,
         dy: B::Buf,
@@ -219,7 +217,7 @@ impl<B: Backend> Transformer<B> {
         profile.compute("experts", || {
             let weight = Some(row_weight.as_slice());
             let (gu, hidden, dx) = (gu.all_mut(), hidden.all_mut(), expert_dx.all_mut());
-            let (shape, weights) = (self.expert_shape(), parameters.experts.all());
+            let (shape, weights) = (self.expert_shape(), parameters.values.all());
             let dweight = Some(dweight.as_mut());
             backend.ffn_backward(shape, &runs, expert_dy.all(), weights, weight, gu, hidden, dx, dweight);
         });
@@ -289,7 +287,7 @@ impl<B: Backend> Transformer<B> {
         layer: usize,
         batch: &Batch,
         work: &MoeWeights<B>,
-        gradients: &mut Gradients<B>,
+        gradients: &mut UnitGradients<B>,
     ) {
         let tensors = &self.layout.layers[layer];
         let (d, experts) = (self.model.hidden_size, self.model.num_experts);
@@ -306,7 +304,7 @@ impl<B: Backend> Transformer<B> {
             let router = self.router_tensor(layer).offset;
             for index in 0..batch.slots.len() {
                 let rows = batch.rows_of(index);
-                let base = index * self.layout.dense_len();
+                let base = gradients.slot(index);
                 self.product_gradient(
                     &work.normed,
                     d,

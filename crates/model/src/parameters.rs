@@ -1,39 +1,73 @@
-//! A rank's parameters and gradients, and how parameters start.
+//! Where a pass finds parameters and leaves gradients, unit by unit, and how parameters start.
+
+use std::rc::Rc;
 
 use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::{Rng, SeedableRng};
+use unisono_comm::CommError;
 use unisono_plan::{Init, Layout, TensorSpec};
-use unisono_tensor::{Backend, Buffer};
+use unisono_tensor::Backend;
 
-/// The parameters a rank computes with.
-pub struct Parameters<B: Backend> {
-    /// All dense parameters, by [`Layout`].
-    pub dense: B::Buf,
-    /// Blocks of the experts that the rank holds, by (MoE layer, expert).
-    pub experts: B::Buf,
-    /// Balance bias of each MoE layer, `[num_experts]`; the same on all ranks.
-    pub bias: Vec<Vec<f32>>,
+/// The parameters of one unit. Cloning shares them.
+pub struct UnitParameters<B: Backend> {
+    /// Its dense tensors (see [`Layout`]), then the blocks of the experts that the rank holds, ascending.
+    pub values: Rc<B::Buf>,
+    /// Balance bias of an MoE layer, `[num_experts]`, the same on all ranks; empty for other units.
+    pub bias: Rc<[f32]>,
 }
 
-/// Gradient accumulators of one wave.
-pub struct Gradients<B: Backend> {
-    /// `[slots of the wave, dense_len]`.
-    pub dense: B::Buf,
-    /// `[expert instances of the wave, MoE layers, expert_len]`.
-    pub experts: B::Buf,
+impl<B: Backend> Clone for UnitParameters<B> {
+    fn clone(&self) -> Self {
+        Self { values: Rc::clone(&self.values), bias: Rc::clone(&self.bias) }
+    }
 }
 
-impl<B: Backend> Gradients<B> {
-    /// Zeroed accumulators.
-    pub fn zeros(backend: &B, layout: &Layout, slots: usize, instances: usize) -> Self {
-        let expert = layout.moe_layers().len() * layout.expert_len();
-        Self { dense: backend.zeros(slots * layout.dense_len()), experts: backend.zeros(instances * expert) }
+/// Where a pass finds parameters.
+pub trait ParameterSource<B: Backend> {
+    /// The parameters of `unit`, to be dropped after use. `next` is the unit that will be asked for after it, so that
+    /// it can be on its way meanwhile.
+    ///
+    /// # Errors
+    /// If an exchange fails.
+    fn unit(&self, unit: usize, next: Option<usize>) -> Result<UnitParameters<B>, CommError>;
+}
+
+/// Where a pass leaves gradients.
+pub trait GradientSink<B: Backend> {
+    /// The accumulators of `unit`, to add to.
+    fn unit(&mut self, unit: usize) -> &mut UnitGradients<B>;
+
+    /// Says that the pass has nothing more to add to `unit`.
+    ///
+    /// # Errors
+    /// If an exchange fails.
+    fn ready(&mut self, unit: usize) -> Result<(), CommError>;
+}
+
+/// Gradient accumulators of one unit for one wave.
+pub struct UnitGradients<B: Backend> {
+    /// `[slots of the wave, unit_len]`.
+    pub dense: B::Buf,
+    /// `[expert instances of the wave, expert_len]`; empty unless the unit is an MoE layer.
+    pub experts: B::Buf,
+    unit_len: usize,
+}
+
+impl<B: Backend> UnitGradients<B> {
+    /// Zeroed accumulators; `instances` are those of an MoE layer.
+    pub fn zeros(backend: &B, layout: &Layout, unit: usize, slots: usize, instances: usize) -> Self {
+        let unit_len = layout.unit_len(unit);
+        let instances = layout.moe_layer_of(unit).map_or(0, |_| instances);
+        Self {
+            dense: backend.zeros(slots * unit_len),
+            experts: backend.zeros(instances * layout.expert_len()),
+            unit_len,
+        }
     }
 
-    /// Sets all to zero.
-    pub fn clear(&mut self, backend: &B) {
-        backend.fill(self.dense.all_mut(), 0.0);
-        backend.fill(self.experts.all_mut(), 0.0);
+    /// Where the accumulator of the wave's `index`-th slot starts.
+    pub fn slot(&self, index: usize) -> usize {
+        index * self.unit_len
     }
 }
 
@@ -72,10 +106,10 @@ fn initialize(tensor: &TensorSpec, name: &str, seed: u64, values: &mut [f32]) {
     }
 }
 
-/// The initial dense parameters, padding zero.
-pub fn initialize_dense(layout: &Layout, seed: u64) -> Vec<f32> {
-    let mut values = vec![0.0; layout.dense_len()];
-    for tensor in layout.dense_tensors() {
+/// The initial dense parameters of a unit, padding zero.
+pub fn initialize_unit(layout: &Layout, unit: usize, seed: u64) -> Vec<f32> {
+    let mut values = vec![0.0; layout.unit_len(unit)];
+    for tensor in layout.unit_tensors(unit) {
         initialize(tensor, &tensor.name, seed, &mut values[tensor.range()]);
     }
     values
@@ -99,13 +133,14 @@ mod tests {
     #[test]
     fn initial_values_have_the_stated_mean_and_deviation() {
         let layout = Layout::new(&ModelConfig::default());
-        let values = initialize_dense(&layout, 7);
+        let values = initialize_unit(&layout, Layout::EMBED, 7);
         let embed = &values[layout.embed.range()];
         let mean = embed.iter().map(|v| f64::from(*v)).sum::<f64>() / embed.len() as f64;
         let variance = embed.iter().map(|v| f64::from(*v).powi(2)).sum::<f64>() / embed.len() as f64;
         assert!(mean.abs() < 1e-4, "mean {mean}");
         assert!((variance.sqrt() - 0.02).abs() < 1e-4, "deviation {}", variance.sqrt());
-        assert!(values[layout.final_norm.range()].iter().all(|v| *v == 1.0));
+        let head = initialize_unit(&layout, layout.head_unit(), 7);
+        assert!(head[layout.final_norm.range()].iter().all(|v| *v == 1.0));
     }
 
     #[test]

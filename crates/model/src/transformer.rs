@@ -13,7 +13,7 @@ use crate::attention::AttentionSaved;
 use crate::batch::{Batch, LossScale, SlotLosses};
 use crate::feed_forward::FeedForwardWeights;
 use crate::moe::{MoeSaved, MoeWeights};
-use crate::parameters::{Gradients, Parameters};
+use crate::parameters::{GradientSink, ParameterSource, UnitGradients, UnitParameters};
 use crate::profile::Profile;
 
 /// Which activations are computed again in the backward instead of kept. Never changes a bit.
@@ -195,7 +195,7 @@ impl<B: Backend> Transformer<B> {
         x: &B::Buf,
         weight: Range<usize>,
         columns: usize,
-        parameters: &Parameters<B>,
+        parameters: &UnitParameters<B>,
     ) -> B::Buf {
         let k = weight.len() / columns;
         let m = x.len() / k;
@@ -205,7 +205,7 @@ impl<B: Backend> Transformer<B> {
             Product::Plain,
             dims,
             x.all(),
-            parameters.dense.slice(weight),
+            parameters.values.slice(weight),
             y.all_mut(),
             false,
         );
@@ -218,13 +218,13 @@ impl<B: Backend> Transformer<B> {
         dy: &B::Buf,
         weight: Range<usize>,
         inputs: usize,
-        parameters: &Parameters<B>,
+        parameters: &UnitParameters<B>,
     ) -> B::Buf {
         let k = weight.len() / inputs;
         let m = dy.len() / k;
         let mut dx = self.backend.alloc(m * inputs);
         let dims = Dims { m, n: inputs, k };
-        let weight = parameters.dense.slice(weight);
+        let weight = parameters.values.slice(weight);
         self.backend.matmul(Product::TransposedRight, dims, dy.all(), weight, dx.all_mut(), false);
         dx
     }
@@ -234,11 +234,11 @@ impl<B: Backend> Transformer<B> {
         &self,
         x: &B::Buf,
         weight: &TensorSpec,
-        parameters: &Parameters<B>,
+        parameters: &UnitParameters<B>,
     ) -> (B::Buf, B::Buf) {
         let mut y = self.backend.alloc(x.len());
         let mut rstd = self.backend.alloc(x.len() / self.model.hidden_size);
-        let weight = parameters.dense.slice(weight.range());
+        let weight = parameters.values.slice(weight.range());
         self.backend.rms_norm(x.all(), weight, self.model.rms_norm_eps, y.all_mut(), rstd.all_mut());
         (y, rstd)
     }
@@ -251,26 +251,26 @@ impl<B: Backend> Transformer<B> {
         x: &B::Buf,
         rstd: &B::Buf,
         weight: &TensorSpec,
-        parameters: &Parameters<B>,
+        parameters: &UnitParameters<B>,
     ) -> B::Buf {
         let mut dx = self.backend.alloc(dy.len());
         self.backend.copy(dy.all(), dx.all_mut());
-        let weight = parameters.dense.slice(weight.range());
+        let weight = parameters.values.slice(weight.range());
         self.backend.rms_norm_backward(dnormed.all(), x.all(), weight, rstd.all(), dx.all_mut());
         dx
     }
 
-    fn embed(&self, parameters: &Parameters<B>, ids: &[u32]) -> B::Buf {
+    fn embed(&self, parameters: &UnitParameters<B>, ids: &[u32]) -> B::Buf {
         let d = self.model.hidden_size;
         let mut x = self.backend.alloc(ids.len() * d);
-        self.backend.embedding(ids, parameters.dense.slice(self.layout.embed.range()), d, x.all_mut());
+        self.backend.embedding(ids, parameters.values.slice(self.layout.embed.range()), d, x.all_mut());
         x
     }
 
     pub(crate) fn ffn_forward(
         &self,
         layer: usize,
-        parameters: &Parameters<B>,
+        parameters: &UnitParameters<B>,
         batch: &Batch,
         x: B::Buf,
         keep: Recompute,
@@ -296,7 +296,7 @@ impl<B: Backend> Transformer<B> {
     fn ffn_backward(
         &self,
         layer: usize,
-        parameters: &Parameters<B>,
+        parameters: &UnitParameters<B>,
         batch: &Batch,
         scale: &LossScale,
         dy: B::Buf,
@@ -326,7 +326,7 @@ impl<B: Backend> Transformer<B> {
         layer: usize,
         batch: &Batch,
         ffn: &FfnWeights<B>,
-        gradients: &mut Gradients<B>,
+        gradients: &mut UnitGradients<B>,
     ) {
         match ffn {
             FfnWeights::Moe(work) => self.moe_weight_grad(layer, batch, work, gradients),
@@ -339,7 +339,7 @@ impl<B: Backend> Transformer<B> {
                         .expect("the layout gives every dense layer a feed-forward network");
                     self.feed_forward_weight_grad(ffn, batch, normed, dy, work, gradients);
                     for index in 0..batch.slots.len() {
-                        let offset = index * self.layout.dense_len() + tensors.ffn_norm.offset;
+                        let offset = gradients.slot(index) + tensors.ffn_norm.offset;
                         self.norm_gradient(dnormed, x, rstd, &batch.rows_of(index), offset, gradients);
                     }
                 })
@@ -350,7 +350,7 @@ impl<B: Backend> Transformer<B> {
     fn layer_forward(
         &self,
         layer: usize,
-        parameters: &Parameters<B>,
+        parameters: &UnitParameters<B>,
         batch: &Batch,
         x: B::Buf,
         keep: Recompute,
@@ -363,20 +363,43 @@ impl<B: Backend> Transformer<B> {
         Ok((y, Box::new(attention), ffn))
     }
 
+    /// The unit that a forward asks for after `unit`.
+    pub(crate) fn unit_after(&self, unit: usize) -> Option<usize> {
+        Some(unit + 1).filter(|next| *next < self.layout.units())
+    }
+
+    /// The final norm's unit and that of the head's table; `next` is what is asked for after them.
+    pub(crate) fn head_parameters(
+        &self,
+        parameters: &dyn ParameterSource<B>,
+        next: Option<usize>,
+    ) -> Result<(UnitParameters<B>, UnitParameters<B>), CommError> {
+        let (unit, table) = (self.layout.head_unit(), self.layout.table_unit());
+        if unit == table {
+            let both = parameters.unit(unit, next)?;
+            return Ok((both.clone(), both));
+        }
+        Ok((parameters.unit(unit, Some(table))?, parameters.unit(table, next)?))
+    }
+
     fn forward(
         &self,
-        parameters: &Parameters<B>,
+        parameters: &dyn ParameterSource<B>,
         batch: &Batch,
         keep: Option<Recompute>,
         outcome: &mut Outcome,
     ) -> Result<(B::Buf, Vec<LayerSaved<B>>), CommError> {
-        let mut x = self.profile.compute("embedding", || self.embed(parameters, &batch.inputs));
+        let embedding = parameters.unit(Layout::EMBED, self.unit_after(Layout::EMBED))?;
+        let mut x = self.profile.compute("embedding", || self.embed(&embedding, &batch.inputs));
+        drop(embedding);
         self.note_as(&x, || "act.embed".into());
         let mut saved = Vec::with_capacity(self.model.num_hidden_layers);
         for layer in 0..self.model.num_hidden_layers {
+            let unit = Layout::layer_unit(layer);
+            let parameters = parameters.unit(unit, self.unit_after(unit))?;
             let input = (keep == Some(Recompute::Full)).then(|| self.duplicate(&x));
             let (y, attention, ffn) =
-                self.layer_forward(layer, parameters, batch, x, keep.unwrap_or(Recompute::Selective))?;
+                self.layer_forward(layer, &parameters, batch, x, keep.unwrap_or(Recompute::Selective))?;
             if let FfnSaved::Moe(moe) = &ffn {
                 self.report(batch, moe, outcome);
             }
@@ -416,14 +439,15 @@ impl<B: Backend> Transformer<B> {
     ///
     /// # Errors
     /// If an exchange fails.
-    pub fn evaluate(&self, parameters: &Parameters<B>, batch: &Batch) -> Result<Outcome, CommError> {
+    pub fn evaluate(&self, parameters: &dyn ParameterSource<B>, batch: &Batch) -> Result<Outcome, CommError> {
         let mut outcome =
             Outcome { losses: vec![SlotLosses::default(); batch.slots.len()], counts: Vec::new() };
         let (x, _) = self.forward(parameters, batch, None, &mut outcome)?;
+        let (last, table) = self.head_parameters(parameters, None)?;
         self.profile.compute("head", || {
-            let (normed, _) = self.norm(&x, &self.layout.final_norm, parameters);
+            let (normed, _) = self.norm(&x, &self.layout.final_norm, &last);
             let d = self.model.hidden_size;
-            let head = parameters.dense.slice(self.layout.head.range());
+            let head = table.values.slice(self.layout.head.range());
             for index in 0..batch.slots.len() {
                 let rows = batch.rows_of(index);
                 let x = normed.slice(rows.start * d..rows.end * d);
@@ -434,49 +458,60 @@ impl<B: Backend> Transformer<B> {
         Ok(outcome)
     }
 
-    /// Runs the wave forward and backward and adds to its gradients.
+    /// Runs the wave forward and backward and adds to its gradients: the head's first, the layers' from the last to the
+    /// first, the embedding's at the end.
     ///
     /// # Errors
     /// If an exchange fails.
     pub fn forward_backward(
         &self,
-        parameters: &Parameters<B>,
+        parameters: &dyn ParameterSource<B>,
         batch: &Batch,
         scale: &LossScale,
-        gradients: &mut Gradients<B>,
+        gradients: &mut dyn GradientSink<B>,
     ) -> Result<Outcome, CommError> {
         let mut outcome =
             Outcome { losses: vec![SlotLosses::default(); batch.slots.len()], counts: Vec::new() };
         let (x, mut saved) = self.forward(parameters, batch, Some(self.recompute), &mut outcome)?;
+        let last = self.layout.head_unit() - 1;
+        let weights = self.head_parameters(parameters, Some(last))?;
         let mut dx =
-            self.profile.compute("head", || self.head(parameters, batch, scale, x, gradients, &mut outcome));
+            self.profile.compute("head", || self.head(&weights, batch, scale, x, gradients, &mut outcome));
+        drop(weights);
+        gradients.ready(self.layout.head_unit())?;
         for layer in (0..self.model.num_hidden_layers).rev() {
+            let unit = Layout::layer_unit(layer);
+            let parameters = parameters.unit(unit, (layer > 0).then(|| unit - 1))?;
             let (attention, ffn) = match saved.pop().expect("the forward saved every layer") {
                 LayerSaved::Kept(attention, ffn) => (attention, ffn),
                 LayerSaved::Again(x) => {
                     let (_, attention, ffn) =
-                        self.layer_forward(layer, parameters, batch, x, Recompute::None)?;
+                        self.layer_forward(layer, &parameters, batch, x, Recompute::None)?;
                     (attention, ffn)
                 }
             };
             self.note("grad.", layer, "out", &dx);
-            let (dmiddle, work) = self.ffn_backward(layer, parameters, batch, scale, dx, ffn)?;
-            self.ffn_weight_grad(layer, batch, &work, gradients);
+            let (dmiddle, work) = self.ffn_backward(layer, &parameters, batch, scale, dx, ffn)?;
+            self.ffn_weight_grad(layer, batch, &work, gradients.unit(unit));
             drop(work);
             self.note("grad.", layer, "attn_residual", &dmiddle);
             let (dinput, work) = self.profile.compute("attention", || {
-                self.attention_backward(layer, parameters, batch, dmiddle, *attention)
+                self.attention_backward(layer, &parameters, batch, dmiddle, *attention)
             });
-            self.profile
-                .compute("dense weights", || self.attention_weight_grad(layer, batch, &work, gradients));
+            drop(parameters);
+            self.profile.compute("dense weights", || {
+                self.attention_weight_grad(layer, batch, &work, gradients.unit(unit));
+            });
+            gradients.ready(unit)?;
             dx = dinput;
         }
         self.note_as(&dx, || "grad.act.embed".into());
         self.profile.compute("embedding", || {
             let d = self.model.hidden_size;
+            let gradients = gradients.unit(Layout::EMBED);
             for index in 0..batch.slots.len() {
                 let rows = batch.rows_of(index);
-                let table = self.slot_gradient(index, &self.layout.embed);
+                let table = slot_gradient(gradients, index, &self.layout.embed);
                 let dout = dx.slice(rows.start * d..rows.end * d);
                 self.backend.embedding_backward(
                     &batch.inputs[rows],
@@ -486,50 +521,58 @@ impl<B: Backend> Transformer<B> {
                 );
             }
         });
+        gradients.ready(Layout::EMBED)?;
         Ok(outcome)
-    }
-
-    fn slot_gradient(&self, index: usize, tensor: &TensorSpec) -> Range<usize> {
-        let start = index * self.layout.dense_len() + tensor.offset;
-        start..start + tensor.len()
     }
 
     /// The final norm and the fused head with its loss: gradient of the last layer's output.
     fn head(
         &self,
-        parameters: &Parameters<B>,
+        (last, table): &(UnitParameters<B>, UnitParameters<B>),
         batch: &Batch,
         scale: &LossScale,
         x: B::Buf,
-        gradients: &mut Gradients<B>,
+        gradients: &mut dyn GradientSink<B>,
         outcome: &mut Outcome,
     ) -> B::Buf {
         let d = self.model.hidden_size;
-        let (normed, rstd) = self.norm(&x, &self.layout.final_norm, parameters);
-        let head = parameters.dense.slice(self.layout.head.range());
+        let (normed, rstd) = self.norm(&x, &self.layout.final_norm, last);
+        let head = table.values.slice(self.layout.head.range());
         let mut dnormed = self.backend.alloc(x.len());
         for index in 0..batch.slots.len() {
             let rows = batch.rows_of(index);
             let elements = rows.start * d..rows.end * d;
-            let table = self.slot_gradient(index, &self.layout.head);
+            let of_table = gradients.unit(self.layout.table_unit());
+            let elements_of_table = slot_gradient(of_table, index, &self.layout.head);
             let with = HeadGradients {
                 scale: scale.token(),
                 dx: dnormed.slice_mut(elements.clone()),
-                dtable: gradients.dense.slice_mut(table),
+                dtable: of_table.dense.slice_mut(elements_of_table),
             };
             let targets = &batch.targets[rows.clone()];
             let loss = self.backend.head_loss(normed.slice(elements), head, d, targets, Some(with));
             outcome.losses[index].cross_entropy += loss;
-            let norm = self.slot_gradient(index, &self.layout.final_norm).start;
-            self.norm_gradient(&dnormed, &x, &rstd, &rows, norm, gradients);
+            let of_norm = gradients.unit(self.layout.head_unit());
+            let norm = slot_gradient(of_norm, index, &self.layout.final_norm).start;
+            self.norm_gradient(&dnormed, &x, &rstd, &rows, norm, of_norm);
         }
         self.note_as(&normed, || "act.final_norm".into());
         self.note_as(&dnormed, || "grad.act.final_norm".into());
         let mut dx = self.backend.zeros(x.len());
-        let weight = parameters.dense.slice(self.layout.final_norm.range());
+        let weight = last.values.slice(self.layout.final_norm.range());
         self.backend.rms_norm_backward(dnormed.all(), x.all(), weight, rstd.all(), dx.all_mut());
         dx
     }
+}
+
+/// Where the gradient of a slot's `tensor` lies.
+fn slot_gradient<B: Backend>(
+    gradients: &UnitGradients<B>,
+    index: usize,
+    tensor: &TensorSpec,
+) -> Range<usize> {
+    let start = gradients.slot(index) + tensor.offset;
+    start..start + tensor.len()
 }
 
 /// Cosines, then sines, of `position * theta^(-2i/head_dim)`, computed in f64.

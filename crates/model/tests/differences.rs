@@ -3,10 +3,12 @@
 mod common;
 
 use std::ops::Range;
+use std::rc::Rc;
 
 use common::{Case, run};
 use unisono_comm::CommError;
 use unisono_model::Recompute;
+use unisono_plan::Layout;
 
 /// Length of a step along a direction: short enough that no token changes its experts (the fixtures keep a gap), long
 /// enough that the rounding of an f32 pass stays below `TOLERANCE`.
@@ -14,9 +16,10 @@ const STEP: f64 = 4e-3;
 /// Largest error of a derivative, relative to the length of the tensor's gradient.
 const TOLERANCE: f64 = 0.02;
 
-/// Where a tensor lies: in the dense buffer or in that of the experts.
+/// Where a tensor lies in its unit's parameters and gradients.
 struct Tensor {
     name: String,
+    unit: usize,
     dense: bool,
     parameter: Range<usize>,
     gradient: Range<usize>,
@@ -24,42 +27,48 @@ struct Tensor {
 
 fn tensors(case: &Case) -> Vec<Tensor> {
     let layout = case.model.layout();
-    let dense = layout.dense_tensors().into_iter().map(|tensor| Tensor {
-        name: tensor.name.clone(),
-        dense: true,
-        parameter: tensor.range(),
-        gradient: tensor.range(),
+    let dense = (0..layout.units()).flat_map(|unit| {
+        layout.unit_tensors(unit).into_iter().map(move |tensor| Tensor {
+            name: tensor.name.clone(),
+            unit,
+            dense: true,
+            parameter: tensor.range(),
+            gradient: tensor.range(),
+        })
     });
-    let (layers, experts) = (layout.moe_layers().len(), layout.num_experts());
-    let blocks = (0..layers).flat_map(|layer| (0..experts).map(move |expert| (layer, expert)));
+    let blocks =
+        layout.moe_layers().flat_map(|layer| (0..layout.num_experts()).map(move |expert| (layer, expert)));
     let expert = blocks.flat_map(|(layer, expert)| {
         layout.expert.iter().enumerate().map(move |(which, tensor)| {
-            // Parameters lie by (layer, expert), gradients by (expert, layer).
-            let at = |block: usize| {
-                let start = block * layout.expert_len() + tensor.offset;
-                start..start + tensor.len()
-            };
+            let unit = Layout::layer_unit(layer);
+            let gradient = expert * layout.expert_len() + tensor.offset;
+            let parameter = layout.unit_len(unit) + gradient;
             Tensor {
-                name: layout.expert_tensor_name(layout.moe_layers().start + layer, expert, which),
+                name: layout.expert_tensor_name(layer, expert, which),
+                unit,
                 dense: false,
-                parameter: at(layer * experts + expert),
-                gradient: at(expert * layers + layer),
+                parameter: parameter..parameter + tensor.len(),
+                gradient: gradient..gradient + tensor.len(),
             }
         })
     });
     dense.chain(expert).collect()
 }
 
+/// A tensor's values, to be moved.
+fn values<'a>(case: &'a mut Case, tensor: &Tensor) -> &'a mut [f32] {
+    let unit = Rc::get_mut(&mut case.parameters.0[tensor.unit].values).expect("no pass is under way");
+    &mut unit[tensor.parameter.clone()]
+}
+
 /// The loss with a tensor moved by `step` along `direction`.
 fn loss(case: &mut Case, tensor: &Tensor, direction: &[f64], step: f64) -> Result<f64, CommError> {
-    let parameters = if tensor.dense { &mut case.parameters.dense } else { &mut case.parameters.experts };
-    let kept = parameters[tensor.parameter.clone()].to_vec();
-    for ((value, kept), along) in parameters[tensor.parameter.clone()].iter_mut().zip(&kept).zip(direction) {
+    let kept = values(case, tensor).to_vec();
+    for ((value, kept), along) in values(case, tensor).iter_mut().zip(&kept).zip(direction) {
         *value = (f64::from(*kept) + step * along) as f32;
     }
     let outcome = case.model.evaluate(&case.parameters, &case.batch)?;
-    let parameters = if tensor.dense { &mut case.parameters.dense } else { &mut case.parameters.experts };
-    parameters[tensor.parameter.clone()].copy_from_slice(&kept);
+    values(case, tensor).copy_from_slice(&kept);
     let (losses, model, scale) = (outcome.losses[0], &case.reference.model, &case.scale);
     let sequences = scale.sequences as f64;
     Ok(losses.cross_entropy / scale.targets as f64
@@ -96,7 +105,8 @@ fn check(name: &str) {
         case.model.forward_backward(&case.parameters, &case.batch, &case.scale, &mut gradients)?;
         let mut moved = 0;
         for (index, tensor) in tensors(&case).iter().enumerate() {
-            let buffer = if tensor.dense { &gradients.dense } else { &gradients.experts };
+            let of_unit = &gradients.0[tensor.unit];
+            let buffer = if tensor.dense { &of_unit.dense } else { &of_unit.experts };
             let gradient: Vec<f64> = buffer[tensor.gradient.clone()].iter().map(|g| f64::from(*g)).collect();
             let length = norm(&gradient);
             if length == 0.0 {

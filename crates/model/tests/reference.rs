@@ -2,8 +2,9 @@
 
 mod common;
 
-use common::{Case, Reference, run};
-use unisono_model::{Gradients, LossScale, Recompute, Transformer};
+use common::{Case, Gradients, Reference, run};
+use unisono_model::{LossScale, Recompute, Transformer};
+use unisono_plan::Layout;
 use unisono_tensor::Cpu;
 
 /// Largest difference, relative to the largest value of the tensor.
@@ -56,23 +57,22 @@ fn compare_activations(reference: &Reference, model: &Transformer<Cpu>) {
     assert!(compared >= 16 * reference.model.num_hidden_layers, "only {compared} activations were compared");
 }
 
-fn compare_gradients(reference: &Reference, model: &Transformer<Cpu>, gradients: &Gradients<Cpu>) {
+fn compare_gradients(reference: &Reference, model: &Transformer<Cpu>, gradients: &Gradients) {
     let layout = model.layout();
-    for tensor in layout.dense_tensors() {
-        compare(
-            &tensor.name,
-            &gradients.dense[tensor.range()],
-            &reference.floats[&format!("grad.{}", tensor.name)],
-        );
+    for (unit, gradients) in gradients.0.iter().enumerate() {
+        for tensor in layout.unit_tensors(unit) {
+            let theirs = &reference.floats[&format!("grad.{}", tensor.name)];
+            compare(&tensor.name, &gradients.dense[tensor.range()], theirs);
+        }
     }
-    let layers = layout.moe_layers().len();
     for layer in layout.moe_layers() {
         for expert in 0..layout.num_experts() {
-            let block = (expert * layers + layer - layout.moe_layers().start) * layout.expert_len();
+            let block = expert * layout.expert_len();
             for (which, tensor) in layout.expert.iter().enumerate() {
                 let range = block + tensor.offset..block + tensor.offset + tensor.len();
                 let name = format!("grad.{}", layout.expert_tensor_name(layer, expert, which));
-                compare(&name, &gradients.experts[range], &reference.floats[&name]);
+                let ours = &gradients.0[Layout::layer_unit(layer)].experts[range];
+                compare(&name, ours, &reference.floats[&name]);
             }
         }
     }

@@ -1,8 +1,9 @@
 //! Where every parameter lies.
 //!
-//! Dense parameters (all that every rank computes with) lie in one flat buffer; the parameters of a routed expert form
-//! a block, and a rank's blocks lie in a second one, by (MoE layer, expert). Each tensor is padded with zeros to whole
-//! chunks of [`NORM_CHUNK`] elements, so that shards and the gradient norm count in chunks.
+//! What is used together is a *unit*: the embedding, each layer, the head with its norm. A unit is one flat buffer: its
+//! dense tensors (those that every rank computes with), then the blocks of the routed experts that the rank holds. Each
+//! tensor is padded with zeros to whole chunks of [`NORM_CHUNK`] elements, so that shards and the gradient norm count in
+//! chunks.
 
 use std::ops::Range;
 
@@ -20,14 +21,14 @@ pub enum Init {
     Normal(f32),
 }
 
-/// One tensor in a flat buffer.
+/// One tensor.
 #[derive(Debug, Clone, PartialEq)]
 pub struct TensorSpec {
     /// Its name, such as `layers.3.wqkv`.
     pub name: String,
     /// Rows and columns (a vector has one row).
     pub shape: [usize; 2],
-    /// First element.
+    /// First element in its unit, or in its expert's block.
     pub offset: usize,
     /// Elements with padding.
     pub padded: usize,
@@ -48,13 +49,13 @@ impl TensorSpec {
         self.len() == 0
     }
 
-    /// Its elements in the flat buffer, without padding.
+    /// Its elements in its unit or block, without padding.
     pub fn range(&self) -> Range<usize> {
         self.offset..self.offset + self.len()
     }
 }
 
-/// Offsets of the tensors of one layer in the dense buffer; absent ones are `None`.
+/// The dense tensors of one layer; absent ones are `None`.
 #[derive(Debug, Clone, PartialEq)]
 pub struct LayerTensors {
     /// Norm before attention, `[d]`.
@@ -76,17 +77,19 @@ pub struct LayerTensors {
 /// The layout of a model's parameters.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Layout {
-    /// Token embedding, `[vocab, d]`.
+    /// Token embedding, `[vocab, d]`; unit [`Layout::EMBED`].
     pub embed: TensorSpec,
-    /// The layers' dense tensors.
+    /// The layers' dense tensors; units [`Layout::layer_unit`].
     pub layers: Vec<LayerTensors>,
-    /// Norm before the head, `[d]`.
+    /// Norm before the head, `[d]`; unit [`Layout::head_unit`].
     pub final_norm: TensorSpec,
-    /// Output head `[vocab, d]`; the embedding if tied.
+    /// Output head `[vocab, d]`, unit [`Layout::table_unit`]: the embedding if tied.
     pub head: TensorSpec,
     /// `w13` `[d, 2 ffn]` and `w2` `[ffn, d]` of an expert, offsets within its block; the names lack the layer and expert.
     pub expert: [TensorSpec; 2],
-    dense_len: usize,
+    /// Dense elements of each unit.
+    units: Vec<usize>,
+    tied: bool,
     moe_layers: Range<usize>,
     num_experts: usize,
 }
@@ -146,16 +149,24 @@ fn residual_std(model: &ModelConfig) -> f32 {
 impl Layout {
     /// The layout of a validated model.
     pub fn new(model: &ModelConfig) -> Self {
-        let mut dense = Builder { next: 0 };
         let d = model.hidden_size;
         let std = model.initializer_range;
-        let embed = dense.tensor("embed".into(), [model.vocab_size, d], true, Init::Normal(std));
-        let layers = (0..model.num_hidden_layers).map(|layer| dense.layer(model, layer)).collect();
-        let final_norm = dense.norm("final_norm".into(), d);
+        let mut unit = Builder { next: 0 };
+        let embed = unit.tensor("embed".into(), [model.vocab_size, d], true, Init::Normal(std));
+        let mut units = vec![unit.next];
+        let mut layers = Vec::with_capacity(model.num_hidden_layers);
+        for layer in 0..model.num_hidden_layers {
+            unit = Builder { next: 0 };
+            layers.push(unit.layer(model, layer));
+            units.push(unit.next);
+        }
+        unit = Builder { next: 0 };
+        let final_norm = unit.norm("final_norm".into(), d);
         let head = match model.tie_embeddings {
             true => embed.clone(),
-            false => dense.tensor("head".into(), [model.vocab_size, d], true, Init::Normal(std)),
+            false => unit.tensor("head".into(), [model.vocab_size, d], true, Init::Normal(std)),
         };
+        units.push(unit.next);
         let mut block = Builder { next: 0 };
         let expert = block.ffn("", d, model.moe_intermediate_size, std, residual_std(model));
         let first = model.num_hidden_layers - model.moe_layers();
@@ -165,15 +176,61 @@ impl Layout {
             final_norm,
             head,
             expert,
-            dense_len: dense.next,
+            units,
+            tied: model.tie_embeddings,
             moe_layers: first..model.num_hidden_layers,
             num_experts: model.num_experts,
         }
     }
 
-    /// Elements of the dense buffer, padding included.
+    /// The unit of the embedding.
+    pub const EMBED: usize = 0;
+
+    /// The unit of a layer.
+    pub fn layer_unit(layer: usize) -> usize {
+        layer + 1
+    }
+
+    /// The unit of the final norm and, unless it is tied, of the output head.
+    pub fn head_unit(&self) -> usize {
+        self.units.len() - 1
+    }
+
+    /// The unit that holds the output head's table.
+    pub fn table_unit(&self) -> usize {
+        if self.tied { Self::EMBED } else { self.head_unit() }
+    }
+
+    /// How many units there are, in the order of the forward.
+    pub fn units(&self) -> usize {
+        self.units.len()
+    }
+
+    /// Dense elements of a unit, padding included.
+    pub fn unit_len(&self, unit: usize) -> usize {
+        self.units[unit]
+    }
+
+    /// Dense elements of all units, padding included.
     pub fn dense_len(&self) -> usize {
-        self.dense_len
+        self.units.iter().sum()
+    }
+
+    /// Which of the MoE layers a unit is, if it is one.
+    pub fn moe_layer_of(&self, unit: usize) -> Option<usize> {
+        let layer = unit.checked_sub(1).filter(|layer| self.moe_layers.contains(layer))?;
+        Some(layer - self.moe_layers.start)
+    }
+
+    /// The first of a unit's dense chunks among all chunks of the model.
+    pub fn first_chunk(&self, unit: usize) -> usize {
+        self.units[..unit].iter().sum::<usize>() / NORM_CHUNK
+    }
+
+    /// The first chunk of an expert's block among all chunks of the model; `moe_layer` counts MoE layers.
+    pub fn first_expert_chunk(&self, moe_layer: usize, expert: usize) -> usize {
+        let blocks = moe_layer * self.num_experts + expert;
+        (self.dense_len() + blocks * self.expert_len()) / NORM_CHUNK
     }
 
     /// Elements of one expert's block, padding included.
@@ -198,24 +255,29 @@ impl Layout {
 
     /// Chunks of the whole model: the dense ones, then those of each expert block by (layer, expert).
     pub fn chunks(&self) -> usize {
-        (self.dense_len + self.expert_blocks() * self.expert_len()) / NORM_CHUNK
+        (self.dense_len() + self.expert_blocks() * self.expert_len()) / NORM_CHUNK
     }
 
-    /// Every dense tensor once, in buffer order.
-    pub fn dense_tensors(&self) -> Vec<&TensorSpec> {
-        let mut all = vec![&self.embed];
-        for layer in &self.layers {
-            all.extend([&layer.attn_norm, &layer.wqkv]);
-            all.extend(layer.qk_norm.iter().flatten());
-            all.extend([&layer.wo, &layer.ffn_norm]);
-            all.extend(layer.router.iter());
-            all.extend(layer.ffn.iter().flatten());
+    /// The dense tensors of a unit, in buffer order; a tied head is in the embedding's.
+    pub fn unit_tensors(&self, unit: usize) -> Vec<&TensorSpec> {
+        if unit == Self::EMBED {
+            return vec![&self.embed];
         }
-        all.push(&self.final_norm);
-        if self.head.offset != self.embed.offset {
-            all.push(&self.head);
-        }
+        let Some(layer) = self.layers.get(unit - 1) else {
+            let head = (!self.tied).then_some(&self.head);
+            return std::iter::once(&self.final_norm).chain(head).collect();
+        };
+        let mut all = vec![&layer.attn_norm, &layer.wqkv];
+        all.extend(layer.qk_norm.iter().flatten());
+        all.extend([&layer.wo, &layer.ffn_norm]);
+        all.extend(layer.router.iter());
+        all.extend(layer.ffn.iter().flatten());
         all
+    }
+
+    /// Every dense tensor once, unit by unit.
+    pub fn dense_tensors(&self) -> impl Iterator<Item = &TensorSpec> {
+        (0..self.units()).flat_map(|unit| self.unit_tensors(unit))
     }
 
     /// The full name of tensor `which` (0 for `w13`, 1 for `w2`) of an expert.
@@ -225,7 +287,7 @@ impl Layout {
 
     /// Parameters without padding: all, and those that one token uses given `top_k` experts a layer.
     pub fn parameters(&self, top_k: usize) -> (usize, usize) {
-        let dense: usize = self.dense_tensors().iter().map(|t| t.len()).sum();
+        let dense: usize = self.dense_tensors().map(TensorSpec::len).sum();
         let expert = self.expert[0].len() + self.expert[1].len();
         let all = dense + self.expert_blocks() * expert;
         (all, dense + self.moe_layers.len() * top_k.min(self.num_experts) * expert)
@@ -239,19 +301,29 @@ mod tests {
     #[test]
     fn tensors_follow_each_other_in_whole_chunks() {
         let layout = Layout::new(&ModelConfig::default());
-        let mut next = 0;
-        for tensor in layout.dense_tensors() {
-            assert_eq!(tensor.offset, next, "{}", tensor.name);
-            assert!(tensor.padded.is_multiple_of(NORM_CHUNK) && tensor.padded >= tensor.len());
-            next += tensor.padded;
+        let mut chunks = 0;
+        for unit in 0..layout.units() {
+            let mut next = 0;
+            assert_eq!(layout.first_chunk(unit), chunks);
+            for tensor in layout.unit_tensors(unit) {
+                assert_eq!(tensor.offset, next, "{}", tensor.name);
+                assert!(tensor.padded.is_multiple_of(NORM_CHUNK) && tensor.padded >= tensor.len());
+                next += tensor.padded;
+            }
+            assert_eq!(next, layout.unit_len(unit));
+            chunks += next / NORM_CHUNK;
         }
-        assert_eq!(next, layout.dense_len());
+        let last = layout.first_expert_chunk(layout.moe_layers().len() - 1, layout.num_experts() - 1);
+        assert_eq!(
+            (chunks, last),
+            (layout.first_expert_chunk(0, 0), layout.chunks() - layout.expert_len() / NORM_CHUNK)
+        );
     }
 
     #[test]
     fn tied_embeddings_share_the_table() {
         let tied = Layout::new(&ModelConfig { tie_embeddings: true, ..ModelConfig::default() });
-        assert_eq!(tied.head.offset, tied.embed.offset);
+        assert_eq!((tied.table_unit(), &tied.head), (Layout::EMBED, &tied.embed));
         let untied = Layout::new(&ModelConfig::default());
         assert_eq!(untied.dense_len() - tied.dense_len(), 4096 * 256);
     }

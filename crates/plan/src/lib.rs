@@ -27,7 +27,7 @@ pub use architecture::{
 pub use calibration::{Calibration, CommonConstants, Constants, FITTED, GpuConstants, SoftwareConstants};
 pub use hardware::{Cluster, ClusterError, Gpu, Level};
 pub use layout::{Init, LayerTensors, Layout, NORM_CHUNK, TensorSpec};
-pub use memory::{KeptActivations, MemoryEstimate, StepShape};
+pub use memory::{KeptActivations, MemoryEstimate, StateShape, StepShape};
 pub use model::{ModelConfig, ModelError, ScoreFunction};
 pub use parallelism::{
     Modules, Optimizer, Parallelism, ParallelismError, Recomputation, Routing, Sharding, Training,

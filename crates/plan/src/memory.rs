@@ -1,6 +1,8 @@
 //! What a rank needs of memory, tensor by tensor.
 
-use unisono_mesh::{ExpertPlacement, Fold};
+use std::ops::Range;
+
+use unisono_mesh::{ExpertPlacement, Fold, tree};
 
 use crate::layout::Layout;
 use crate::model::ModelConfig;
@@ -25,18 +27,37 @@ pub struct StepShape {
     pub kept: KeptActivations,
 }
 
+/// What a rank keeps of parameters, gradients and moments.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct StateShape {
+    /// 1: moments in shards; 2: gradients too; 3: parameters too.
+    pub zero: usize,
+    /// Accumulation steps.
+    pub turns: usize,
+    /// Whether gradients are joined after every accumulation step.
+    pub every_turn: bool,
+    /// Units whose reduction runs while others compute.
+    pub under_way: usize,
+    /// Whether the next unit's parameters are on their way while one computes.
+    pub ahead: bool,
+    /// `[unit]` elements whose states the rank owns.
+    pub owned: Vec<usize>,
+    /// Elements of updated parameters that leave the rank at once.
+    pub sent: usize,
+}
+
 /// Memory of one rank at its peak, in bytes.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct MemoryEstimate {
-    /// Parameters that the rank computes with.
+    /// Parameters that the rank computes with; with ZeRO-3 its shards, and the units that are gathered at once.
     pub parameters: u64,
-    /// Moments of the rank's shard (ZeRO-1).
+    /// Moments of the rank's shard.
     pub optimizer: u64,
     /// Gradient accumulators of the slots that run together, and partial sums that wait in the tree.
     pub gradients: u64,
     /// Activations kept for the backward, and the largest set of temporary ones.
     pub activations: u64,
-    /// The reduced gradient of the shard, and parameters under way to other ranks.
+    /// The reduced gradient, and parameters under way to other ranks.
     pub exchange: u64,
 }
 
@@ -57,68 +78,164 @@ impl MemoryEstimate {
         ]
     }
 
-    /// The estimate for `rank`, with balanced routing. `owned` elements of optimizer state are its shard; `sent`
-    /// elements of updated parameters leave it.
-    pub fn new(
-        model: &ModelConfig,
-        fold: &Fold,
-        rank: usize,
-        step: StepShape,
-        owned: usize,
-        sent: usize,
-    ) -> Self {
-        let layout = Layout::new(model);
-        let placement = ExpertPlacement::new(*fold, model.num_experts);
-        let held = if model.num_experts == 0 { 0 } else { placement.experts_of(rank).len() };
-        let moe_block = layout.moe_layers().len() * layout.expert_len();
-        let floats = |elements: usize| elements as u64 * 4;
+    /// The estimate for `rank`, with balanced routing. Buffers are rounded up to an eighth of a power of two, which is a
+    /// twentieth on average.
+    pub fn new(model: &ModelConfig, fold: &Fold, rank: usize, step: StepShape, states: &StateShape) -> Self {
+        let walk = Walk::new(model, fold, rank, step, states);
+        let owned: usize = states.owned.iter().sum();
+        let floats = |elements: usize| (elements as u64 * 4) / 20 * 21;
+        let peak = walk.moments().into_iter().max_by_key(Moment::total).unwrap_or_default();
         Self {
-            parameters: floats(layout.dense_len() + held * moe_block),
+            parameters: floats(walk.parameters(owned)),
             optimizer: floats(2 * owned),
-            gradients: floats(gradient_elements(model, fold, rank, layout.dense_len(), moe_block)),
-            activations: floats(activation_elements(model, fold.wave_slots() * step.slot_rows, step.kept)),
-            exchange: floats(owned + sent),
+            gradients: floats(peak.gradients),
+            activations: floats(peak.activations),
+            exchange: floats(peak.exchange),
         }
     }
 }
 
-/// Accumulators of the widest moment: the running wave's, and what earlier waves left in the tree.
-fn gradient_elements(model: &ModelConfig, fold: &Fold, rank: usize, dense: usize, moe_block: usize) -> usize {
-    let placement = ExpertPlacement::new(*fold, model.num_experts);
-    let waves = fold.waves(rank);
-    let instances = |wave: &std::ops::Range<usize>| match model.num_experts {
-        0 => 0,
-        _ => placement.instances(wave.clone()).len(),
-    };
-    let mut widest = 0;
-    for wave in &waves {
-        let before = waves[0].start..wave.start;
-        let roots = unisono_mesh::tree::roots(before.clone(), fold.grid().slots()).len();
-        let width = fold.grid().expert_group;
-        let groups = before.start / width..before.end / width;
-        let group_roots = unisono_mesh::tree::roots(groups, fold.grid().groups()).len();
-        let copied = if waves.len() > 1 && wave.len() > 1 { dense } else { 0 };
-        let experts = (instances(wave) + group_roots * model.num_experts) * moe_block;
-        widest = widest.max((wave.len() + roots) * dense + copied + experts);
-    }
-    widest
+/// What is there at one moment of a step besides parameters and moments, in elements.
+#[derive(Debug, Clone, Copy, Default)]
+struct Moment {
+    gradients: usize,
+    activations: usize,
+    exchange: usize,
 }
 
-/// Elements of activations at the peak of one accumulation step over `rows` rows.
-fn activation_elements(model: &ModelConfig, rows: usize, kept: KeptActivations) -> usize {
-    let layers = 0..model.num_hidden_layers;
-    let kept_sum: usize = layers.clone().map(|layer| rows * kept_width(model, layer, kept)).sum();
-    let again = match kept {
-        KeptActivations::LayerInputs => layers
-            .clone()
-            .map(|layer| rows * kept_width(model, layer, KeptActivations::All))
-            .max()
-            .unwrap_or(0),
-        _ => 0,
-    };
-    let temporary = layers.map(|layer| rows * temporary_width(model, layer)).max().unwrap_or(0);
-    let head = rows * 4 * model.hidden_size;
-    kept_sum + again + temporary.max(head)
+impl Moment {
+    fn total(&self) -> usize {
+        self.gradients + self.activations + self.exchange
+    }
+}
+
+/// A step's moments, unit by unit through the backward of every wave.
+struct Walk<'a> {
+    model: &'a ModelConfig,
+    layout: Layout,
+    fold: &'a Fold,
+    placement: ExpertPlacement,
+    rank: usize,
+    step: StepShape,
+    states: &'a StateShape,
+}
+
+impl<'a> Walk<'a> {
+    fn new(
+        model: &'a ModelConfig,
+        fold: &'a Fold,
+        rank: usize,
+        step: StepShape,
+        states: &'a StateShape,
+    ) -> Self {
+        let placement = ExpertPlacement::new(*fold, model.num_experts);
+        Self { model, layout: Layout::new(model), fold, placement, rank, step, states }
+    }
+
+    /// Dense elements of a unit, once for each of `dense`, and expert blocks of an MoE layer.
+    fn unit(&self, unit: usize, dense: usize, blocks: usize) -> usize {
+        let experts = self.layout.moe_layer_of(unit).map_or(0, |_| blocks * self.layout.expert_len());
+        dense * self.layout.unit_len(unit) + experts
+    }
+
+    /// Whole units, or this rank's shards with the unit in use and the one that is on its way.
+    fn parameters(&self, owned: usize) -> usize {
+        let held = if self.model.num_experts == 0 { 0 } else { self.placement.experts_of(self.rank).len() };
+        let whole: Vec<usize> = (0..self.layout.units()).map(|unit| self.unit(unit, 1, held)).collect();
+        if self.states.zero < 3 {
+            return whole.iter().sum();
+        }
+        let at_once = if self.states.ahead { 2 } else { 1 };
+        owned + whole.windows(at_once).map(|units| units.iter().sum()).max().unwrap_or(0)
+    }
+
+    fn moments(&self) -> Vec<Moment> {
+        let waves = self.fold.waves(self.rank);
+        let owned: usize = self.states.owned.iter().sum();
+        let summed = if self.states.every_turn && self.states.turns > 1 { owned } else { 0 };
+        let mut moments = Vec::new();
+        for (index, wave) in waves.iter().enumerate() {
+            let last = index + 1 == waves.len();
+            for unit in (1..self.layout.units()).rev() {
+                moments.push(self.backward(waves[0].start, wave, last, unit, summed));
+            }
+        }
+        let all_roots: usize = match (self.states.zero, waves.last()) {
+            (1, Some(wave)) => (0..self.layout.units()).map(|u| self.joined(waves[0].start, wave, u)).sum(),
+            _ => 0,
+        };
+        moments.push(Moment { gradients: all_roots, activations: 0, exchange: owned + summed });
+        moments.push(Moment { gradients: 0, activations: 0, exchange: owned + self.states.sent });
+        moments
+    }
+
+    /// While the backward of `unit` runs in `wave`.
+    fn backward(&self, first: usize, wave: &Range<usize>, last: bool, unit: usize, summed: usize) -> Moment {
+        let StateShape { zero, turns, every_turn, under_way, owned, .. } = self.states;
+        let units = self.layout.units();
+        let accumulators = |u: usize| self.unit(u, wave.len(), self.instances(wave));
+        // Units behind this one are joined; those before it wait with what earlier waves left.
+        let sharded = *zero >= 2 && last;
+        let kept = if sharded { (unit + 1 + under_way).min(units) } else { units };
+        let mut gradients: usize = (unit + 1..kept).map(|u| self.joined(first, wave, u)).sum();
+        gradients += (0..=unit).map(|u| self.left_before(first, wave, u)).sum::<usize>();
+        let waits_for_turns = *turns > 1 && !every_turn;
+        gradients += match waits_for_turns {
+            true => (0..=unit).map(accumulators).sum(),
+            false => accumulators(unit),
+        };
+        let early_table = self.layout.table_unit();
+        if early_table < unit && !waits_for_turns {
+            gradients += accumulators(early_table);
+        }
+        let moving = if !sharded {
+            0..0
+        } else if summed > 0 {
+            unit..kept
+        } else {
+            unit..units
+        };
+        let exchange = summed + owned[moving].iter().sum::<usize>();
+        Moment { gradients, activations: self.activations(wave.len() * self.step.slot_rows, unit), exchange }
+    }
+
+    fn instances(&self, wave: &Range<usize>) -> usize {
+        if self.model.num_experts == 0 { 0 } else { self.placement.instances(wave.clone()).len() }
+    }
+
+    /// What a unit's gradients of the waves up to `wave` are once they are joined.
+    fn joined(&self, first: usize, wave: &Range<usize>, unit: usize) -> usize {
+        if wave.len() == self.fold.slots_per_rank() {
+            return self.unit(unit, wave.len(), self.instances(wave));
+        }
+        self.roots(first..wave.end, unit)
+    }
+
+    /// What earlier waves left of a unit.
+    fn left_before(&self, first: usize, wave: &Range<usize>, unit: usize) -> usize {
+        self.roots(first..wave.start, unit)
+    }
+
+    fn roots(&self, slots: Range<usize>, unit: usize) -> usize {
+        let (grid, width) = (self.fold.grid(), self.fold.grid().expert_group);
+        let groups = tree::roots(slots.start / width..slots.end / width, grid.groups()).len();
+        self.unit(unit, tree::roots(slots, grid.slots()).len(), groups * self.model.num_experts)
+    }
+
+    /// Activations of `rows` rows while the backward of `unit` runs.
+    fn activations(&self, rows: usize, unit: usize) -> usize {
+        let (model, kept) = (self.model, self.step.kept);
+        let behind = unit.min(model.num_hidden_layers);
+        let sum: usize = (0..behind).map(|layer| rows * kept_width(model, layer, kept)).sum();
+        if unit > model.num_hidden_layers {
+            return sum + rows * 4 * model.hidden_size;
+        }
+        let again = match kept {
+            KeptActivations::LayerInputs => rows * kept_width(model, unit - 1, KeptActivations::All),
+            _ => 0,
+        };
+        sum + again + rows * temporary_width(model, unit - 1)
+    }
 }
 
 /// Elements a row that layer `layer` keeps for its backward.

@@ -12,6 +12,7 @@ use unisono_comm::{CommError, Communicator, Ledger, Part, ThreadRanks};
 use unisono_data::Dataset;
 use unisono_mesh::{Fold, Grid};
 use unisono_model::Profile;
+use unisono_plan::Layout;
 use unisono_tensor::{Backend, Buffer, Cpu};
 
 use crate::config::RunConfig;
@@ -19,6 +20,7 @@ use crate::error::TrainError;
 use crate::optimizer::adamw_step;
 use crate::rank::RankState;
 use crate::run::root_cause;
+use crate::shards::SegmentKind;
 
 /// How gradients and parameters are synchronised.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -134,42 +136,61 @@ fn central_step(
     synchronisation: Synchronisation,
 ) -> Result<f64, TrainError> {
     let step = state.progress().step + 1;
-    let gradients = state.accumulate_for_bench(step)?;
+    let roots = state.accumulate_for_bench(step)?.into_roots();
     let begin = Instant::now();
-    let tensors = split_tensors(state, gradients);
+    let tensors = split_tensors(state, roots);
     let servers: Vec<usize> = match synchronisation {
         Synchronisation::MapReduce => vec![0; tensors.len()],
         _ => (0..tensors.len()).map(|index| index % comm.size()).collect(),
     };
+    let mut updated: Vec<(SegmentKind, Range<usize>, Vec<f32>)> = Vec::with_capacity(tensors.len());
     for (index, (tensor, server)) in tensors.iter().zip(&servers).enumerate() {
         let parameters = push_and_update(state, comm, tensor, *server, index)?;
-        let buffer = if tensor.dense { &mut state.parameters.dense } else { &mut state.parameters.experts };
-        buffer[tensor.place.clone()].copy_from_slice(&parameters);
+        updated.push((tensor.segment, tensor.range.clone(), parameters));
     }
+    state.parameters.fill(|segment, range| {
+        let mut values = vec![0.0; range.len()];
+        for (_, range, parameters) in updated.iter().filter(|(kind, ..)| *kind == segment) {
+            values[range.clone()].copy_from_slice(parameters);
+        }
+        Ok::<_, CommError>(values)
+    })?;
     Ok(begin.elapsed().as_secs_f64())
 }
 
-/// One message's worth of gradient and where its parameters lie.
+/// One message's worth of gradient, and which elements of which segment it is.
 struct Tensor {
     gradient: Part<f32>,
-    dense: bool,
-    place: Range<usize>,
+    segment: SegmentKind,
+    range: Range<usize>,
+    unit: usize,
+    /// Where its parameters start in the unit.
+    place: usize,
 }
 
-fn split_tensors(state: &RankState<'_, Cpu>, roots: Vec<Vec<Part<f32>>>) -> Vec<Tensor> {
+fn split_tensors(state: &RankState<'_, Cpu>, roots: Vec<(SegmentKind, Vec<Part<f32>>)>) -> Vec<Tensor> {
     let mut tensors = Vec::new();
     let layout = state.model().layout();
-    for (index, root) in roots.iter().filter_map(|roots| roots.first()).enumerate() {
-        if index == 0 {
-            tensors.extend(layout.dense_tensors().into_iter().map(|tensor| Tensor {
-                gradient: root.slice(tensor.range()),
-                dense: true,
-                place: tensor.range(),
-            }));
-        } else {
-            let start = (index - 1) * layout.expert_len();
-            let place = start..start + layout.expert_len();
-            tensors.push(Tensor { gradient: root.clone(), dense: false, place });
+    for (segment, roots) in roots {
+        let Some(root) = roots.first() else { continue };
+        let tensor = |unit: usize, start: usize, range: Range<usize>| Tensor {
+            gradient: root.slice(range.clone()),
+            segment,
+            unit,
+            place: start + range.start,
+            range,
+        };
+        match segment {
+            SegmentKind::Dense { unit } => {
+                tensors
+                    .extend(layout.unit_tensors(unit).into_iter().map(|spec| tensor(unit, 0, spec.range())));
+            }
+            // Every rank holds every expert.
+            SegmentKind::Expert { moe_layer, expert } => {
+                let unit = Layout::layer_unit(layout.moe_layers().start + moe_layer);
+                let start = layout.unit_len(unit) + expert * layout.expert_len();
+                tensors.push(tensor(unit, start, 0..layout.expert_len()));
+            }
         }
     }
     tensors
@@ -183,10 +204,9 @@ fn push_and_update(
     server: usize,
     tag: usize,
 ) -> Result<Vec<f32>, CommError> {
-    let len = tensor.place.len();
+    let len = tensor.range.len();
     let tag = tag as u32;
-    let current = if tensor.dense { &state.parameters.dense } else { &state.parameters.experts };
-    let mut parameters = current[tensor.place.clone()].to_vec();
+    let mut parameters = state.parameters.read(tensor.unit, tensor.place..tensor.place + len);
     if comm.rank() != server {
         comm.send(server, tag, tensor.gradient.clone())?;
         return comm.broadcast(server, parameters);

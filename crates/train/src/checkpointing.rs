@@ -37,8 +37,8 @@ pub struct NamedTensor<'a> {
 /// The tensors of a segment, in order.
 pub fn tensors_of(layout: &Layout, kind: SegmentKind) -> Vec<NamedTensor<'_>> {
     match kind {
-        SegmentKind::Dense => layout
-            .dense_tensors()
+        SegmentKind::Dense { unit } => layout
+            .unit_tensors(unit)
             .into_iter()
             .map(|spec| NamedTensor { name: spec.name.clone(), spec })
             .collect(),
@@ -176,25 +176,26 @@ impl<B: Backend> RankState<'_, B> {
             }
             reports.push(writer.write_shard(&self.file_name(placed), &pieces)?);
         }
-        if self.comm.rank() == 0 && !self.parameters.bias.is_empty() {
+        if self.comm.rank() == 0 && !self.model.layout().moe_layers().is_empty() {
             reports.push(self.write_bias(writer)?);
         }
         Ok(reports)
     }
 
     fn write_bias(&self, writer: &ShardWriter) -> Result<ShardReport, Error> {
+        let layout = self.model.layout();
         let names: Vec<String> =
-            (0..self.parameters.bias.len()).map(|index| bias_name(self.model.layout(), index)).collect();
-        let shape = [self.model.layout().num_experts() as u64];
+            (0..layout.moe_layers().len()).map(|index| bias_name(layout, index)).collect();
+        let shape = [layout.num_experts() as u64];
         let pieces: Vec<Piece<'_>> = names
             .iter()
-            .zip(&self.parameters.bias)
-            .map(|(tensor, bias)| Piece {
+            .zip(layout.moe_layers())
+            .map(|(tensor, layer)| Piece {
                 tensor,
                 dtype: Dtype::F32,
                 shape: &shape,
                 range: 0..shape[0],
-                bytes: bytemuck::cast_slice(bias),
+                bytes: bytemuck::cast_slice(self.parameters.bias(Layout::layer_unit(layer))),
             })
             .collect();
         writer.write_shard("router-bias", &pieces)
@@ -203,17 +204,15 @@ impl<B: Backend> RankState<'_, B> {
     /// Parameters and both moments of a piece, in host memory.
     pub(crate) fn values_of(&self, placed: &PlacedPiece) -> [Vec<f32>; 3] {
         let len = placed.piece.range.len();
-        let parameters = match placed.piece.kind {
-            SegmentKind::Dense => &self.parameters.dense,
-            SegmentKind::Expert { .. } => &self.parameters.experts,
+        let download = |moments: &B::Buf| {
+            let mut values = vec![0.0; len];
+            let range = placed.moment..placed.moment + len;
+            self.model.backend().download(moments.slice(range), &mut values);
+            values
         };
         let (first, second) = self.optimizer.moments();
-        let shard = placed.piece.offset;
-        [(parameters, placed.place), (first, shard), (second, shard)].map(|(buffer, start)| {
-            let mut values = vec![0.0; len];
-            self.model.backend().download(buffer.slice(start..start + len), &mut values);
-            values
-        })
+        let parameters = self.parameters.read(placed.piece.unit, placed.place..placed.place + len);
+        [parameters, download(first), download(second)]
     }
 
     fn file_name(&self, placed: &PlacedPiece) -> String {
@@ -224,10 +223,11 @@ impl<B: Backend> RankState<'_, B> {
         let index = owners.iter().position(|rank| *rank == self.comm.rank()).unwrap_or(0);
         let count = owners.len();
         match placed.piece.kind {
-            SegmentKind::Dense => format!("dense-{index:03}-of-{count:03}"),
+            SegmentKind::Dense { unit } => format!("unit{unit:03}-dense-{index:03}-of-{count:03}"),
             SegmentKind::Expert { moe_layer, expert } => {
                 let layer = self.model.layout().moe_layers().start + moe_layer;
-                format!("layer{layer:03}-expert{expert:04}-{index:03}-of-{count:03}")
+                let unit = Layout::layer_unit(layer);
+                format!("unit{unit:03}-expert{expert:04}-{index:03}-of-{count:03}")
             }
         }
     }
@@ -237,30 +237,12 @@ impl<B: Backend> RankState<'_, B> {
     /// # Errors
     /// If a file is damaged or a tensor is missing or of another shape.
     pub fn restore(&mut self, reader: &Reader, extra: &Extra) -> Result<(), TrainError> {
-        let backend = self.model.backend().clone();
         let layout = self.model.layout().clone();
-        for tensor in tensors_of(&layout, SegmentKind::Dense) {
-            let values = read_values(reader, &tensor, "", 0..tensor.spec.len())?;
-            backend.upload(&values, self.parameters.dense.slice_mut(tensor.spec.range()));
-        }
-        let held = self.model.held_experts().to_vec();
-        for moe_layer in 0..layout.moe_layers().len() {
-            for (index, expert) in held.iter().enumerate() {
-                let block = (moe_layer * held.len() + index) * layout.expert_len();
-                for tensor in tensors_of(&layout, SegmentKind::Expert { moe_layer, expert: *expert }) {
-                    let values = read_values(reader, &tensor, "", 0..tensor.spec.len())?;
-                    let range = tensor.spec.range();
-                    backend.upload(
-                        &values,
-                        self.parameters.experts.slice_mut(block + range.start..block + range.end),
-                    );
-                }
-            }
-        }
+        self.parameters.fill(|kind, range| read_segment(reader, &layout, kind, range))?;
         self.restore_moments(reader, &layout)?;
-        for (index, bias) in self.parameters.bias.iter_mut().enumerate() {
-            let bytes = reader.read(&bias_name(&layout, index), 0..bias.len() as u64)?;
-            bias.copy_from_slice(&floats(&bytes));
+        for (index, layer) in layout.moe_layers().enumerate() {
+            let bytes = reader.read(&bias_name(&layout, index), 0..layout.num_experts() as u64)?;
+            self.parameters.set_bias(Layout::layer_unit(layer), floats(&bytes));
         }
         self.progress = extra.progress;
         Ok(())
@@ -275,7 +257,7 @@ impl<B: Backend> RankState<'_, B> {
                     continue;
                 }
                 let range = shared.start - tensor.spec.offset..shared.end - tensor.spec.offset;
-                let at = placed.piece.offset + shared.start - placed.piece.range.start;
+                let at = placed.moment + shared.start - placed.piece.range.start;
                 let first = read_values(reader, &tensor, PARTS[1], range.clone())?;
                 let second = read_values(reader, &tensor, PARTS[2], range)?;
                 let (first_buffer, second_buffer) = self.optimizer.moments_mut();
@@ -285,6 +267,26 @@ impl<B: Backend> RankState<'_, B> {
         }
         Ok(())
     }
+}
+
+/// Elements `range` of a segment's parameters, padding zero.
+fn read_segment(
+    reader: &Reader,
+    layout: &Layout,
+    kind: SegmentKind,
+    range: Range<usize>,
+) -> Result<Vec<f32>, TrainError> {
+    let mut values = vec![0.0; range.len()];
+    for tensor in tensors_of(layout, kind) {
+        let shared = overlap(&tensor.spec.range(), &range);
+        if shared.is_empty() {
+            continue;
+        }
+        let of_tensor = shared.start - tensor.spec.offset..shared.end - tensor.spec.offset;
+        let target = shared.start - range.start..shared.end - range.start;
+        values[target].copy_from_slice(&read_values(reader, &tensor, "", of_tensor)?);
+    }
+    Ok(values)
 }
 
 fn read_values(

@@ -70,6 +70,8 @@ pub enum RecomputeConfig {
 pub enum ReduceEvery {
     /// Once a step, after all accumulation steps.
     Step,
+    /// After every accumulation step.
+    Microbatch,
 }
 
 /// `[train]`
@@ -116,9 +118,24 @@ impl Default for TrainConfig {
 }
 
 /// `[layout]`: what never changes a bit.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
-pub struct LayoutConfig {}
+pub struct LayoutConfig {
+    /// What data-parallel ranks share out: 1 optimizer states, 2 gradients too, 3 parameters too (Rajbhandari et al.,
+    /// 2020).
+    pub zero: usize,
+    /// Whether communication runs beside computation: the next unit's parameters are gathered, and a unit's gradient is
+    /// reduced, while others compute.
+    pub overlap: bool,
+    /// Whether gradients are joined inside a node before they cross to others, where ranks are on several.
+    pub hierarchical_reduce: bool,
+}
+
+impl Default for LayoutConfig {
+    fn default() -> Self {
+        Self { zero: 1, overlap: true, hierarchical_reduce: true }
+    }
+}
 
 /// `[optimizer]`: AdamW.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -319,6 +336,7 @@ impl RunConfig {
         self.model.validate()?;
         self.grid.validate(self.model.num_experts)?;
         self.validate_train()?;
+        self.validate_layout()?;
         self.validate_optimizer()?;
         let sample = &self.sample;
         let finite = sample.temperature.is_finite() && sample.temperature >= 0.0;
@@ -362,6 +380,19 @@ impl RunConfig {
             train.clip_norm,
             "must be finite and at least 0 (0 switches clipping off)",
         )
+    }
+
+    fn validate_layout(&self) -> Result<(), ConfigError> {
+        let (zero, train) = (self.layout.zero, &self.train);
+        check((1..=3).contains(&zero), "layout.zero", zero, "must be 1, 2 or 3")?;
+        let joined = train.accumulate == 1 || train.reduce_every == ReduceEvery::Microbatch;
+        let rule = format!(
+            "sharded gradients cannot wait for train.accumulate = {} accumulation steps: set \
+             train.reduce_every=microbatch (another order of sums, so from the first step of a run), \
+             train.accumulate=1 or layout.zero=1",
+            train.accumulate
+        );
+        check(zero == 1 || joined, "layout.zero", zero, &rule)
     }
 
     fn validate_optimizer(&self) -> Result<(), ConfigError> {
@@ -477,6 +508,21 @@ mod tests {
             "ok"
         );
         assert!(said("", &["train.steps=x"]).contains("invalid type"));
+        assert_eq!(said("", &["layout.zero=4"]), "layout.zero = 4: must be 1, 2 or 3");
+    }
+
+    #[test]
+    fn sharded_gradients_with_accumulation_name_their_remedy() {
+        let said_of = |zero, accumulate, every| {
+            said("", &[&format!("layout.zero={zero}"), &format!("train.accumulate={accumulate}"), every])
+        };
+        for zero in [2, 3] {
+            let refused = said_of(zero, 4, "train.reduce_every=step");
+            assert!(refused.contains("set train.reduce_every=microbatch"), "{refused}");
+            assert_eq!(said_of(zero, 4, "train.reduce_every=microbatch"), "ok");
+            assert_eq!(said_of(zero, 1, "train.reduce_every=step"), "ok");
+        }
+        assert_eq!(said_of(1, 4, "train.reduce_every=step"), "ok");
     }
 
     proptest! {

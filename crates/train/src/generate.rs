@@ -11,7 +11,7 @@ use unisono_mesh::{Fold, Grid};
 use unisono_model::{Decoder, Profile};
 use unisono_tensor::Cpu;
 
-use crate::config::{RunConfig, SampleConfig};
+use crate::config::{LayoutConfig, RunConfig, SampleConfig};
 use crate::error::TrainError;
 use crate::rank::RankState;
 use crate::record::ValidationRecord;
@@ -63,6 +63,7 @@ fn with_state<T: Send>(
         config.grid = Grid { expert_nodes: config.grid.expert_nodes, ..Grid::default() };
         1
     });
+    config.layout = LayoutConfig::default();
     let fold = Fold::new(config.grid, ranks)?;
     let dataset = open_dataset(&config, ranks * threads)?;
     let body = |comm: Communicator| {

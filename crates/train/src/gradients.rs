@@ -1,4 +1,4 @@
-//! From the accumulators of waves to the partial sums that a rank brings to the reduce-scatter, along the tree.
+//! From the accumulators of waves to the partial sums of a unit that a rank brings to its reduce-scatter, along the tree.
 
 use std::collections::BTreeMap;
 use std::ops::Range;
@@ -6,22 +6,22 @@ use std::sync::Arc;
 
 use unisono_comm::Part;
 use unisono_mesh::{ExpertPlacement, Fold, Instance, tree::Joiner};
-use unisono_model::Gradients;
+use unisono_model::UnitGradients;
 use unisono_plan::Layout;
 use unisono_tensor::{Backend, Buffer};
 
-use crate::shards::{SegmentKind, Shards};
+use crate::shards::{SegmentKind, ShardedSegment};
 
 /// A partial sum: a tree node and where it lies.
 type Root<H> = (Range<usize>, Arc<H>, usize);
 
-/// Joins the gradients of a rank's waves, in slot order, holding no more than the tree needs.
+/// Joins a unit's gradients of a rank's waves, in slot order, holding no more than the tree needs.
 pub struct GradientFold<B: Backend> {
     backend: B,
     fold: Fold,
     placement: ExpertPlacement,
     dense_len: usize,
-    moe_layers: usize,
+    /// 0 for units without experts.
     expert_len: usize,
     /// More than one wave: partial sums that wait for their sibling.
     dense: Joiner<B::Buf>,
@@ -31,22 +31,21 @@ pub struct GradientFold<B: Backend> {
 }
 
 struct WaveRoots<B: Backend> {
-    gradients: Gradients<B>,
+    gradients: UnitGradients<B>,
     dense: Vec<(Range<usize>, usize)>,
     /// expert -> (groups, instance)
     experts: BTreeMap<usize, Vec<(Range<usize>, usize)>>,
 }
 
 impl<B: Backend> GradientFold<B> {
-    /// An empty fold.
-    pub fn new(backend: B, fold: Fold, placement: ExpertPlacement, layout: &Layout) -> Self {
+    /// An empty fold of a unit.
+    pub fn new(backend: B, fold: Fold, placement: ExpertPlacement, layout: &Layout, unit: usize) -> Self {
         Self {
             backend,
             fold,
             placement,
-            dense_len: layout.dense_len(),
-            moe_layers: layout.moe_layers().len(),
-            expert_len: layout.expert_len(),
+            dense_len: layout.unit_len(unit),
+            expert_len: layout.moe_layer_of(unit).map_or(0, |_| layout.expert_len()),
             dense: Joiner::new(fold.grid().slots()),
             groups: Joiner::new(fold.grid().groups()),
             single: None,
@@ -54,7 +53,7 @@ impl<B: Backend> GradientFold<B> {
     }
 
     /// Takes the gradients of a wave; `alone` if the rank has no other.
-    pub fn absorb(&mut self, wave: Range<usize>, mut gradients: Gradients<B>, alone: bool) {
+    pub fn absorb(&mut self, wave: Range<usize>, mut gradients: UnitGradients<B>, alone: bool) {
         let dense = self.join_slots(&wave, &mut gradients);
         if alone {
             let experts = self.join_groups(&wave, &mut gradients);
@@ -66,7 +65,7 @@ impl<B: Backend> GradientFold<B> {
             backend.add(left.all_mut(), right.all());
             left
         };
-        let Gradients { dense: slots, experts } = gradients;
+        let UnitGradients { dense: slots, experts, .. } = gradients;
         if wave.len() == 1 {
             self.dense.push(wave.clone(), slots, add);
         } else {
@@ -81,7 +80,11 @@ impl<B: Backend> GradientFold<B> {
         self.groups.push(group..group + 1, experts, add);
     }
 
-    fn join_slots(&self, wave: &Range<usize>, gradients: &mut Gradients<B>) -> Vec<(Range<usize>, usize)> {
+    fn join_slots(
+        &self,
+        wave: &Range<usize>,
+        gradients: &mut UnitGradients<B>,
+    ) -> Vec<(Range<usize>, usize)> {
         let mut joiner = Joiner::new(self.fold.grid().slots());
         for (index, slot) in wave.clone().enumerate() {
             joiner.push(slot..slot + 1, index, |left, right| {
@@ -96,9 +99,9 @@ impl<B: Backend> GradientFold<B> {
     fn join_groups(
         &self,
         wave: &Range<usize>,
-        gradients: &mut Gradients<B>,
+        gradients: &mut UnitGradients<B>,
     ) -> BTreeMap<usize, Vec<(Range<usize>, usize)>> {
-        let block = self.moe_layers * self.expert_len;
+        let block = self.expert_len;
         let mut joiners: BTreeMap<usize, Joiner<usize>> = BTreeMap::new();
         if block == 0 {
             return BTreeMap::new();
@@ -115,43 +118,33 @@ impl<B: Backend> GradientFold<B> {
         joiners.into_iter().map(|(expert, joiner)| (expert, joiner.into_roots())).collect()
     }
 
-    /// The partial sums of every segment, in the order of `shards.segments`.
-    pub fn into_roots(self, shards: &Shards) -> Vec<Vec<Part<f32>>> {
-        let Self { backend, dense_len, moe_layers, expert_len, dense, groups, single, .. } = self;
+    /// The partial sums of each of the unit's segments.
+    pub fn into_roots(self, segments: &[ShardedSegment]) -> Vec<Vec<Part<f32>>> {
+        let Self { backend, dense_len, expert_len, dense, groups, single, .. } = self;
         let (dense, experts) = match single {
-            Some(roots) => roots.into_shared(&backend, dense_len, moe_layers * expert_len),
-            None => Self::share(&backend, dense, groups, moe_layers * expert_len),
+            Some(roots) => roots.into_shared(&backend, dense_len, expert_len),
+            None => (shared(&backend, dense), ExpertRoots::Blocks(shared(&backend, groups), expert_len)),
         };
-        let part = |(_, buffer, offset): &Root<B::Host>, start: usize, len: usize| {
-            Part::new(Arc::clone(buffer), offset + start..offset + start + len)
+        let part = |(_, buffer, offset): &Root<B::Host>, len: usize| {
+            Part::new(Arc::clone(buffer), *offset..offset + len)
         };
         let roots_of = |kind: SegmentKind| match kind {
-            SegmentKind::Dense => dense.iter().map(|root| part(root, 0, dense_len)).collect(),
-            SegmentKind::Expert { moe_layer, expert } => {
-                let roots = experts.of(expert);
-                roots.iter().map(|root| part(root, moe_layer * expert_len, expert_len)).collect()
+            SegmentKind::Dense { .. } => dense.iter().map(|root| part(root, dense_len)).collect(),
+            SegmentKind::Expert { expert, .. } => {
+                experts.of(expert).iter().map(|root| part(root, expert_len)).collect()
             }
         };
-        shards.segments.iter().map(|segment| roots_of(segment.kind)).collect()
-    }
-
-    /// Whole groups: every expert's roots lie in the same buffers, one block after the other.
-    fn share(
-        backend: &B,
-        dense: Joiner<B::Buf>,
-        groups: Joiner<B::Buf>,
-        block: usize,
-    ) -> (Vec<Root<B::Host>>, ExpertRoots<B::Host>) {
-        let shared = |joiner: Joiner<B::Buf>| -> Vec<Root<B::Host>> {
-            let roots = joiner.into_roots().into_iter();
-            roots.map(|(node, buffer)| (node, Arc::new(backend.hand_to_host(buffer)), 0)).collect()
-        };
-        (shared(dense), ExpertRoots::Blocks(shared(groups), block))
+        segments.iter().map(|segment| roots_of(segment.kind)).collect()
     }
 }
 
+fn shared<B: Backend>(backend: &B, joiner: Joiner<B::Buf>) -> Vec<Root<B::Host>> {
+    let roots = joiner.into_roots().into_iter();
+    roots.map(|(node, buffer)| (node, Arc::new(backend.hand_to_host(buffer)), 0)).collect()
+}
+
 enum ExpertRoots<H> {
-    /// Buffers that hold every expert, in order.
+    /// Whole groups: buffers that hold every expert, in order, each a block of so many elements.
     Blocks(Vec<Root<H>>, usize),
     /// By expert.
     Listed(BTreeMap<usize, Vec<Root<H>>>),

@@ -2,7 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 use unisono_comm::CommError;
-use unisono_plan::NORM_CHUNK;
+use unisono_plan::{Layout, NORM_CHUNK};
 use unisono_tensor::Backend;
 
 use crate::checkpointing::{PARTS, tensors_of};
@@ -62,8 +62,8 @@ impl<B: Backend> RankState<'_, B> {
                 }
             }
         }
-        for (index, bias) in self.parameters.bias.iter().enumerate() {
-            let layer = self.model.layout().moe_layers().start + index;
+        for layer in self.model.layout().moe_layers() {
+            let bias = self.parameters.bias(Layout::layer_unit(layer));
             let hash = blake3::hash(bytemuck::cast_slice(bias)).to_hex().to_string();
             tensors.push((format!("layers.{layer}.router_bias"), hash));
         }

@@ -2,11 +2,11 @@
 
 use unisono_mesh::Fold;
 use unisono_mesh::{ExpertPlacement, tree};
-use unisono_plan::{KeptActivations, Layout, MemoryEstimate, StepShape};
+use unisono_plan::{KeptActivations, Layout, MemoryEstimate, StateShape, StepShape};
 
-use crate::config::{RecomputeConfig, RunConfig};
+use crate::config::{LayoutConfig, RecomputeConfig, ReduceEvery, RunConfig};
 use crate::error::TrainError;
-use crate::shards::Shards;
+use crate::shards::{ShardedSegment, Shards};
 use crate::system::{available_memory, readable};
 
 /// What the process needs besides its ranks: the corpus and its tokenizer, code, stacks.
@@ -30,14 +30,21 @@ pub fn estimate_all(config: &RunConfig, fold: &Fold) -> Vec<MemoryEstimate> {
             RecomputeConfig::Full => KeptActivations::LayerInputs,
         },
     };
+    let LayoutConfig { zero, overlap, .. } = config.layout;
     let rank_estimate = |rank: usize| {
-        let sent: usize = shards
-            .segments
-            .iter()
-            .filter(|segment| segment.held.iter().filter(|leaves| !leaves.is_empty()).count() > 1)
-            .map(|segment| segment.shards[rank].len())
-            .sum();
-        MemoryEstimate::new(&config.model, fold, rank, step, shards.owned_len(rank), sent)
+        let shared = |segment: &&ShardedSegment| {
+            zero < 3 && (0..fold.ranks()).filter(|rank| segment.is_held(*rank)).count() > 1
+        };
+        let states = StateShape {
+            zero,
+            turns: config.train.accumulate,
+            every_turn: config.train.reduce_every == ReduceEvery::Microbatch,
+            under_way: usize::from(overlap),
+            ahead: overlap,
+            owned: (0..shards.units()).map(|unit| shards.owned_of_unit(rank, unit)).collect(),
+            sent: shards.segments.iter().filter(shared).map(|segment| segment.shards[rank].len()).sum(),
+        };
+        MemoryEstimate::new(&config.model, fold, rank, step, &states)
     };
     (0..fold.ranks()).map(rank_estimate).collect()
 }
@@ -60,8 +67,8 @@ pub fn check_fits(config: &RunConfig, fold: &Fold, parts: &[(&'static str, u64)]
             .to_string(),
         "activations" => "lower train.micro_batch and raise train.accumulate, or train.sequence_length".to_string(),
         "gradients" => format!(
-            "folding {} slots onto a rank keeps their accumulators: lower grid.expert_group, or spread the run over more \
-             machines",
+            "folding {} slots onto a rank keeps their accumulators: set layout.zero=2, lower grid.expert_group, or spread \
+             the run over more machines",
             fold.slots_per_rank()
         ),
         _ => "the model itself is too large for this machine: lower model.num_experts or model.hidden_size, or spread \

@@ -7,7 +7,8 @@ use unisono_mesh::tree::{Joiner, roots};
 
 use crate::shards::Shards;
 
-/// Sums per-chunk values over all ranks along the tree over all chunks. `values` are this rank's, chunks ascending.
+/// Sums per-chunk values over all ranks along the tree over all chunks. `values` are this rank's, in
+/// the order of [`Shards::owned_chunks`].
 ///
 /// Every rank sends the roots of the maximal subtrees of the chunk ranges it owns, nothing else.
 ///

@@ -1,104 +1,59 @@
-//! AdamW with its states sharded over ranks (ZeRO-1): reduce-scatter gradients, update the shard, all-gather
-//! parameters. One rank takes the same path.
+//! AdamW with its states in shards (ZeRO-1): a rank updates the parameters whose gradients it has reduced. One rank
+//! takes the same path.
 
 use std::ops::Range;
-use std::sync::Arc;
+use std::rc::Rc;
 
-use unisono_comm::{CommError, Communicator, Gatherer, Part, Reducer};
-use unisono_model::{Parameters, Profile};
+use unisono_comm::{CommError, Communicator};
+use unisono_model::Profile;
 use unisono_plan::Layout;
 use unisono_tensor::{AdamW, Backend, Buffer};
 
 use crate::config::OptimizerConfig;
-use crate::gradients::GradientFold;
 use crate::norm::sum_over_chunks;
+use crate::parameters::ShardedParameters;
 use crate::shards::{Piece, SegmentKind, Shards};
 
 /// One rank's share of the optimizer.
 pub struct ShardedAdamW<B: Backend> {
     backend: B,
-    shards: Shards,
+    shards: Rc<Shards>,
     pieces: Vec<PlacedPiece>,
     first: B::Buf,
     second: B::Buf,
-    reducer: Reducer,
-    dense: Gather,
-    experts: Gather,
     comm: Communicator,
 }
 
-/// A piece of the shard, where its parameters lie, and which of its elements decay.
+/// A piece of the shard, where its values lie, and which of its elements decay.
 #[derive(Debug, Clone)]
 pub struct PlacedPiece {
     /// The piece.
     pub piece: Piece,
-    /// First element in the dense or the expert buffer.
+    /// Its first element in what the rank keeps of the unit's parameters.
     pub place: usize,
+    /// Its first element in the moments.
+    pub moment: usize,
     runs: Vec<(Range<usize>, bool)>,
 }
 
-struct Gather {
-    gatherer: Gatherer,
-    /// Which pieces it sends.
-    pieces: Vec<usize>,
-}
-
-/// A reduced gradient and its norm.
-pub struct Reduced<H> {
-    gradient: H,
-    /// The global norm, in f64.
-    pub norm: f64,
-}
-
 impl<B: Backend> ShardedAdamW<B> {
-    /// Zeroed states for the rank that `comm` (the world) speaks for; `held` are the experts whose parameters it holds.
-    ///
-    /// # Errors
-    /// If the plan of the exchange does not fit the communicator.
+    /// Zeroed states for the rank that `comm` (the world) speaks for.
     pub fn new(
         backend: B,
         layout: &Layout,
-        shards: Shards,
-        held: &[usize],
+        shards: Rc<Shards>,
+        parameters: &ShardedParameters<B>,
         comm: Communicator,
-    ) -> Result<Self, CommError> {
-        let place = |kind: SegmentKind| match kind {
-            SegmentKind::Dense => 0,
-            SegmentKind::Expert { moe_layer, expert } => {
-                let index = held.binary_search(&expert).unwrap_or(0);
-                (moe_layer * held.len() + index) * layout.expert_len()
-            }
-        };
-        let pieces: Vec<PlacedPiece> = shards
-            .pieces(comm.rank())
-            .into_iter()
-            .map(|piece| PlacedPiece {
-                place: place(piece.kind) + piece.range.start,
-                runs: decay_runs(layout, &piece),
-                piece,
-            })
-            .collect();
-        let gather = |dense: bool| {
-            let (plan, segments) = shards.gather_plan(dense, place);
-            let sent = pieces.iter().enumerate().filter(|(_, p)| segments.contains(&p.piece.segment));
-            Ok::<_, CommError>(Gather {
-                gatherer: plan.compile(&comm)?,
-                pieces: sent.map(|(index, _)| index).collect(),
-            })
-        };
-        let (dense, experts) = (gather(true)?, gather(false)?);
-        let len = shards.owned_len(comm.rank());
-        Ok(Self {
-            first: backend.zeros(len),
-            second: backend.zeros(len),
-            reducer: shards.reduce_plan().compile(&comm)?,
-            backend,
-            shards,
-            pieces,
-            dense,
-            experts,
-            comm,
-        })
+    ) -> Self {
+        let mut moment = 0;
+        let mut pieces = Vec::new();
+        for piece in shards.pieces(comm.rank()) {
+            let len = piece.range.len();
+            let (place, runs) = (parameters.place(&piece), decay_runs(layout, &piece));
+            pieces.push(PlacedPiece { piece, place, moment, runs });
+            moment += len;
+        }
+        Self { first: backend.zeros(moment), second: backend.zeros(moment), backend, shards, pieces, comm }
     }
 
     /// The cut over ranks.
@@ -121,101 +76,58 @@ impl<B: Backend> ShardedAdamW<B> {
         (&mut self.first, &mut self.second)
     }
 
-    /// Reduces all gradients to this rank's shard and finds the global norm. `fault`, for tests, changes one
-    /// element of rank 0's shard.
+    /// The global norm of the reduced gradient, in f64; `gradients` are this rank's shards, by unit.
     ///
     /// # Errors
-    /// If an exchange fails.
-    pub fn reduce(
-        &self,
-        gradients: GradientFold<B>,
-        fault: Option<(usize, fn(f32) -> f32)>,
-        profile: &Profile,
-    ) -> Result<Reduced<B::Host>, CommError> {
-        let roots = gradients.into_roots(&self.shards);
-        let out = self.backend.alloc_host(self.shards.owned_len(self.comm.rank()));
-        let reduced = profile.communicate("reduce gradients", || self.reducer.reduce_scatter(&roots, out));
-        let mut reduced = reduced?;
-        drop(roots);
-        if let (Some((element, change)), 0) = (fault, self.comm.rank()) {
-            reduced.as_mut()[element] = change(reduced.as_ref()[element]);
-        }
-        let gradient = self.backend.take_from_host(reduced);
-        let mut squares = Vec::with_capacity(gradient.len() / unisono_plan::NORM_CHUNK);
-        profile.compute("gradient norm", || self.backend.chunk_squares(gradient.all(), &mut squares));
-        let squares =
+    /// If the exchange fails.
+    pub fn norm(&self, gradients: &[B::Buf], profile: &Profile) -> Result<f64, CommError> {
+        let mut squares = Vec::new();
+        profile.compute("gradient norm", || {
+            gradients.iter().for_each(|shard| self.backend.chunk_squares(shard.all(), &mut squares));
+        });
+        let sum =
             profile.communicate("gradient norm", || sum_over_chunks(&self.comm, &self.shards, &squares))?;
-        let norm = libm::sqrt(squares);
-        Ok(Reduced { gradient: self.backend.hand_to_host(gradient), norm })
+        Ok(libm::sqrt(sum))
     }
 
-    /// Updates the shard and hands the new parameters to all ranks that hold them.
+    /// Updates the shard, and the parameters of all ranks that hold it whole.
     ///
     /// # Errors
     /// If an exchange fails.
     pub fn update(
         &mut self,
-        reduced: Reduced<B::Host>,
+        gradients: &[B::Buf],
         step: AdamW,
-        parameters: &mut Parameters<B>,
+        parameters: &mut ShardedParameters<B>,
         profile: &Profile,
     ) -> Result<(), CommError> {
-        let gradient = self.backend.take_from_host(reduced.gradient);
-        profile.compute("optimizer", || self.update_shard(&gradient, step, parameters));
-        drop(gradient);
-        profile.communicate("gather parameters", || {
-            let dense = replace(&self.backend, &mut parameters.dense);
-            parameters.dense = self.gather(&self.dense, dense)?;
-            let experts = replace(&self.backend, &mut parameters.experts);
-            parameters.experts = self.gather(&self.experts, experts)?;
-            Ok(())
+        let Self { backend, pieces, first, second, .. } = self;
+        parameters.update(|unit, values| {
+            profile.compute("optimizer", || {
+                let of_unit = pieces.iter().filter(|placed| placed.piece.unit == unit);
+                for PlacedPiece { piece, place, moment, runs } in of_unit {
+                    let len = piece.range.len();
+                    backend.adamw(
+                        step,
+                        runs,
+                        gradients[unit].slice(piece.offset..piece.offset + len),
+                        values.slice_mut(*place..*place + len),
+                        first.slice_mut(*moment..*moment + len),
+                        second.slice_mut(*moment..*moment + len),
+                    );
+                }
+            });
         })
     }
-
-    fn update_shard(&mut self, gradient: &B::Buf, step: AdamW, parameters: &mut Parameters<B>) {
-        for PlacedPiece { piece, place, runs } in &self.pieces {
-            let shard = piece.offset..piece.offset + piece.range.len();
-            let target = match piece.kind {
-                SegmentKind::Dense => &mut parameters.dense,
-                SegmentKind::Expert { .. } => &mut parameters.experts,
-            };
-            self.backend.adamw(
-                step,
-                runs,
-                gradient.slice(shard.clone()),
-                target.slice_mut(*place..*place + piece.range.len()),
-                self.first.slice_mut(shard.clone()),
-                self.second.slice_mut(shard),
-            );
-        }
-    }
-
-    fn gather(&self, gather: &Gather, whole: B::Buf) -> Result<B::Buf, CommError> {
-        let mut send = self.backend.alloc(gather.gatherer.shard_len());
-        let mut next = 0;
-        for PlacedPiece { piece, place, .. } in gather.pieces.iter().map(|index| &self.pieces[*index]) {
-            let len = piece.range.len();
-            self.backend.copy(whole.slice(*place..*place + len), send.slice_mut(next..next + len));
-            next += len;
-        }
-        let send = Part::whole(Arc::new(self.backend.hand_to_host(send)));
-        let whole = gather.gatherer.all_gather(send, self.backend.hand_to_host(whole))?;
-        Ok(self.backend.take_from_host(whole))
-    }
-}
-
-/// Moves a buffer out for a call that hands it back.
-fn replace<B: Backend>(backend: &B, buffer: &mut B::Buf) -> B::Buf {
-    std::mem::replace(buffer, backend.alloc(0))
 }
 
 /// Runs of a piece with and without weight decay, relative to its start. Padding is zero and stays zero.
 fn decay_runs(layout: &Layout, piece: &Piece) -> Vec<(Range<usize>, bool)> {
-    if piece.kind != SegmentKind::Dense {
+    let SegmentKind::Dense { unit } = piece.kind else {
         return vec![(0..piece.range.len(), true)];
-    }
+    };
     let mut runs: Vec<(Range<usize>, bool)> = Vec::new();
-    for tensor in layout.dense_tensors() {
+    for tensor in layout.unit_tensors(unit) {
         let shared =
             unisono_mesh::shard::overlap(&(tensor.offset..tensor.offset + tensor.padded), &piece.range);
         if shared.is_empty() {

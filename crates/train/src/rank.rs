@@ -1,25 +1,28 @@
 //! One rank's training state and its step.
 
+use std::convert::Infallible;
 use std::ops::Range;
+use std::rc::Rc;
 use std::time::Instant;
 
-use unisono_comm::{Communicator, Ledger, Part};
+use unisono_comm::{CommError, Communicator, Ledger};
 use unisono_data::Dataset;
 use unisono_mesh::{Fold, tree};
 use unisono_model::{
-    Gradients, Lane, LossScale, Parameters, Profile, Recompute, SlotLosses, Transformer, initialize_dense,
-    initialize_expert,
+    Lane, LossScale, Profile, Recompute, SlotLosses, Transformer, initialize_expert, initialize_unit,
 };
+use unisono_plan::Layout;
 use unisono_tensor::{Backend, Buffer};
 
-use crate::config::{RecomputeConfig, RunConfig};
+use crate::config::{RecomputeConfig, ReduceEvery, RunConfig};
 use crate::error::TrainError;
 use crate::feed::{Fed, Feed};
-use crate::gradients::GradientFold;
 use crate::optimizer::{ShardedAdamW, adamw_step};
+use crate::parameters::ShardedParameters;
 use crate::record::{StepRecord, ValidationRecord};
+use crate::reduction::{GradientReducer, StepGradients, passes};
 use crate::schedule::learning_rate;
-use crate::shards::Shards;
+use crate::shards::{SegmentKind, Shards};
 
 /// A rank of a run.
 pub struct RankState<'a, B: Backend> {
@@ -27,7 +30,9 @@ pub struct RankState<'a, B: Backend> {
     pub(crate) fold: Fold,
     pub(crate) comm: Communicator,
     pub(crate) model: Transformer<B>,
-    pub(crate) parameters: Parameters<B>,
+    pub(crate) parameters: ShardedParameters<B>,
+    reducer: GradientReducer<B>,
+    states_bytes: usize,
     pub(crate) optimizer: ShardedAdamW<B>,
     pub(crate) progress: Progress,
     dataset: &'a Dataset,
@@ -53,7 +58,7 @@ pub enum Fault {
     NudgeGradient {
         /// The step.
         step: u64,
-        /// The element, in rank 0's shard.
+        /// Which element of rank 0's shard, counting those that are not zero.
         element: usize,
     },
     /// One element of the joined gradient becomes NaN at this step.
@@ -101,15 +106,47 @@ impl<'a, B: Backend> RankState<'a, B> {
             config.train.sequence_length,
             recompute,
             config.train.expert_row_block,
-            profile,
+            profile.clone(),
         );
-        let parameters = initial_parameters(&model, config.train.seed);
-        let shards = Shards::new(model.layout(), model.placement(), &fold);
-        let optimizer =
-            ShardedAdamW::new(backend, model.layout(), shards, model.held_experts(), comm.clone())?;
+        let (layout, held) = (model.layout(), model.held_experts());
+        let shards = Rc::new(Shards::new(layout, model.placement(), &fold));
+        let mut parameters = ShardedParameters::new(
+            backend.clone(),
+            layout,
+            &shards,
+            held,
+            &config.layout,
+            &comm,
+            profile.clone(),
+        )?;
+        initialize(&mut parameters, layout, config.train.seed);
+        let reducer = GradientReducer::new(
+            backend.clone(),
+            layout,
+            *model.placement(),
+            fold,
+            Rc::clone(&shards),
+            &config.layout,
+            &comm,
+            profile,
+        )?;
+        let optimizer = ShardedAdamW::new(backend, layout, shards, &parameters, comm.clone());
         let feed = Feed::new(dataset, config)?;
         let progress = Progress::default();
-        Ok(Self { config, fold, comm, model, parameters, optimizer, progress, dataset, feed, fault: None })
+        Ok(Self {
+            config,
+            fold,
+            comm,
+            model,
+            parameters,
+            reducer,
+            states_bytes: 0,
+            optimizer,
+            progress,
+            dataset,
+            feed,
+            fault: None,
+        })
     }
 
     /// Plants a fault; for tests.
@@ -138,8 +175,13 @@ impl<'a, B: Backend> RankState<'a, B> {
     }
 
     /// The parameters.
-    pub fn parameters(&self) -> &Parameters<B> {
+    pub fn parameters(&self) -> &ShardedParameters<B> {
         &self.parameters
+    }
+
+    /// Bytes in use before the last update: parameters, moments, the reduced gradient, the rotary table.
+    pub fn states_bytes(&self) -> usize {
+        self.states_bytes
     }
 
     /// Runs the next step on all ranks. Every rank returns the same record but for times.
@@ -152,23 +194,25 @@ impl<'a, B: Backend> RankState<'a, B> {
         self.comm.set_step(step);
         let traffic = self.comm.ledger();
         let busy = self.model.profile().total(Lane::Communication);
-        let (gradients, sums) = self.accumulate(step)?;
+        let (gradients, sums) = self.accumulate(step, |gradients| gradients.reduce())?;
+        let mut gradients = gradients.into_shards();
+        self.plant_fault(step, &mut gradients);
         let totals = self.join(&sums)?;
         let profile = self.model.profile().clone();
-        let reduced = self.optimizer.reduce(gradients, self.fault_at(step), &profile)?;
+        let norm = self.optimizer.norm(&gradients, &profile)?;
+        self.states_bytes = self.model.backend().memory().0;
         let rate = learning_rate(
             &self.config.schedule,
             self.config.optimizer.learning_rate,
             step,
             self.config.train.steps,
         );
-        let norm = reduced.norm;
         let finite = norm.is_finite() && totals.loss.is_finite();
         if finite {
             let clip = self.config.train.clip_norm;
             let scalars = adamw_step(&self.config.optimizer, rate, self.progress.updates + 1, norm, clip);
             let (optimizer, parameters) = (&mut self.optimizer, &mut self.parameters);
-            optimizer.update(reduced, scalars, parameters, &profile)?;
+            optimizer.update(&gradients, scalars, parameters, &profile)?;
             self.update_bias(&totals.counts);
             self.progress.updates += 1;
         }
@@ -181,49 +225,40 @@ impl<'a, B: Backend> RankState<'a, B> {
         Ok(self.record(step, totals, norm, rate, !finite, seconds, times, sums.data_s))
     }
 
-    /// All waves and accumulation steps: gradients of the step, not yet joined over ranks.
-    fn accumulate(&mut self, step: u64) -> Result<(GradientFold<B>, Sums), TrainError> {
-        let waves = self.fold.waves(self.comm.rank());
-        let backend = self.model.backend().clone();
-        let layout = self.model.layout().clone();
-        let mut fold = GradientFold::new(backend.clone(), self.fold, *self.model.placement(), &layout);
-        let mut sums = Sums::default();
+    /// All waves and accumulation steps: gradients of the step, given to `reduce` whenever those of all waves are there.
+    fn accumulate(
+        &self,
+        step: u64,
+        reduce: impl Fn(&mut StepGradients<'_, B>) -> Result<(), CommError>,
+    ) -> Result<(StepGradients<'_, B>, Sums), TrainError> {
+        let own = self.fold.slots_of(self.comm.rank());
+        let mut sums = Sums { slots: vec![Default::default(); own.len()], ..Sums::default() };
         let scale = self.loss_scale(step, &mut sums)?;
-        for wave in &waves {
-            let instances = self.instances(wave);
-            let mut gradients = Gradients::zeros(&backend, &layout, wave.len(), instances);
-            let first = sums.slots.len();
-            sums.slots.resize_with(first + wave.len(), Default::default);
-            for turn in 0..self.feed.turns() {
-                let fed = self.feed_train(step, turn, wave, &mut sums)?;
-                let outcome =
-                    self.model.forward_backward(&self.parameters, &fed.batch, &scale, &mut gradients)?;
-                for (index, losses) in outcome.losses.iter().enumerate() {
-                    let slot = &mut sums.slots[first + index];
-                    slot.0 += *losses;
-                    slot.1 += fed.targets[index];
-                    slot.2 += fed.target_bytes[index];
-                }
-                add_counts(&mut sums.counts, &outcome.counts);
+        let mut gradients = self.reducer.begin();
+        let every_turn = self.config.train.reduce_every == ReduceEvery::Microbatch;
+        for pass in passes(&self.fold.waves(self.comm.rank()), self.feed.turns(), every_turn) {
+            let fed = self.feed_train(step, pass.turn, &pass.wave, &mut sums)?;
+            gradients.enter(pass.clone());
+            let outcome =
+                self.model.forward_backward(&self.parameters, &fed.batch, &scale, &mut gradients)?;
+            let slots = &mut sums.slots[pass.wave.start - own.start..];
+            for (index, (slot, losses)) in slots.iter_mut().zip(&outcome.losses).enumerate() {
+                slot.0 += *losses;
+                slot.1 += fed.targets[index];
+                slot.2 += fed.target_bytes[index];
             }
-            fold.absorb(wave.clone(), gradients, waves.len() == 1);
+            add_counts(&mut sums.counts, &outcome.counts);
+            if pass.completes && pass.last_wave {
+                reduce(&mut gradients)?;
+            }
         }
-        Ok((fold, sums))
+        Ok((gradients, sums))
     }
 
-    /// The gradients of a step by segment, not yet joined over ranks; for the baselines.
-    pub(crate) fn accumulate_for_bench(&mut self, step: u64) -> Result<Vec<Vec<Part<f32>>>, TrainError> {
+    /// The gradients of a step, not joined over ranks; for the baselines.
+    pub(crate) fn accumulate_for_bench(&mut self, step: u64) -> Result<StepGradients<'_, B>, TrainError> {
         self.progress.step = step;
-        let (gradients, _) = self.accumulate(step)?;
-        Ok(gradients.into_roots(self.optimizer.shards()))
-    }
-
-    fn instances(&self, wave: &Range<usize>) -> usize {
-        if self.config.model.moe_layers() == 0 {
-            0
-        } else {
-            self.model.placement().instances(wave.clone()).len()
-        }
+        Ok(self.accumulate(step, |_| Ok(()))?.0)
     }
 
     fn feed_train(
@@ -296,15 +331,18 @@ impl<'a, B: Backend> RankState<'a, B> {
     /// Auxiliary-loss-free balancing (Wang et al., 2024): a step up for experts below the mean load, down for those above.
     fn update_bias(&mut self, counts: &[Vec<u64>]) {
         let rate = self.config.model.bias_update_rate;
-        for (bias, counts) in self.parameters.bias.iter_mut().zip(counts) {
+        for (layer, counts) in self.model.layout().moe_layers().zip(counts) {
+            let unit = Layout::layer_unit(layer);
             let total: u64 = counts.iter().sum();
-            for (bias, count) in bias.iter_mut().zip(counts) {
+            let mut moved = self.parameters.bias(unit).to_vec();
+            for (bias, count) in moved.iter_mut().zip(counts) {
                 match (count * counts.len() as u64).cmp(&total) {
                     std::cmp::Ordering::Less => *bias += rate,
                     std::cmp::Ordering::Equal => {}
                     std::cmp::Ordering::Greater => *bias -= rate,
                 }
             }
+            self.parameters.set_bias(unit, moved);
         }
     }
 
@@ -386,14 +424,28 @@ impl<'a, B: Backend> RankState<'a, B> {
         }))
     }
 
-    /// What the planted fault does to the reduced gradient at `step`.
-    fn fault_at(&self, step: u64) -> Option<(usize, fn(f32) -> f32)> {
-        match self.fault {
+    /// Changes one element of rank 0's shard of the reduced gradient, if a fault is planted for this step.
+    fn plant_fault(&self, step: u64, gradients: &mut [B::Buf]) {
+        let (mut element, change): (usize, fn(f32) -> f32) = match self.fault {
             Some(Fault::NudgeGradient { step: when, element }) if when == step => {
-                Some((element, |value| f32::from_bits(value.to_bits() + 1)))
+                (element, |value| f32::from_bits(value.to_bits() + 1))
             }
-            Some(Fault::PoisonGradient { step: when }) if when == step => Some((0, |_| f32::NAN)),
-            _ => None,
+            Some(Fault::PoisonGradient { step: when }) if when == step => (0, |_| f32::NAN),
+            _ => return,
+        };
+        if self.comm.rank() != 0 {
+            return;
+        }
+        for shard in gradients {
+            let mut values = vec![0.0; shard.len()];
+            self.model.backend().download(shard.all(), &mut values);
+            let mut moved = values.iter_mut().filter(|value| **value != 0.0);
+            if let Some(value) = moved.by_ref().nth(element) {
+                *value = change(*value);
+                self.model.backend().upload(&values, shard.all_mut());
+                return;
+            }
+            element -= values.iter().filter(|value| **value != 0.0).count();
         }
     }
 }
@@ -430,19 +482,15 @@ pub fn max_over_mean(counts: &[Vec<u64>]) -> f64 {
     if counts.is_empty() { 0.0 } else { counts.iter().map(ratio).sum::<f64>() / counts.len() as f64 }
 }
 
-fn initial_parameters<B: Backend>(model: &Transformer<B>, seed: u64) -> Parameters<B> {
-    let (backend, layout) = (model.backend(), model.layout());
-    let upload = |values: &[f32], buffer: &mut B::Buf, at: usize| {
-        backend.upload(values, buffer.slice_mut(at..at + values.len()));
+fn initialize<B: Backend>(parameters: &mut ShardedParameters<B>, layout: &Layout, seed: u64) {
+    let initial = |kind, range: Range<usize>| {
+        let whole = match kind {
+            SegmentKind::Dense { unit } => initialize_unit(layout, unit, seed),
+            SegmentKind::Expert { moe_layer, expert } => {
+                initialize_expert(layout, layout.moe_layers().start + moe_layer, expert, seed)
+            }
+        };
+        Ok::<_, Infallible>(whole[range].to_vec())
     };
-    let mut dense = backend.zeros(layout.dense_len());
-    upload(&initialize_dense(layout, seed), &mut dense, 0);
-    let held = model.held_experts();
-    let mut experts = backend.zeros(layout.moe_layers().len() * held.len() * layout.expert_len());
-    let blocks = layout.moe_layers().flat_map(|layer| held.iter().map(move |expert| (layer, *expert)));
-    for (index, (layer, expert)) in blocks.enumerate() {
-        upload(&initialize_expert(layout, layer, expert, seed), &mut experts, index * layout.expert_len());
-    }
-    let bias = layout.moe_layers().map(|_| vec![0.0; layout.num_experts()]).collect();
-    Parameters { dense, experts, bias }
+    let Ok(()) = parameters.fill(initial);
 }

@@ -87,6 +87,10 @@ pub struct MemoryRecord {
     pub estimated: u64,
     /// Largest that was in use.
     pub measured: u64,
+    /// In use before the last update, when nothing but states is there: parameters, moments, the reduced gradient and
+    /// the rotary table.
+    #[serde(default)]
+    pub states: u64,
 }
 
 /// What was found before the first step.

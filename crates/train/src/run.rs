@@ -322,6 +322,7 @@ fn run_rank(shared: &Shared<'_>, comm: Communicator) -> Result<RankOutcome, Trai
     let memory = MemoryRecord {
         estimated: shared.memory.iter().map(|(_, bytes)| bytes).sum(),
         measured: backend.memory().1 as u64,
+        states: run.state.states_bytes() as u64,
     };
     let seconds = shared.began.elapsed().as_secs_f64();
     let progress = run.state.progress();

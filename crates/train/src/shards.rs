@@ -1,8 +1,8 @@
-//! Which rank owns which elements of which parameters' optimizer state (ZeRO-1), as pure arithmetic.
+//! Which rank owns which elements of which parameters' states, as pure arithmetic.
 //!
-//! The parameters are *segments*: the dense buffer, then each expert block by (MoE layer, expert). A segment is summed
-//! over its leaves (slots for the dense one, expert groups for an expert) and cut into shards of whole norm chunks
-//! over the ranks that hold it.
+//! The parameters are *segments*, unit by unit: a unit's dense tensors, then the block of each of its experts. A segment
+//! is summed over its leaves (slots for dense ones, expert groups for an expert) and cut into shards of whole norm
+//! chunks over the ranks that hold it: all of them, or the expert's data-parallel group.
 
 use std::ops::Range;
 
@@ -13,8 +13,11 @@ use unisono_plan::{Layout, NORM_CHUNK};
 /// What a segment is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum SegmentKind {
-    /// All dense parameters.
-    Dense,
+    /// The dense parameters of a unit.
+    Dense {
+        /// The unit.
+        unit: usize,
+    },
     /// The block of one expert.
     Expert {
         /// Index among the MoE layers.
@@ -29,14 +32,23 @@ pub enum SegmentKind {
 pub struct ShardedSegment {
     /// What it is.
     pub kind: SegmentKind,
+    /// Its elements.
+    pub len: usize,
     /// Leaves of its sum.
     pub items: usize,
     /// `[rank]` leaves that a rank holds.
     pub held: Vec<Range<usize>>,
-    /// `[rank]` elements whose optimizer state a rank owns.
+    /// `[rank]` elements whose states a rank owns.
     pub shards: Vec<Range<usize>>,
     /// The first of its chunks among all chunks of the model.
     pub first_chunk: usize,
+}
+
+impl ShardedSegment {
+    /// Whether a rank computes with it.
+    pub fn is_held(&self, rank: usize) -> bool {
+        !self.held[rank].is_empty()
+    }
 }
 
 /// One piece of a rank's shard.
@@ -46,17 +58,21 @@ pub struct Piece {
     pub segment: usize,
     /// What that is.
     pub kind: SegmentKind,
+    /// Its unit.
+    pub unit: usize,
     /// Elements of the segment.
     pub range: Range<usize>,
-    /// Where they start in the rank's concatenated shards.
+    /// Where they start in the rank's shards of the unit, one after the other.
     pub offset: usize,
 }
 
 /// The cut of a whole model over the ranks of a fold.
 #[derive(Debug, Clone)]
 pub struct Shards {
-    /// All segments, in order.
+    /// All segments, unit by unit.
     pub segments: Vec<ShardedSegment>,
+    /// The segments of each unit.
+    units: Vec<Range<usize>>,
     chunks: usize,
 }
 
@@ -64,35 +80,31 @@ impl Shards {
     /// Cuts a model over a fold.
     pub fn new(layout: &Layout, placement: &ExpertPlacement, fold: &Fold) -> Self {
         let ranks = fold.ranks();
-        let cut = |len: usize, owners: &[usize]| {
-            let mut shards = vec![0..0; ranks];
-            for (index, rank) in owners.iter().enumerate() {
-                shards[*rank] = shard::part_in_chunks(len, NORM_CHUNK, owners.len(), index);
-            }
-            shards
-        };
         let everyone: Vec<usize> = (0..ranks).collect();
-        let mut segments = vec![ShardedSegment {
-            kind: SegmentKind::Dense,
-            items: fold.grid().slots(),
-            held: (0..ranks).map(|rank| fold.slots_of(rank)).collect(),
-            shards: cut(layout.dense_len(), &everyone),
-            first_chunk: 0,
-        }];
-        let mut first_chunk = layout.dense_len() / NORM_CHUNK;
-        for moe_layer in 0..layout.moe_layers().len() {
-            for expert in 0..layout.num_experts() {
-                segments.push(ShardedSegment {
+        let (mut segments, mut units) = (Vec::new(), Vec::with_capacity(layout.units()));
+        for unit in 0..layout.units() {
+            let first = segments.len();
+            segments.push(ShardedSegment {
+                kind: SegmentKind::Dense { unit },
+                len: layout.unit_len(unit),
+                items: fold.grid().slots(),
+                held: (0..ranks).map(|rank| fold.slots_of(rank)).collect(),
+                shards: cut(layout.unit_len(unit), &everyone, ranks, unit),
+                first_chunk: layout.first_chunk(unit),
+            });
+            if let Some(moe_layer) = layout.moe_layer_of(unit) {
+                segments.extend((0..layout.num_experts()).map(|expert| ShardedSegment {
                     kind: SegmentKind::Expert { moe_layer, expert },
+                    len: layout.expert_len(),
                     items: fold.grid().groups(),
                     held: (0..ranks).map(|rank| placement.groups_of(rank, expert)).collect(),
-                    shards: cut(layout.expert_len(), &placement.ranks_of(expert)),
-                    first_chunk,
-                });
-                first_chunk += layout.expert_len() / NORM_CHUNK;
+                    shards: cut(layout.expert_len(), &placement.ranks_of(expert), ranks, unit + expert),
+                    first_chunk: layout.first_expert_chunk(moe_layer, expert),
+                }));
             }
+            units.push(first..segments.len());
         }
-        Self { segments, chunks: first_chunk }
+        Self { segments, units, chunks: layout.chunks() }
     }
 
     /// Chunks of the whole model.
@@ -100,27 +112,44 @@ impl Shards {
         self.chunks
     }
 
-    /// The pieces whose optimizer state `rank` owns, in the order of a reduce-scatter's output.
+    /// How many units there are.
+    pub fn units(&self) -> usize {
+        self.units.len()
+    }
+
+    /// The segments of a unit, the dense one first.
+    pub fn of_unit(&self, unit: usize) -> &[ShardedSegment] {
+        &self.segments[self.units[unit].clone()]
+    }
+
+    /// The pieces whose states `rank` owns, unit by unit, each in the order of its reduce-scatter's output.
     pub fn pieces(&self, rank: usize) -> Vec<Piece> {
-        let mut offset = 0;
         let mut pieces = Vec::new();
-        for (index, segment) in self.segments.iter().enumerate() {
-            let range = segment.shards[rank].clone();
-            if !range.is_empty() {
-                let len = range.len();
-                pieces.push(Piece { segment: index, kind: segment.kind, range, offset });
-                offset += len;
+        for (unit, segments) in self.units.iter().enumerate() {
+            let mut offset = 0;
+            for (segment, cut) in segments.clone().map(|index| (index, &self.segments[index])) {
+                let range = cut.shards[rank].clone();
+                if !range.is_empty() {
+                    let len = range.len();
+                    pieces.push(Piece { segment, kind: cut.kind, unit, range, offset });
+                    offset += len;
+                }
             }
         }
         pieces
     }
 
-    /// Elements whose optimizer state `rank` owns.
-    pub fn owned_len(&self, rank: usize) -> usize {
-        self.segments.iter().map(|segment| segment.shards[rank].len()).sum()
+    /// Elements of a unit whose states `rank` owns.
+    pub fn owned_of_unit(&self, rank: usize, unit: usize) -> usize {
+        self.of_unit(unit).iter().map(|segment| segment.shards[rank].len()).sum()
     }
 
-    /// The chunks that `rank` owns, as ranges of all chunks, ascending and merged.
+    /// Elements whose states `rank` owns.
+    pub fn owned_len(&self, rank: usize) -> usize {
+        (0..self.units()).map(|unit| self.owned_of_unit(rank, unit)).sum()
+    }
+
+    /// The chunks that `rank` owns, as ranges of all chunks, in the order of its pieces; neighbours merged.
     pub fn owned_chunks(&self, rank: usize) -> Vec<Range<usize>> {
         let mut ranges: Vec<Range<usize>> = Vec::new();
         for segment in &self.segments {
@@ -138,9 +167,9 @@ impl Shards {
         ranges
     }
 
-    /// The reduce-scatter of all gradients.
-    pub fn reduce_plan(&self) -> ReducePlan {
-        let segments = self.segments.iter().map(|segment| Segment {
+    /// The reduce-scatter of a unit's gradients.
+    pub fn reduce_plan(&self, unit: usize) -> ReducePlan {
+        let segments = self.of_unit(unit).iter().map(|segment| Segment {
             items: segment.items,
             held: segment.held.clone(),
             shards: segment.shards.clone(),
@@ -148,28 +177,33 @@ impl Shards {
         ReducePlan { segments: segments.collect() }
     }
 
-    /// The all-gather of updated parameters of one kind. A segment that one rank holds alone stays where it is.
-    /// `offset` says where a segment lies in this rank's receive buffer (any value if the rank does not hold it).
+    /// The all-gather of those of a unit's segments that are `chosen`. `offset` says where a segment lies in this
+    /// rank's receive buffer (any value if the rank does not hold it).
     pub fn gather_plan(
         &self,
-        dense: bool,
+        unit: usize,
+        chosen: impl Fn(&ShardedSegment) -> bool,
         offset: impl Fn(SegmentKind) -> usize,
-    ) -> (GatherPlan, Vec<usize>) {
-        let (mut segments, mut chosen) = (Vec::new(), Vec::new());
-        for (index, segment) in self.segments.iter().enumerate() {
-            let wanted: Vec<bool> = segment.held.iter().map(|leaves| !leaves.is_empty()).collect();
-            let shared = wanted.iter().filter(|wants| **wants).count() > 1;
-            if shared && (segment.kind == SegmentKind::Dense) == dense {
-                segments.push(GatherSegment {
-                    shards: segment.shards.clone(),
-                    wanted,
-                    offset: offset(segment.kind),
-                });
-                chosen.push(index);
-            }
-        }
-        (GatherPlan { segments }, chosen)
+    ) -> GatherPlan {
+        let segments = self.of_unit(unit).iter().filter(|segment| chosen(segment));
+        let segments = segments.map(|segment| GatherSegment {
+            shards: segment.shards.clone(),
+            wanted: (0..segment.held.len()).map(|rank| segment.is_held(rank)).collect(),
+            offset: offset(segment.kind),
+        });
+        GatherPlan { segments: segments.collect() }
     }
+}
+
+/// Cuts `len` elements over `owners` of `ranks` ranks. The first owner is another one from segment to segment, so that
+/// what does not divide is not always the same rank's.
+fn cut(len: usize, owners: &[usize], ranks: usize, turn: usize) -> Vec<Range<usize>> {
+    let mut shards = vec![0..0; ranks];
+    for (index, rank) in owners.iter().enumerate() {
+        let part = (index + turn) % owners.len();
+        shards[*rank] = shard::part_in_chunks(len, NORM_CHUNK, owners.len(), part);
+    }
+    shards
 }
 
 #[cfg(test)]
@@ -189,6 +223,14 @@ mod tests {
                     Fold::new(Grid { replicas, expert_group, ..Grid::default() }, ranks).expect("divides");
                 let shards = Shards::new(&layout, &ExpertPlacement::new(fold, 12), &fold);
                 assert_eq!(shards.chunks(), layout.chunks());
+                for rank in 0..ranks {
+                    let even = layout.chunks() * NORM_CHUNK / ranks;
+                    let owned = shards.owned_len(rank);
+                    assert!(
+                        owned.abs_diff(even) * 10 < even,
+                        "rank {rank} of {ranks} owns {owned} of {even}"
+                    );
+                }
                 let mut owned: Vec<usize> =
                     (0..ranks).flat_map(|r| shards.owned_chunks(r)).flatten().collect();
                 owned.sort_unstable();

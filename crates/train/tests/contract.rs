@@ -6,7 +6,7 @@ use std::sync::OnceLock;
 use unisono_data::Dataset;
 use unisono_mesh::Grid;
 use unisono_plan::ModelConfig;
-use unisono_train::config::{RecomputeConfig, TrainConfig};
+use unisono_train::config::{LayoutConfig, RecomputeConfig, ReduceEvery, TrainConfig};
 use unisono_train::{Event, Fault, Observer, RunConfig, RunOptions, StepHashes, run_folder, train_on};
 
 const STEPS: u64 = 20;
@@ -168,13 +168,85 @@ fn six_replicas_in_one_group() {
     check_grid(6, 6, 12);
 }
 
+/// Where `ranks` ranks are cut into nodes: 3 + 5 of 8, and as unevenly elsewhere.
+fn cut_nodes(ranks: usize) -> Vec<usize> {
+    match ranks {
+        1 => Vec::new(),
+        8 => vec![3, 5],
+        ranks => vec![1, ranks - 1],
+    }
+}
+
+/// Every rank count x what is sharded x communication beside computation or not, with uneven nodes: all as one rank.
+fn check_sharding(replicas: usize, expert_group: usize, num_experts: usize) {
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    let ranks: Vec<usize> = (1..=replicas).filter(|ranks| replicas.is_multiple_of(*ranks)).collect();
+    let mut config = config(replicas, expert_group, num_experts);
+    config.train.reduce_every = ReduceEvery::Microbatch;
+    let reference = reference(&config, folder.path());
+    for &ranks in &ranks {
+        for zero in 1..=3 {
+            let overlap = !(ranks + zero).is_multiple_of(3);
+            config.layout = LayoutConfig { zero, overlap, ..LayoutConfig::default() };
+            let what = format!("ZeRO-{zero} on {ranks} ranks, overlap {overlap}");
+            let mut options = RunOptions::new(folder.path().join(&what), ranks, 1);
+            options.nodes = cut_nodes(ranks);
+            options.jitter = (zero == 3).then_some(ranks as u64);
+            assert_same(&what, &run(&config, &options), &reference);
+        }
+    }
+    let (few, many) = (ranks[1], ranks[ranks.len() - 1]);
+    for (before, after) in
+        [((1, many), (3, few)), ((3, many), (2, few)), ((2, few), (3, 1)), ((3, few), (1, many))]
+    {
+        let what = format!("ZeRO and ranks {before:?}, then {after:?}");
+        config.layout.zero = before.0;
+        let mut options = RunOptions::new(folder.path().join(&what), before.1, 1);
+        options.stop_after = Some(7);
+        train_on(&config, &options, dataset(), &Quiet).expect("the first part succeeds");
+        config.layout.zero = after.0;
+        let mut options = RunOptions::new(folder.path().join(&what), after.1, 1);
+        (options.resume, options.nodes) = (true, cut_nodes(after.1));
+        assert_same(&what, &run(&config, &options), &reference);
+    }
+}
+
+#[test]
+fn shards_of_eight_replicas_in_groups_of_two() {
+    check_sharding(8, 2, 8);
+}
+
+#[test]
+fn shards_of_eight_replicas_in_one_group() {
+    check_sharding(8, 8, 8);
+}
+
+#[test]
+fn shards_of_six_replicas_in_groups_of_three() {
+    check_sharding(6, 3, 12);
+}
+
+#[test]
+fn without_accumulation_both_orders_of_joining_are_one() {
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    let mut config = config(4, 2, 8);
+    config.train.accumulate = 1;
+    config.model.tie_embeddings = true;
+    let reference = reference(&config, folder.path());
+    for (zero, reduce_every) in [(3, ReduceEvery::Step), (2, ReduceEvery::Microbatch)] {
+        (config.layout.zero, config.train.reduce_every) = (zero, reduce_every);
+        let what = format!("ZeRO-{zero}, {reduce_every:?}");
+        assert_same(&what, &run(&config, &RunOptions::new(folder.path().join(&what), 4, 1)), &reference);
+    }
+}
+
 #[test]
 fn one_ulp_in_one_gradient_is_noticed() {
     let folder = tempfile::tempdir().expect("a temporary folder");
     let config = config(8, 2, 8);
     let reference = reference(&config, folder.path());
     let mut options = RunOptions::new(folder.path().join("nudged"), 2, 1);
-    options.fault = Some(Fault::NudgeGradient { step: 1, element: 4096 * 32 + 4096 });
+    options.fault = Some(Fault::NudgeGradient { step: 1, element: 1000 });
     let nudged = run(&config, &options);
     assert_ne!(nudged.hashes, reference.hashes);
 }

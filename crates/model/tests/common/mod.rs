@@ -2,12 +2,16 @@
 
 use std::collections::BTreeMap;
 use std::path::Path;
+use std::rc::Rc;
 use std::time::Instant;
 
 use safetensors::SafeTensors;
 use unisono_comm::{CommError, run_ranks};
 use unisono_mesh::{Fold, Grid};
-use unisono_model::{Batch, Gradients, LossScale, Parameters, Profile, Recompute, Transformer};
+use unisono_model::{
+    Batch, GradientSink, LossScale, ParameterSource, Profile, Recompute, Transformer, UnitGradients,
+    UnitParameters,
+};
 use unisono_plan::ModelConfig;
 use unisono_tensor::{Backend, Cpu, IGNORE};
 
@@ -44,26 +48,47 @@ pub fn load(case: &str) -> Reference {
     Reference { floats, words, model, sequence_length: sequence_length as usize }
 }
 
-fn parameters(reference: &Reference, model: &Transformer<Cpu>) -> Parameters<Cpu> {
-    let layout = model.layout();
-    let backend = model.backend();
-    let mut dense = backend.zeros(layout.dense_len());
-    for tensor in layout.dense_tensors() {
-        dense[tensor.range()].copy_from_slice(&reference.floats[&tensor.name]);
+/// All units, whole.
+pub struct Parameters(pub Vec<UnitParameters<Cpu>>);
+
+impl ParameterSource<Cpu> for Parameters {
+    fn unit(&self, unit: usize, _next: Option<usize>) -> Result<UnitParameters<Cpu>, CommError> {
+        Ok(self.0[unit].clone())
     }
-    let mut experts = backend.zeros(layout.expert_blocks() * layout.expert_len());
-    let blocks = layout.moe_layers().flat_map(|layer| (0..layout.num_experts()).map(move |e| (layer, e)));
-    for (index, (layer, expert)) in blocks.enumerate() {
+}
+
+/// Gradients of all units.
+pub struct Gradients(pub Vec<UnitGradients<Cpu>>);
+
+impl GradientSink<Cpu> for Gradients {
+    fn unit(&mut self, unit: usize) -> &mut UnitGradients<Cpu> {
+        &mut self.0[unit]
+    }
+
+    fn ready(&mut self, _unit: usize) -> Result<(), CommError> {
+        Ok(())
+    }
+}
+
+fn unit_parameters(reference: &Reference, model: &Transformer<Cpu>, unit: usize) -> UnitParameters<Cpu> {
+    let layout = model.layout();
+    let moe = layout.moe_layer_of(unit).is_some();
+    let experts = if moe { layout.num_experts() } else { 0 };
+    let dense = layout.unit_len(unit);
+    let mut values = model.backend().zeros(dense + experts * layout.expert_len());
+    for tensor in layout.unit_tensors(unit) {
+        values[tensor.range()].copy_from_slice(&reference.floats[&tensor.name]);
+    }
+    for expert in 0..experts {
         for (which, tensor) in layout.expert.iter().enumerate() {
-            let start = index * layout.expert_len() + tensor.offset;
-            let name = layout.expert_tensor_name(layer, expert, which);
-            experts[start..start + tensor.len()].copy_from_slice(&reference.floats[&name]);
+            let start = dense + expert * layout.expert_len() + tensor.offset;
+            let name = layout.expert_tensor_name(unit - 1, expert, which);
+            values[start..start + tensor.len()].copy_from_slice(&reference.floats[&name]);
         }
     }
     let bias =
-        layout.moe_layers().map(|layer| reference.floats[&format!("layers.{layer}.router_bias")].clone());
-    let bias = bias.collect();
-    Parameters { dense, experts, bias }
+        if moe { reference.floats[&format!("layers.{}.router_bias", unit - 1)].as_slice() } else { &[] };
+    UnitParameters { values: Rc::new(values), bias: bias.into() }
 }
 
 fn batch(reference: &Reference) -> Batch {
@@ -84,14 +109,17 @@ fn batch(reference: &Reference) -> Batch {
 pub struct Case {
     pub reference: Reference,
     pub model: Transformer<Cpu>,
-    pub parameters: Parameters<Cpu>,
+    pub parameters: Parameters,
     pub batch: Batch,
     pub scale: LossScale,
 }
 
 impl Case {
-    pub fn zeros(&self) -> Gradients<Cpu> {
-        Gradients::zeros(self.model.backend(), self.model.layout(), 1, self.reference.model.num_experts)
+    pub fn zeros(&self) -> Gradients {
+        let (backend, layout) = (self.model.backend(), self.model.layout());
+        let experts = self.reference.model.num_experts;
+        let unit = |unit| UnitGradients::zeros(backend, layout, unit, 1, experts);
+        Gradients((0..layout.units()).map(unit).collect())
     }
 }
 
@@ -105,7 +133,8 @@ pub fn run(case: &str, recompute: Recompute, body: impl Fn(Case) -> Result<(), C
         let (backend, config) = (Cpu::new(2), reference.model.clone());
         let mut model = Transformer::new(backend, config, fold, 0, group, length, recompute, 256, profile);
         model.keep_activations();
-        let (parameters, batch) = (parameters(&reference, &model), batch(&reference));
+        let units = (0..model.layout().units()).map(|unit| unit_parameters(&reference, &model, unit));
+        let (parameters, batch) = (Parameters(units.collect()), batch(&reference));
         let targets = batch.targets.iter().filter(|t| **t != IGNORE).count() as u64;
         let scale = LossScale { targets, sequences: batch.sequences as u64, sequence_length: length };
         body(Case { reference, model, parameters, batch, scale })
