@@ -9,7 +9,8 @@ use unisono_plan::ModelConfig;
 use unisono_train::RunConfig;
 use unisono_train::baseline::{BaselineMeasured, Synchronisation, bench_baseline};
 use unisono_train::bench::{StepBench, StepMeasured, bench_products, bench_step};
-use unisono_train::config::{EvaluationConfig, TrainConfig};
+use unisono_train::config::{EvaluationConfig, LayoutConfig, ReduceEvery, TrainConfig};
+use unisono_train::overlap::{OverlapBench, bench_overlap};
 
 use crate::error::{CliError, DONE};
 use crate::layout::cores;
@@ -29,6 +30,8 @@ pub enum Bench {
     Baseline(Baseline),
     /// Reduce-scatter + all-gather between ranks next to memory copies of the same volume
     Collectives(Collectives),
+    /// How much of the gathers of ZeRO-3 hides behind computation, on a pretended link between ranks
+    Overlap(Overlap),
 }
 
 /// Sizes of the step, named as in `scripts/torch_moe.py`.
@@ -128,6 +131,25 @@ pub struct Collectives {
     json: bool,
 }
 
+/// `unisono bench overlap`
+#[derive(Debug, Args)]
+pub struct Overlap {
+    #[command(flatten)]
+    sizes: Sizes,
+    /// Ranks, each with one thread and a node of its own; more than there are cores measures the cores
+    #[arg(long, default_value_t = 2)]
+    ranks: usize,
+    /// Megabytes a second of each rank's link
+    #[arg(long, default_value_t = 200.0)]
+    link_mb_per_s: f64,
+    /// Rounds of the three ways in turn
+    #[arg(long, default_value_t = 5)]
+    rounds: usize,
+    /// Steps of a round; the first warms up
+    #[arg(long, default_value_t = 4)]
+    steps: usize,
+}
+
 /// `unisono bench`
 pub fn run(args: Bench) -> Result<u8, CliError> {
     match args {
@@ -136,6 +158,7 @@ pub fn run(args: Bench) -> Result<u8, CliError> {
         Bench::Fold(args) => fold(&args),
         Bench::Baseline(args) => baseline(&args),
         Bench::Collectives(args) => collectives(&args),
+        Bench::Overlap(args) => overlap(&args),
     }
 }
 
@@ -329,4 +352,29 @@ fn collectives(args: &Collectives) -> Result<u8, CliError> {
         }
     }
     print(args.json, &json!({"reduce_scatter_all_gather": list}), table(&rows, 1))
+}
+
+fn overlap(args: &Overlap) -> Result<u8, CliError> {
+    let mut config = config(&args.sizes, args.ranks, args.ranks)?;
+    config.train.reduce_every = ReduceEvery::Microbatch;
+    config.layout = LayoutConfig { zero: 3, ..LayoutConfig::default() };
+    let bench = OverlapBench {
+        config,
+        ranks: args.ranks,
+        bytes_per_s: args.link_mb_per_s * 1e6,
+        rounds: args.rounds,
+        steps: args.steps,
+    };
+    let measured = bench_overlap(&bench)?;
+    let milliseconds = |name: &str, seconds: f64| vec![name.into(), format!("{:.1}", seconds * 1e3)];
+    let rows = vec![
+        ["gathers", "ms a step"].map(String::from).to_vec(),
+        milliseconds("beside computation", measured.overlapped_s),
+        milliseconds("waited for", measured.serial_s),
+        milliseconds("without a link", measured.without_s),
+        vec!["hidden".into(), format!("{:.0}%", measured.hidden() * 100.0)],
+    ];
+    let json =
+        json!({"measured": measured, "hidden": measured.hidden(), "link_mb_per_s": args.link_mb_per_s});
+    print(args.sizes.json, &json, table(&rows, 1))
 }
