@@ -34,6 +34,10 @@ pub struct SoftwareConstants {
     pub memory: f64,
     /// Of attention.
     pub attention: f64,
+    /// Of the products of experts.
+    pub grouped: f64,
+    /// Of dispatch and combine.
+    pub dispatch: f64,
     /// Host seconds for each kernel of a dense layer.
     pub launch_s: f64,
     /// By how much more the host works for an MoE layer's kernels.
@@ -133,6 +137,8 @@ pub const FITTED: Constants = Constants {
         SoftwareConstants {
             memory: 1.0,
             attention: 1.0,
+            grouped: 1.0,
+            dispatch: 1.0,
             launch_s: 2.94e-05,
             moe_launch: 3.0,
             tensor_exposed: 0.207,
@@ -141,6 +147,8 @@ pub const FITTED: Constants = Constants {
         SoftwareConstants {
             memory: 0.581,
             attention: 1.0,
+            grouped: 1.0,
+            dispatch: 1.0,
             launch_s: 4e-06,
             moe_launch: 1.0,
             tensor_exposed: 0.4,
@@ -149,6 +157,8 @@ pub const FITTED: Constants = Constants {
         SoftwareConstants {
             memory: 0.87,
             attention: 1.006,
+            grouped: 1.0,
+            dispatch: 1.0,
             launch_s: 6.56e-05,
             moe_launch: 1.0,
             tensor_exposed: 1.2,
@@ -157,6 +167,8 @@ pub const FITTED: Constants = Constants {
         SoftwareConstants {
             memory: 5.0,
             attention: 4.0,
+            grouped: 1.0,
+            dispatch: 1.0,
             launch_s: 2.8e-05,
             moe_launch: 1.0,
             tensor_exposed: 1.0,
@@ -165,6 +177,8 @@ pub const FITTED: Constants = Constants {
         SoftwareConstants {
             memory: 2.13,
             attention: 1.659,
+            grouped: 1.0,
+            dispatch: 1.0,
             launch_s: 2.4e-05,
             moe_launch: 3.0,
             tensor_exposed: 1.0,
@@ -173,6 +187,8 @@ pub const FITTED: Constants = Constants {
         SoftwareConstants {
             memory: 0.3,
             attention: 1.76,
+            grouped: 1.0,
+            dispatch: 1.0,
             launch_s: 1.6e-05,
             moe_launch: 3.0,
             tensor_exposed: 1.014,
@@ -181,6 +197,8 @@ pub const FITTED: Constants = Constants {
         SoftwareConstants {
             memory: 2.984,
             attention: 1.0,
+            grouped: 1.0,
+            dispatch: 1.0,
             launch_s: 4e-06,
             moe_launch: 1.0,
             tensor_exposed: 0.6,
@@ -240,6 +258,16 @@ impl Calibration {
     /// The factor of attention.
     pub fn attention(&self) -> f64 {
         self.gpu.attention * self.software.attention
+    }
+
+    /// The factor of the products of experts in `precision`.
+    pub fn grouped(&self, precision: Precision) -> f64 {
+        self.product(precision) * self.gpu.grouped * self.software.grouped
+    }
+
+    /// The factor of dispatch and combine.
+    pub fn dispatch(&self) -> f64 {
+        self.common.dispatch * self.software.dispatch
     }
 
     /// Host seconds of a kernel.

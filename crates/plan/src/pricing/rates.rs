@@ -36,7 +36,7 @@ impl Rates {
     /// `rows` spread over the products of `here` experts.
     pub fn grouped(&self, rows: f64, here: f64, n: f64, k: f64, precision: Precision) -> f64 {
         let seconds = self.kernels.grouped_gemm(rows, here as usize, n as usize, k as usize, precision);
-        seconds * self.calibration.product(precision) * self.calibration.gpu.grouped
+        seconds * self.calibration.grouped(precision)
     }
 
     /// Fused attention, forward and backward.
@@ -99,7 +99,7 @@ impl Rates {
         } else {
             self.collectives.seconds(Collective::AllToAll, tokens * moe.top_k as f64 * bytes, group)
         };
-        seconds * self.calibration.common.dispatch
+        seconds * self.calibration.dispatch()
     }
 }
 
