@@ -2,7 +2,7 @@
 
 use std::time::Instant;
 
-use unisono_plan::search::Search;
+use unisono_plan::search::{Plan, Search};
 use unisono_plan::{
     Architecture, Cluster, DispatchKind, Optimizer, Parallelism, Precision, Routing, Software, Trainable,
     Training,
@@ -28,6 +28,12 @@ fn core_s() -> f64 {
     let status = std::fs::read_to_string("/proc/thread-self/schedstat").unwrap_or_default();
     let nanoseconds = status.split_whitespace().next().and_then(|field| field.parse::<f64>().ok());
     nanoseconds.unwrap_or(0.0) / 1e9
+}
+
+/// A plan's price against its simulation, as a share.
+fn error(search: &Search, plan: &Plan) -> f64 {
+    let step = search.pricer().simulate(&plan.layout, false).expect("the layout was priced");
+    plan.priced.step_s / step.simulated.seconds - 1.0
 }
 
 fn main() {
@@ -60,6 +66,13 @@ fn main() {
         found.priced,
         found.feasible,
         found.front.len()
+    );
+    let mut errors: Vec<f64> = found.fastest.iter().map(|plan| 100.0 * error(&search, plan)).collect();
+    errors.sort_by(f64::total_cmp);
+    let (count, most) = (errors.len(), errors[0].abs().max(errors[errors.len() - 1].abs()));
+    println!(
+        "best {count} against their simulation: {:+.2}% in the median, at most {most:.2}%",
+        errors[count / 2]
     );
     for plan in found.fastest.iter().take(8) {
         let Parallelism {

@@ -33,6 +33,6 @@ pub use parallelism::{
     Modules, Optimizer, Parallelism, ParallelismError, Recomputation, Routing, Sharding, Training,
 };
 pub use precision::{Precision, PrecisionError};
-pub use pricing::{Breakdown, Passes, Priced, Pricer, Work, price};
+pub use pricing::{Breakdown, Passes, Priced, Pricer, SimulatedStep, Work, price};
 pub use rank_memory::{Kept, RankMemory};
 pub use software::{DispatchKind, Software, Trainable};

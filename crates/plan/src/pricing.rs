@@ -5,6 +5,7 @@
 
 mod pipeline;
 mod rates;
+mod simulated;
 mod stages;
 mod states;
 mod work;
@@ -15,6 +16,7 @@ use crate::hardware::Cluster;
 use crate::parallelism::{Parallelism, ParallelismError, Training};
 use crate::rank_memory::RankMemory;
 
+pub use simulated::SimulatedStep;
 pub use work::{Passes, Work};
 
 use rates::Rates;

@@ -80,3 +80,24 @@ fn what_is_left_out_before_pricing_would_not_have_fitted() {
         assert!(!search.pricer().price(&layout).expect("feasible").fits);
     }
 }
+
+#[test]
+fn prices_of_the_best_plans_are_within_5_percent_of_their_simulation() {
+    let model = Architecture::built_in("DeepSeek-V3").expect("a built-in model");
+    let cluster = Cluster::parse("h800x2048").expect("a built-in GPU");
+    let training = Training {
+        global_batch: 15_360,
+        compute: Precision::Fp8,
+        wire: Precision::Fp8,
+        dispatch: DispatchKind { deduplicated: true, overlapped: true },
+        ..training()
+    };
+    let search = Search::new(&model, &cluster, &training);
+    let found = search.run(0, 1);
+    assert_eq!(found.fastest.len(), 100);
+    for plan in &found.fastest {
+        let step = search.pricer().simulate(&plan.layout, false).expect("it was priced");
+        let error = plan.priced.step_s / step.simulated.seconds - 1.0;
+        assert!(error.abs() < 0.05, "{:+.1}% on {:?}", 100.0 * error, plan.layout);
+    }
+}

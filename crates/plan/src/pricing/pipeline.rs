@@ -3,7 +3,7 @@
 use crate::parallelism::Parallelism;
 use crate::schedule::ScheduleKind;
 
-use super::stages::Share;
+use super::stages::{MOST_KINDS, Share};
 use super::work::{Passes, Work};
 use super::{Breakdown, Pricer};
 
@@ -26,21 +26,52 @@ impl Pricer {
     /// The step of a checked layout.
     pub(super) fn breakdown(&self, layout: &Parallelism) -> Breakdown {
         let kinds = self.kind_passes(layout);
-        let mut slowest = RankTime::default();
-        let mut slowest_share = Share::default();
+        let mut slowest = (0, RankTime::default(), Share::default());
         let mut through_s = 0.0;
         for rank in 0..layout.pipeline {
             let share = self.stages.share(layout, rank);
             let time = self.rank_time(layout, &kinds, &share);
             through_s += time.total_s();
-            if time.total_s() > slowest.total_s() {
-                (slowest, slowest_share) = (time, share);
+            if time.total_s() > slowest.1.total_s() {
+                slowest = (rank, time, share);
             }
         }
-        self.assemble(layout, &slowest, &slowest_share, through_s)
+        let (rank, time, share) = slowest;
+        let idle_s = through_s - time.total_s();
+        let starved_s = match layout.schedule {
+            ScheduleKind::Interleaved => self.starved_s(layout, &kinds, rank),
+            _ => 0.0,
+        };
+        self.assemble(layout, &time, &share, idle_s, starved_s)
     }
 
-    fn rank_time(&self, layout: &Parallelism, kinds: &[Passes], share: &Share) -> RankTime {
+    /// Seconds of a micro-batch in which rank `slowest` of an interleaved pipeline waits though it has most to do: all ranks
+    /// work on the same turn of their chunks, and in turns in which the others have more than it, it waits for them.
+    fn starved_s(&self, layout: &Parallelism, kinds: &[Passes], slowest: usize) -> f64 {
+        let total_s = |passes: &Passes| {
+            [&passes.forward, &passes.input, &passes.weight].into_iter().map(|work| self.pass_s(work)).sum()
+        };
+        let mut of_kind = [0.0; MOST_KINDS];
+        of_kind.iter_mut().zip(kinds).for_each(|(seconds, passes)| *seconds = total_s(passes));
+        let sizes = self.sizes(layout);
+        let embedding_s: f64 = total_s(&sizes.embedding());
+        let head_s: f64 = total_s(&sizes.head()) * (1.0 + self.model.mtp_layers as f64);
+        let chunk_s = |chunk: usize| {
+            let share = self.stages.chunk_share(chunk, layout.chunks());
+            let layers: f64 =
+                share.layers.iter().zip(of_kind).map(|(n, seconds)| f64::from(*n) * seconds).sum();
+            let ends = [(share.embedding, embedding_s), (share.head, head_s)];
+            layers + ends.iter().filter(|(held, _)| *held).map(|(_, seconds)| seconds).sum::<f64>()
+        };
+        let turn = |turn: usize| {
+            let first = turn * layout.pipeline;
+            let all: f64 = (first..first + layout.pipeline).map(chunk_s).sum();
+            (all / layout.pipeline as f64 - chunk_s(first + slowest)).max(0.0)
+        };
+        (0..layout.virtual_stages).map(turn).sum()
+    }
+
+    pub(super) fn rank_time(&self, layout: &Parallelism, kinds: &[Passes], share: &Share) -> RankTime {
         let sizes = self.sizes(layout);
         let mut passes = Passes::default();
         for (kind, layers) in kinds.iter().zip(share.layers) {
@@ -63,17 +94,23 @@ impl Pricer {
 
     /// Seconds of a pass: kernels, or their launches where these take longer, and communication that nothing hides.
     fn pass_s(&self, work: &Work) -> f64 {
+        self.kernels_s(work) + self.exposed_dense_s(work) + self.exposed_expert_s(work)
+    }
+
+    /// Seconds of kernels, or of their launches where these take longer.
+    pub(super) fn kernels_s(&self, work: &Work) -> f64 {
+        let (device, host) = (work.compute_s(), work.kernels * self.rates.calibration.launch_s());
+        (device.powi(4) + host.powi(4)).sqrt().sqrt()
+    }
+
+    /// Seconds of tensor and context-parallel communication that nothing hides.
+    pub(super) fn exposed_dense_s(&self, work: &Work) -> f64 {
         let of = &self.rates.calibration;
-        let (device, host) = (work.compute_s(), work.kernels * of.launch_s());
-        let kernels = (device.powi(4) + host.powi(4)).sqrt().sqrt();
-        kernels
-            + of.software.tensor_exposed * work.tensor_s
-            + of.common.context_exposed * work.context_s
-            + self.exposed_expert_s(work)
+        of.software.tensor_exposed * work.tensor_s + of.common.context_exposed * work.context_s
     }
 
     /// Seconds of dispatch and combine that no other micro-batch's kernels hide.
-    fn exposed_expert_s(&self, work: &Work) -> f64 {
+    pub(super) fn exposed_expert_s(&self, work: &Work) -> f64 {
         match self.training.dispatch.overlapped {
             true => (self.rates.calibration.common.expert_exposed * work.expert_s)
                 .max(work.expert_s - work.compute_s()),
@@ -81,14 +118,37 @@ impl Pricer {
         }
     }
 
-    fn assemble(&self, layout: &Parallelism, rank: &RankTime, share: &Share, through_s: f64) -> Breakdown {
+    /// Whether dispatch and combine run under another micro-batch's kernels because the schedule pairs them.
+    pub(super) fn is_paired(&self, layout: &Parallelism) -> bool {
+        layout.schedule == ScheduleKind::DualPipeV && self.training.dispatch.overlapped
+    }
+
+    /// Seconds of dispatch and combine of one micro-batch, all passes, that nothing hides. Of paired ones: what a pair leaves,
+    /// and all of them in the turns that fill and drain the pipeline, which have no partner.
+    fn exposed_experts_s(&self, layout: &Parallelism, passes: &Passes) -> f64 {
+        if !self.is_paired(layout) {
+            return [&passes.forward, &passes.input, &passes.weight]
+                .map(|work| self.exposed_expert_s(work))
+                .iter()
+                .sum();
+        }
+        let paired = self.exposed_expert_s(&passes.all());
+        let alone = (layout.pipeline as f64 + 0.5) / layout.micro_batches(&self.training) as f64;
+        paired + alone.min(1.0) * (passes.all().expert_s - paired)
+    }
+
+    fn assemble(
+        &self,
+        layout: &Parallelism,
+        rank: &RankTime,
+        share: &Share,
+        idle_s: f64,
+        starved_s: f64,
+    ) -> Breakdown {
         let of = &self.rates.calibration;
         let micro_batches = layout.micro_batches(&self.training) as f64;
-        let mut all = rank.passes.forward;
-        all += rank.passes.input;
-        all += rank.passes.weight;
-        let passes = [&rank.passes.forward, &rank.passes.input, &rank.passes.weight];
-        let expert_s: f64 = passes.iter().map(|work| self.exposed_expert_s(work)).sum();
+        let all = rank.passes.all();
+        let expert_s = self.exposed_experts_s(layout, &rank.passes);
         let mut step = Breakdown {
             gemm_s: micro_batches * all.gemm_s,
             grouped_s: micro_batches * all.grouped_s,
@@ -101,44 +161,65 @@ impl Pricer {
         };
         let exposed =
             of.software.tensor_exposed * all.tensor_s + of.common.context_exposed * all.context_s + expert_s;
-        step.host_s = micro_batches * (rank.total_s() - exposed - all.compute_s());
+        step.host_s = micro_batches * (self.rank_kernels_s(rank) - all.compute_s());
         step.hidden_s = micro_batches * (all.tensor_s + all.context_s + all.expert_s - exposed);
-        self.pipeline(layout, rank, through_s, &mut step);
+        self.pipeline(layout, rank, idle_s, starved_s, &mut step);
         self.states(layout, share, rank.total_s(), &mut step);
         let servers = (layout.gpus() as f64 / self.rates.cluster.per_server as f64).max(1.0);
         step.overhead_s = of.common.step_s + of.common.straggler * servers.log2() * step.total_s();
         step
     }
 
+    fn rank_kernels_s(&self, rank: &RankTime) -> f64 {
+        let RankTime { passes, .. } = rank;
+        [&passes.forward, &passes.input, &passes.weight].map(|work| self.kernels_s(work)).iter().sum()
+    }
+
     /// Messages between stages, and waiting for them: a micro-batch passes all ranks once while each rank does all its own.
-    fn pipeline(&self, layout: &Parallelism, rank: &RankTime, through_s: f64, step: &mut Breakdown) {
+    fn pipeline(
+        &self,
+        layout: &Parallelism,
+        rank: &RankTime,
+        idle_s: f64,
+        starved_s: f64,
+        step: &mut Breakdown,
+    ) {
         if layout.pipeline == 1 {
             return;
         }
         let ranks = layout.pipeline as f64;
         let stages = layout.virtual_stages as f64;
-        let stride = layout.tensor * layout.context * layout.data;
-        let bytes = 2.0 * self.sizes(layout).split_tokens() * self.model.hidden as f64;
-        let message_s = self.rates.message(bytes, stride);
+        let message_s = self.message_s(layout);
         let exposed = self.rates.calibration.common.message_exposed;
         let micro_batches = layout.micro_batches(&self.training) as f64;
         step.pipeline_s = (2.0 * (ranks - 1.0) + 2.0 * exposed * stages * micro_batches) * message_s;
-        let idle = through_s - rank.total_s();
         // Uneven ranks keep the formulas' form: what all other ranks take, less what the schedule fills.
         step.bubble_s = match layout.schedule {
-            ScheduleKind::OneForwardOneBackward => idle,
-            ScheduleKind::Interleaved => idle / stages,
-            ScheduleKind::ZeroBubble | ScheduleKind::DualPipeV => {
-                let even = layout.schedule.bubble_s(
-                    layout.pipeline,
-                    layout.virtual_stages,
-                    rank.forward_s,
-                    rank.input_s,
-                    rank.weight_s,
-                    rank.total_s(),
-                );
-                even.max(0.0)
-            }
+            ScheduleKind::OneForwardOneBackward => idle_s,
+            ScheduleKind::Interleaved => idle_s / stages + micro_batches * starved_s,
+            ScheduleKind::ZeroBubble | ScheduleKind::DualPipeV => self.even_bubble_s(layout, rank),
         };
+    }
+
+    /// The bubble of a pipeline whose ranks are all as `rank`.
+    fn even_bubble_s(&self, layout: &Parallelism, rank: &RankTime) -> f64 {
+        let (mut forward_s, mut input_s, mut overlapped_s) = (rank.forward_s, rank.input_s, rank.total_s());
+        if self.is_paired(layout) {
+            let alone = |work: &Work| work.expert_s - self.exposed_expert_s(work);
+            forward_s += alone(&rank.passes.forward);
+            input_s += alone(&rank.passes.input);
+            let all = rank.passes.all();
+            overlapped_s =
+                self.rank_kernels_s(rank) + self.exposed_dense_s(&all) + self.exposed_expert_s(&all);
+        }
+        let Parallelism { schedule, pipeline, virtual_stages, .. } = *layout;
+        schedule.bubble_s(pipeline, virtual_stages, forward_s, input_s, rank.weight_s, overlapped_s).max(0.0)
+    }
+
+    /// Seconds of a message from a stage to the next.
+    pub(super) fn message_s(&self, layout: &Parallelism) -> f64 {
+        let stride = layout.tensor * layout.context * layout.data;
+        let bytes = 2.0 * self.sizes(layout).split_tokens() * self.model.hidden as f64;
+        self.rates.message(bytes, stride)
     }
 }

@@ -58,6 +58,13 @@ impl Stages {
         start(chunk)..start(chunk + 1)
     }
 
+    /// What chunk `chunk` of `chunks` holds.
+    pub fn chunk_share(&self, chunk: usize, chunks: usize) -> Share {
+        let held = self.chunk(chunk, chunks);
+        let layers = |kind: usize| self.before[held.end][kind] - self.before[held.start][kind];
+        Share { layers: std::array::from_fn(layers), embedding: chunk == 0, head: chunk + 1 == chunks }
+    }
+
     /// What pipeline rank `rank` holds.
     pub fn share(&self, layout: &Parallelism, rank: usize) -> Share {
         let (ranks, chunks) = (layout.pipeline, layout.chunks());
@@ -67,12 +74,10 @@ impl Stages {
                 ScheduleKind::DualPipeV if turn % 2 == 1 => (turn + 1) * ranks - 1 - rank,
                 _ => turn * ranks + rank,
             };
-            let held = self.chunk(chunk, chunks);
-            for (kind, layers) in share.layers.iter_mut().enumerate().take(self.kinds.len()) {
-                *layers += self.before[held.end][kind] - self.before[held.start][kind];
-            }
-            share.embedding |= chunk == 0;
-            share.head |= chunk + 1 == chunks;
+            let held = self.chunk_share(chunk, chunks);
+            share.layers.iter_mut().zip(held.layers).for_each(|(sum, layers)| *sum += layers);
+            share.embedding |= held.embedding;
+            share.head |= held.head;
         }
         share
     }

@@ -75,6 +75,14 @@ impl Passes {
         self.input.add(&other.input, times);
         self.weight.add(&other.weight, times);
     }
+
+    /// The three together.
+    pub fn all(&self) -> Work {
+        let mut all = self.forward;
+        all += self.input;
+        all += self.weight;
+        all
+    }
 }
 
 /// The sizes that a layout gives a micro-batch on one rank.

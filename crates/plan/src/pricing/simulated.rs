@@ -1,0 +1,105 @@
+//! The exact path: a layout's schedule, op by op, with the costs of every stage.
+
+use crate::parallelism::{Parallelism, ParallelismError};
+use crate::schedule::Schedule;
+use crate::simulate::{Replicas, Segment, Simulated, StageCosts, Transfer, UniformCosts, simulate};
+
+use super::Pricer;
+use super::work::{Passes, Work};
+
+/// A step of a layout as it is simulated.
+#[derive(Debug, Clone, PartialEq)]
+pub struct SimulatedStep {
+    /// The ops of every pipeline rank.
+    pub schedule: Schedule,
+    /// When they run.
+    pub simulated: Simulated,
+}
+
+impl Pricer {
+    /// Simulates a step of `layout`, one replica for all, with its spans if they are to be drawn.
+    ///
+    /// Passes take what [`Pricer::price`] says of them; waiting for other stages and messages, and what overlaps under DualPipeV,
+    /// come from the schedule itself. Traffic of gradients and the update follow as in the price.
+    ///
+    /// # Errors
+    /// The layout does not fit the model or the batch.
+    pub fn simulate(
+        &self,
+        layout: &Parallelism,
+        keep_spans: bool,
+    ) -> Result<SimulatedStep, ParallelismError> {
+        layout.check(&self.model, &self.training)?;
+        let micro_batches = layout.micro_batches(&self.training);
+        let schedule = layout.schedule.schedule(layout.pipeline, layout.virtual_stages, micro_batches)?;
+        let schedule = schedule.then_update();
+        let costs = self.costs(layout);
+        let replicas = Replicas::symmetric(layout.data * layout.context);
+        let simulated = simulate(&schedule, &costs, replicas, keep_spans)
+            .expect("schedules are free of deadlock and one replica waits for no other");
+        Ok(SimulatedStep { schedule, simulated })
+    }
+
+    /// The costs of every stage of a checked layout.
+    fn costs(&self, layout: &Parallelism) -> UniformCosts {
+        let kinds = self.kind_passes(layout);
+        let chunks = layout.chunks();
+        let stages = (0..chunks).map(|chunk| {
+            let share = self.stages.chunk_share(chunk, chunks);
+            let passes = self.rank_time(layout, &kinds, &share).passes;
+            self.stage_costs(layout, &passes, self.stages.chunk(chunk, chunks).len())
+        });
+        let step = self.breakdown(layout);
+        let update = Segment::compute("optimizer", step.optimizer_s);
+        let overhead = Segment::compute("overhead", step.overhead_s);
+        let states = Segment::exchange("gradients and parameters", step.data_s);
+        UniformCosts {
+            stages: stages.collect(),
+            transfer: Transfer { seconds: self.message_s(layout), link: None },
+            update: vec![vec![update, overhead]; layout.pipeline],
+            gather: vec![vec![states]; layout.pipeline],
+            links: Vec::new(),
+            slowdown: self.slowdown(layout),
+        }
+    }
+
+    /// The slowdown that leaves of an exchange under kernels the share that the calibration says is not hidden.
+    fn slowdown(&self, layout: &Parallelism) -> f64 {
+        let exposed = self.rates.calibration.common.expert_exposed;
+        if self.is_paired(layout) { exposed / (1.0 - exposed).max(f64::MIN_POSITIVE) } else { 0.0 }
+    }
+
+    fn stage_costs(&self, layout: &Parallelism, passes: &Passes, layers: usize) -> StageCosts {
+        // Only overlapped pairs show in the list what hides an exchange; elsewhere the price's share of it counts.
+        let whole = self.is_paired(layout);
+        let pass = |works: &[&Work]| {
+            let kernels_s = works.iter().map(|work| self.kernels_s(work)).sum::<f64>();
+            let others_s = works.iter().map(|work| self.exposed_dense_s(work)).sum::<f64>();
+            let expert = |work: &&Work| if whole { work.expert_s } else { self.exposed_expert_s(work) };
+            alternate(kernels_s, others_s, works.iter().map(expert).sum(), layers.max(1))
+        };
+        StageCosts {
+            forward: pass(&[&passes.forward]),
+            input: pass(&[&passes.input]),
+            weights: pass(&[&passes.weight]),
+            backward: pass(&[&passes.input, &passes.weight]),
+            reduce: Vec::new(),
+        }
+    }
+}
+
+/// A pass layer by layer: attention, dispatch, experts, combine, each half of a layer's kernels and of its exchanges.
+fn alternate(kernels_s: f64, others_s: f64, expert_s: f64, layers: usize) -> Vec<Segment> {
+    let halves = 2 * layers;
+    let each = 1.0 / halves as f64;
+    let half = |index: usize| {
+        let exchange = if index.is_multiple_of(2) { "dispatch" } else { "combine" };
+        [
+            Segment::compute("kernels", kernels_s * each),
+            // What nothing hides keeps the compute lane waiting.
+            Segment::compute("tensor and context", others_s * each),
+            Segment::exchange(exchange, expert_s * each),
+        ]
+    };
+    (0..halves).flat_map(half).filter(|segment| segment.seconds > 0.0).collect()
+}
