@@ -14,8 +14,9 @@ pub struct Arguments {
 }
 
 const EXIT_CODES: &str = "\
-Exit codes: 0 done, 1 `diff` found a difference, 2 usage or config, 3 bad input file, 17 halted on numbers,
-20 stopped by SIGTERM after a checkpoint (start again with --resume), 21 storage, 70 bug.";
+Exit codes: 0 done, 1 `diff` or `verify` found a difference or `doctor` a run that has not ended well, 2 usage or
+config, 3 bad input file, 17 halted on numbers, 20 stopped by SIGTERM after a checkpoint (start again with --resume),
+21 storage, 70 bug.";
 
 /// The commands.
 #[derive(Debug, Subcommand)]
@@ -34,6 +35,10 @@ pub enum Command {
     Checkpoint(Checkpoint),
     /// Find the first step and quantity in which two runs differ
     Diff(Diff),
+    /// Say from a run's flight records which rank died or was late, and who waited for it
+    Doctor(Doctor),
+    /// Check before a long run that a layout gives the bits of one rank
+    Verify(Verify),
     /// Print the resolved config, or the reference of all keys
     Config(Config),
     /// Train a dense and a sparse model of equal active compute on the same data, side by side
@@ -209,6 +214,41 @@ pub struct Diff {
     pub first: PathBuf,
     /// The other
     pub second: PathBuf,
+}
+
+/// `unisono doctor`
+#[derive(Debug, Args)]
+pub struct Doctor {
+    /// Run folder
+    pub run: PathBuf,
+    /// Print one JSON object
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// `unisono verify`
+#[derive(Debug, Args)]
+pub struct Verify {
+    /// TOML file [default: the built-in config]
+    pub config: Option<PathBuf>,
+    /// Ranks to check against one; must divide the grid's slots
+    #[arg(long, value_name = "N", value_parser = count())]
+    pub ranks: usize,
+    /// Compute threads of each rank [default: cores / ranks]
+    #[arg(long, value_name = "N", value_parser = count())]
+    pub threads: Option<usize>,
+    /// Pretend that the ranks are on nodes of these sizes
+    #[arg(long, value_name = "N,N", value_delimiter = ',')]
+    pub nodes: Vec<usize>,
+    /// Steps to train, with one rank and with N
+    #[arg(long, value_name = "N", default_value_t = 3, value_parser = clap::value_parser!(u64).range(1..))]
+    pub steps: u64,
+    /// Folder for both runs, kept afterwards [default: a temporary one, kept if they differ]
+    #[arg(long, value_name = "DIR")]
+    pub run: Option<PathBuf>,
+    /// Override one key of the config; may be given again
+    #[arg(long, value_name = "a.b=c")]
+    pub set: Vec<String>,
 }
 
 /// `unisono config`

@@ -9,7 +9,7 @@ use unisono_train::TrainError;
 
 /// Everything went as asked.
 pub const DONE: u8 = 0;
-/// `unisono diff` found a difference.
+/// `unisono diff` or `unisono verify` found a difference, `unisono doctor` a run that has not ended well.
 pub const DIFFERENT: u8 = 1;
 /// The arguments or the config cannot be used.
 pub const USAGE: u8 = 2;
@@ -43,6 +43,11 @@ impl CliError {
     /// The arguments or the config cannot be used.
     pub fn usage(message: impl Into<String>) -> Self {
         Self { code: USAGE, message: message.into() }
+    }
+
+    /// An input cannot be read.
+    pub fn bad_input(message: impl Into<String>) -> Self {
+        Self { code: BAD_INPUT, message: message.into() }
     }
 }
 

@@ -7,6 +7,7 @@ mod compare;
 mod config;
 mod data;
 mod diff;
+mod doctor;
 mod error;
 mod eval;
 mod generate;
@@ -17,6 +18,7 @@ mod signals;
 mod style;
 mod summary;
 mod train;
+mod verify;
 mod watch;
 
 use std::panic::AssertUnwindSafe;
@@ -53,6 +55,8 @@ fn run(command: Command) -> Result<u8, CliError> {
         Command::Data(args) => data::run(args),
         Command::Checkpoint(args) => checkpoint::run(args),
         Command::Diff(args) => diff::run(&args),
+        Command::Doctor(args) => doctor::run(&args),
+        Command::Verify(args) => verify::run(args),
         Command::Config(args) => config::run(&args),
         Command::Compare(args) => compare::run(args),
         Command::Bench(args) => bench::run(args),

@@ -92,7 +92,7 @@ mod tests {
 
     #[test]
     fn templates_are_valid() {
-        for template in [super::WAIT, crate::train::BAR, crate::data::BAR] {
+        for template in [super::WAIT, crate::train::BAR, crate::data::BAR, crate::verify::BAR] {
             assert!(ProgressStyle::with_template(template).is_ok(), "{template}");
         }
     }

@@ -3,6 +3,7 @@
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use unisono_comm::{Failure, Reason};
 use unisono_train::run_folder::{
     CONFIG_FILE, METRICS_FILE, SUMMARY_FILE, holds_a_run, read_config, write_durably,
 };
@@ -10,9 +11,9 @@ use unisono_train::{GenerateOptions, RunConfig, RunOptions, Summary, generate};
 
 use crate::args::Train;
 use crate::config;
-use crate::error::{CliError, DONE, REQUEUE};
+use crate::error::{BUG, CliError, DONE, REQUEUE};
 use crate::layout::{cores, ranks_and_threads};
-use crate::screen::{Screen, say};
+use crate::screen::{Screen, complain, say};
 use crate::signals::Signals;
 use crate::style::{Paint, WIDTH, program, quoted};
 use crate::summary;
@@ -28,8 +29,14 @@ pub fn run(args: Train) -> Result<u8, CliError> {
     let (config, options) = resolve(args)?;
     let screen = Arc::new(Screen::new(BAR));
     let notice = {
-        let screen = Arc::clone(&screen);
-        move || screen.complain("stopping", "after this step and a checkpoint; Ctrl-C now quits at once")
+        let (screen, deck) = (Arc::clone(&screen), options.deck.clone());
+        move || {
+            screen.complain("stopping", "after this step and a checkpoint; Ctrl-C now quits at once");
+            // If the step never ends because another rank has died, this is what is left to know.
+            if let Err(error) = deck.write(&Reason::Terminated) {
+                screen.complain("warning", &format!("no flight record: {error}"));
+            }
+        }
     };
     let signals = Signals::listen(notice)?;
     let watch = Watch::new(Arc::clone(&screen), &signals, &config);
@@ -39,10 +46,7 @@ pub fn run(args: Train) -> Result<u8, CliError> {
     let seen = watch.finish();
     let mut summary = outcome?;
     let Some(started) = &seen.started else {
-        return Err(CliError {
-            code: crate::error::BUG,
-            message: "the run ended without a beginning".into(),
-        });
+        return Err(CliError { code: BUG, message: "the run ended without a beginning".into() });
     };
     if !summary.stopped && seen.last.is_some() {
         sample(&config, &options.folder, &seen, &mut summary)?;
@@ -50,6 +54,12 @@ pub fn run(args: Train) -> Result<u8, CliError> {
     say(&format!("\n{}", summary::render(&summary, started, &config, screen.paint)));
     say(&next_commands(&config, &options.folder, &summary, screen.paint));
     Ok(if summary.stopped && signals.terminated() { REQUEUE } else { DONE })
+}
+
+/// A rank of this process is stuck outside of all calls, so the run can end in no other way.
+pub fn abandon(failure: &Failure) {
+    complain("error", &failure.to_string());
+    std::process::exit(i32::from(BUG));
 }
 
 /// One checked value from the raw arguments.
@@ -68,6 +78,7 @@ fn resolve(args: Train) -> Result<(RunConfig, RunOptions), CliError> {
     let (ranks, threads) = ranks_and_threads(config.grid.slots(), args.ranks, args.threads);
     let mut options = RunOptions::new(folder, ranks, threads);
     (options.resume, options.trace, options.nodes) = (args.resume, args.trace, args.nodes);
+    options.abandon = abandon;
     Ok((config, options))
 }
 
@@ -107,7 +118,7 @@ fn sample(config: &RunConfig, folder: &Path, seen: &Seen, summary: &mut Summary)
         return Ok(());
     }
     if seen.checkpoint != Some(summary.step) {
-        crate::screen::complain("warning", "no sample: the last checkpoint could not be written");
+        complain("warning", "no sample: the last checkpoint could not be written");
         return Ok(());
     }
     let rule = |title: &str| {
@@ -128,7 +139,7 @@ fn sample(config: &RunConfig, folder: &Path, seen: &Seen, summary: &mut Summary)
     say(&format!("\n{}", rule("")));
     summary.sample = Some(format!("{}{text}", config.sample.prompt));
     let json = serde_json::to_vec_pretty(summary)
-        .map_err(|error| CliError { code: crate::error::BUG, message: error.to_string() })?;
+        .map_err(|error| CliError { code: BUG, message: error.to_string() })?;
     Ok(write_durably(&folder.join(SUMMARY_FILE), &json)?)
 }
 

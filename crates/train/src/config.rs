@@ -1,8 +1,10 @@
 //! A run as one value: what a TOML file says, and the checks that make it a [`Run`](crate::Run).
 
 use std::path::PathBuf;
+use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
+use unisono_comm::Limits;
 use unisono_mesh::Grid;
 use unisono_plan::ModelConfig;
 
@@ -30,6 +32,8 @@ pub struct RunConfig {
     pub checkpoint: CheckpointConfig,
     /// What is written down.
     pub log: LogConfig,
+    /// When a rank that keeps others waiting ends the run.
+    pub watchdog: WatchdogConfig,
     /// The sample of text at the end.
     pub sample: SampleConfig,
 }
@@ -237,6 +241,31 @@ impl Default for LogConfig {
     }
 }
 
+/// `[watchdog]`
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct WatchdogConfig {
+    /// Seconds that a rank may keep others waiting, however fast steps are.
+    pub min_timeout_s: f64,
+    /// Seconds that a rank may keep others waiting at most, whatever it does; 0 for no watchdog.
+    pub max_timeout_s: f64,
+}
+
+impl Default for WatchdogConfig {
+    fn default() -> Self {
+        Self { min_timeout_s: 30.0, max_timeout_s: 1800.0 }
+    }
+}
+
+impl WatchdogConfig {
+    /// The time-outs; None for no watchdog.
+    pub fn limits(&self) -> Option<Limits> {
+        let [min, max] = [self.min_timeout_s, self.max_timeout_s].map(Duration::try_from_secs_f64);
+        let (min, max) = (min.ok()?, max.ok()?);
+        (!max.is_zero()).then_some(Limits { min, max })
+    }
+}
+
 /// `[sample]`
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
@@ -338,6 +367,17 @@ impl RunConfig {
         self.validate_train()?;
         self.validate_layout()?;
         self.validate_optimizer()?;
+        for (field, seconds) in [
+            ("watchdog.min_timeout_s", self.watchdog.min_timeout_s),
+            ("watchdog.max_timeout_s", self.watchdog.max_timeout_s),
+        ] {
+            check(
+                (0.0..=1e9).contains(&seconds),
+                field,
+                seconds,
+                "must be between 0 and 1000000000 seconds",
+            )?;
+        }
         let sample = &self.sample;
         let finite = sample.temperature.is_finite() && sample.temperature >= 0.0;
         check(finite, "sample.temperature", sample.temperature, "must be finite and at least 0")?;

@@ -3,6 +3,7 @@
 pub mod baseline;
 pub mod bench;
 mod checkpointing;
+mod comparison;
 pub mod config;
 mod error;
 mod feed;
@@ -25,8 +26,10 @@ mod shards;
 pub mod system;
 mod tensorboard;
 mod trace;
+mod verify;
 
 pub use checkpointing::Extra;
+pub use comparison::{Comparison, Found};
 pub use config::{ConfigError, RunConfig};
 pub use error::TrainError;
 pub use generate::{GenerateOptions, checkpoint_config, evaluate, generate};
@@ -36,3 +39,4 @@ pub use probe::probe;
 pub use rank::{Fault, Progress, RankState, max_over_mean};
 pub use record::{Event, MemoryRecord, Observer, Started, StepRecord, Summary, ValidationRecord};
 pub use run::{RunOptions, fingerprint, open_dataset, read_extra, train, train_on};
+pub use verify::{reference_folder, verified_folder, verify, verify_on};

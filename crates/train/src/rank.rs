@@ -51,7 +51,7 @@ pub struct Progress {
     pub tokens: u64,
 }
 
-/// A change of one gradient element, for tests of the numerics contract and of non-finite numbers.
+/// Something that goes wrong, for tests of the numerics contract, of non-finite numbers and of the watchdog.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub enum Fault {
     /// One element of the joined gradient moves by one unit in the last place at this step.
@@ -65,6 +65,15 @@ pub enum Fault {
     PoisonGradient {
         /// The step.
         step: u64,
+    },
+    /// A rank does not come to the first call of a kind at this step, nor to anything else until the run has failed.
+    Stall {
+        /// The step.
+        step: u64,
+        /// The rank.
+        rank: usize,
+        /// The call, for example `dispatch`.
+        kind: &'static str,
     },
 }
 
@@ -152,6 +161,11 @@ impl<'a, B: Backend> RankState<'a, B> {
     /// Plants a fault; for tests.
     pub fn plant(&mut self, fault: Fault) {
         self.fault = Some(fault);
+        if let Fault::Stall { step, rank, kind } = fault
+            && rank == self.comm.rank()
+        {
+            self.comm.plant_stall(step, kind);
+        }
     }
 
     /// Steps done so far, and what goes with them.

@@ -123,6 +123,9 @@ pub struct Started {
 /// What a finished (or stopped) run has to show.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Summary {
+    /// Which start of the run this is; the first is 1.
+    #[serde(default)]
+    pub epoch: u64,
     /// The last step.
     pub step: u64,
     /// Whether it was stopped before its last step.

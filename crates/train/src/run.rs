@@ -6,7 +6,10 @@ use std::sync::Mutex;
 use std::time::Instant;
 
 use unisono_checkpoint::{Reader, SaveId, keep_last, latest};
-use unisono_comm::{Communicator, Ledger, ThreadRanks};
+use unisono_comm::watch::{Grace, Identity};
+use unisono_comm::{
+    Activity, Cause, Communicator, Failure, FlightDeck, Ledger, RunError, ThreadRanks, Watchdog,
+};
 use unisono_data::{Dataset, Part, Verify};
 use unisono_mesh::Fold;
 use unisono_model::{Lane, Profile};
@@ -21,7 +24,7 @@ use crate::probe::probe;
 use crate::rank::{Fault, RankState};
 use crate::record::{Event, MemoryRecord, Observer, Started, StepRecord, Summary, ValidationRecord};
 use crate::run_folder::{
-    CHECKPOINTS, RunFolder, SUMMARY_FILE, TRACE_FILE, holds_a_run, next_identity, write_durably,
+    CHECKPOINTS, FLIGHT, RunFolder, SUMMARY_FILE, TRACE_FILE, holds_a_run, next_identity, write_durably,
 };
 use crate::system::peak_rss;
 use crate::trace::TraceWriter;
@@ -47,6 +50,11 @@ pub struct RunOptions {
     pub jitter: Option<u64>,
     /// Pretended nodes: how many consecutive ranks are on each. Empty for one node.
     pub nodes: Vec<usize>,
+    /// The ranks of this process, while the run goes: whoever has a clone can write their flight records.
+    pub deck: FlightDeck,
+    /// Called when the run has failed because a rank keeps others waiting, and ranks of this process do not come back:
+    /// only the end of the process helps then.
+    pub abandon: fn(&Failure),
 }
 
 impl RunOptions {
@@ -62,6 +70,8 @@ impl RunOptions {
             fault: None,
             jitter: None,
             nodes: Vec::new(),
+            deck: FlightDeck::default(),
+            abandon: |_| {},
         }
     }
 
@@ -131,6 +141,7 @@ struct RankOutcome {
     phases: Vec<(Lane, &'static str, f64)>,
     expert_load: Vec<Vec<u64>>,
     memory: MemoryRecord,
+    epoch: u64,
 }
 
 /// Trains `config` as `options` say.
@@ -182,7 +193,14 @@ pub fn train_on(
     if let Some(seed) = options.jitter {
         ranks = ranks.jitter(seed);
     }
-    let outcomes = ranks.run(|comm| run_rank(&shared, comm)).map_err(root_cause)?;
+    let watchdog = watch(config, options)?;
+    let outcomes = ranks.run(|comm| run_rank(&shared, comm));
+    drop(watchdog);
+    if let Err(error) = &outcomes {
+        leave_records(options, error, observer);
+    }
+    options.deck.clear();
+    let outcomes = outcomes.map_err(root_cause)?;
     if let Some(trace) = shared.trace {
         let trace = trace.into_inner().unwrap_or_else(std::sync::PoisonError::into_inner);
         trace.close().map_err(TrainError::io("write", options.folder.join(TRACE_FILE)))?;
@@ -191,6 +209,22 @@ pub fn train_on(
     let text = serde_json::to_string_pretty(&summary).map_err(|e| TrainError::Resume(e.to_string()))?;
     write_durably(&options.folder.join(SUMMARY_FILE), text.as_bytes())?;
     Ok(summary)
+}
+
+fn watch(config: &RunConfig, options: &RunOptions) -> Result<Option<Watchdog>, TrainError> {
+    let Some(limits) = config.watchdog.limits() else { return Ok(None) };
+    let watchdog = Watchdog::start(options.deck.clone(), limits, Grace::default(), options.abandon);
+    watchdog.map(Some).map_err(TrainError::io("start the watchdog of", &options.folder))
+}
+
+/// After a failure every rank of this process leaves its flight record. The watchdog has written them already.
+fn leave_records(options: &RunOptions, error: &RunError, observer: &dyn Observer) {
+    if matches!(error.failure.cause, Cause::Stalled { .. }) {
+        return;
+    }
+    if let Err(error) = options.deck.write_failure(&error.failure) {
+        observer.event(Event::Warning(format!("no flight record: {error}")));
+    }
 }
 
 /// The error of the rank that failed first, itself where possible.
@@ -267,7 +301,7 @@ fn check_same_computation(now: &RunConfig, then: &RunConfig) -> Result<(), Train
         (fixed.optimizer, fixed.schedule) = (optimizer, schedule);
         (fixed.data, fixed.layout) = Default::default();
         (fixed.evaluation, fixed.checkpoint) = (Default::default(), Default::default());
-        (fixed.log, fixed.sample) = (Default::default(), Default::default());
+        (fixed.log, fixed.watchdog, fixed.sample) = Default::default();
         fixed
     };
     let (now, then) = (fixed(now).to_toml()?, fixed(then).to_toml()?);
@@ -286,6 +320,7 @@ fn run_rank(shared: &Shared<'_>, comm: Communicator) -> Result<RankOutcome, Trai
     profile.keep_spans(shared.trace.is_some());
     let probe = agree_on_probe(&backend, &comm)?;
     let identity = start_identity(shared, &comm, &probe)?;
+    shared.options.deck.join(&comm, &shared.options.folder.join(FLIGHT), &identity);
     let mut state = RankState::new(
         shared.config,
         shared.dataset,
@@ -309,8 +344,7 @@ fn run_rank(shared: &Shared<'_>, comm: Communicator) -> Result<RankOutcome, Trai
         shared,
         comm,
         state,
-        run_id: identity.0,
-        epoch: identity.1,
+        identity,
         failed_saves: 0,
         saved: shared.start,
         validation: None,
@@ -342,6 +376,7 @@ fn run_rank(shared: &Shared<'_>, comm: Communicator) -> Result<RankOutcome, Trai
             .collect(),
         expert_load: run.expert_load,
         memory,
+        epoch: run.identity.epoch,
     })
 }
 
@@ -361,11 +396,7 @@ fn agree_on_probe<B: Backend>(backend: &B, comm: &Communicator) -> Result<String
 }
 
 /// Run id and epoch, decided by rank 0.
-fn start_identity(
-    shared: &Shared<'_>,
-    comm: &Communicator,
-    probe: &str,
-) -> Result<(String, u64), TrainError> {
+fn start_identity(shared: &Shared<'_>, comm: &Communicator, probe: &str) -> Result<Identity, TrainError> {
     let mut message = Vec::new();
     if comm.rank() == 0 {
         let identity = next_identity(&shared.options.folder, probe, shared.config.train.seed)?;
@@ -376,7 +407,7 @@ fn start_identity(
     let (epoch, run_id) = all[0]
         .split_first_chunk::<8>()
         .ok_or_else(|| TrainError::Resume("rank 0 sent no identity of the run".into()))?;
-    Ok((String::from_utf8_lossy(run_id).into_owned(), u64::from_le_bytes(*epoch)))
+    Ok(Identity { run_id: String::from_utf8_lossy(run_id).into_owned(), epoch: u64::from_le_bytes(*epoch) })
 }
 
 impl Shared<'_> {
@@ -412,8 +443,7 @@ struct RankRun<'a, 'b> {
     shared: &'a Shared<'b>,
     comm: Communicator,
     state: RankState<'a, Cpu>,
-    run_id: String,
-    epoch: u64,
+    identity: Identity,
     failed_saves: u32,
     saved: Option<u64>,
     validation: Option<ValidationRecord>,
@@ -432,7 +462,7 @@ impl RankRun<'_, '_> {
         let config = self.shared.config;
         while self.state.progress().step < config.train.steps {
             if self.told_to_stop()? {
-                self.save()?;
+                self.during(Activity::Checkpoint, Self::save)?;
                 return Ok(true);
             }
             self.one_step()?;
@@ -440,13 +470,27 @@ impl RankRun<'_, '_> {
             let is_last = step == config.train.steps;
             let due = |every: u64| is_last || (every > 0 && step.is_multiple_of(every));
             if config.evaluation.every > 0 && due(config.evaluation.every) {
-                self.validate()?;
+                self.during(Activity::Validation, Self::validate)?;
             }
             if due(config.checkpoint.every) {
-                self.save()?;
+                self.during(Activity::Checkpoint, Self::save)?;
             }
         }
         Ok(false)
+    }
+
+    /// Does `work` and says what it is, for those who watch.
+    fn during<T>(
+        &mut self,
+        activity: Activity,
+        work: impl FnOnce(&mut Self) -> Result<T, TrainError>,
+    ) -> Result<T, TrainError> {
+        self.comm.enter(activity);
+        let outcome = work(self);
+        if outcome.is_ok() {
+            self.comm.enter(Activity::Between);
+        }
+        outcome
     }
 
     /// Rank 0 decides; all ranks hear it before they go on.
@@ -458,7 +502,7 @@ impl RankRun<'_, '_> {
     }
 
     fn one_step(&mut self) -> Result<(), TrainError> {
-        let record = self.state.step()?;
+        let record = self.during(Activity::Step, |run| run.state.step())?;
         let config = self.shared.config;
         if config.log.hashes_every > 0 && record.step.is_multiple_of(config.log.hashes_every) {
             let hashes = self.state.hashes()?;
@@ -525,7 +569,8 @@ impl RankRun<'_, '_> {
         }
         let begin = Instant::now();
         let dir = self.shared.options.folder.join(CHECKPOINTS);
-        let id = SaveId { run_id: self.run_id.clone(), epoch: self.epoch, step };
+        let Identity { run_id, epoch } = self.identity.clone();
+        let id = SaveId { run_id, epoch, step };
         let extra = Extra {
             progress: self.state.progress(),
             config: self.shared.config.clone(),
@@ -598,6 +643,7 @@ fn summarize(outcomes: Vec<RankOutcome>) -> Summary {
     let memory = outcomes.iter().map(|outcome| outcome.memory).collect();
     let first = &outcomes[0];
     Summary {
+        epoch: first.epoch,
         step: first.step,
         stopped: first.stopped,
         seconds: first.seconds,

@@ -1,7 +1,7 @@
 //! The folder of a run: config, metrics, events, hashes, checkpoints.
 
 use std::fs::{self, File, OpenOptions};
-use std::io::{BufRead, BufReader, Write};
+use std::io::{BufRead, BufReader, Read, Seek, SeekFrom, Write};
 use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
@@ -9,7 +9,7 @@ use serde::{Deserialize, Serialize};
 use crate::config::RunConfig;
 use crate::error::TrainError;
 use crate::hashes::StepHashes;
-use crate::record::{StepRecord, ValidationRecord};
+use crate::record::{StepRecord, Summary, ValidationRecord};
 use crate::tensorboard::EventWriter;
 
 /// The resolved config.
@@ -24,6 +24,8 @@ pub const TRACE_FILE: &str = "trace.json";
 pub const RUN_FILE: &str = "run.json";
 /// The folder of checkpoints.
 pub const CHECKPOINTS: &str = "checkpoints";
+/// The folder of flight records, written when a run does not end well.
+pub const FLIGHT: &str = "flight";
 /// The final summary.
 pub const SUMMARY_FILE: &str = "summary.json";
 
@@ -69,6 +71,51 @@ pub fn holds_a_run(path: &Path) -> bool {
 pub fn read_config(folder: &Path) -> Result<RunConfig, TrainError> {
     let text = read_text(&folder.join(CONFIG_FILE))?;
     Ok(RunConfig::load(&text, &[])?)
+}
+
+/// Which start of which run was the last in `folder`; None if it was never started.
+///
+/// # Errors
+/// If the file cannot be read or is damaged.
+pub fn read_identity(folder: &Path) -> Result<Option<RunIdentity>, TrainError> {
+    read_json(&folder.join(RUN_FILE))
+}
+
+/// The summary of the last start in `folder` that ended; None if none did.
+///
+/// # Errors
+/// If the file cannot be read or is damaged.
+pub fn read_summary(folder: &Path) -> Result<Option<Summary>, TrainError> {
+    read_json(&folder.join(SUMMARY_FILE))
+}
+
+fn read_json<T: serde::de::DeserializeOwned>(path: &Path) -> Result<Option<T>, TrainError> {
+    if !path.exists() {
+        return Ok(None);
+    }
+    let damaged = |error| TrainError::Resume(format!("{} is damaged: {error}", path.display()));
+    serde_json::from_str(&read_text(path)?).map(Some).map_err(damaged)
+}
+
+/// The last step in the metrics of the run in `folder`, from the end of the file; None if it has none.
+///
+/// # Errors
+/// If the file is there and cannot be read.
+pub fn read_last_step(folder: &Path) -> Result<Option<u64>, TrainError> {
+    let path = folder.join(METRICS_FILE);
+    if !path.exists() {
+        return Ok(None);
+    }
+    let end = || {
+        let mut file = File::open(&path)?;
+        let size = file.metadata()?.len();
+        file.seek(SeekFrom::Start(size.saturating_sub(LARGEST_TEXT_BYTES)))?;
+        let mut bytes = Vec::new();
+        file.take(LARGEST_TEXT_BYTES).read_to_end(&mut bytes).map(|_| bytes)
+    };
+    let bytes = end().map_err(TrainError::io("read", &path))?;
+    let steps = bytes.rsplit(|byte| *byte == b'\n').filter_map(|line| serde_json::from_slice(line).ok());
+    Ok(steps.map(|record: AnyRecord| record.step).next())
 }
 
 /// The step records of the run in `folder`, in order. A last line cut short by a crash is passed over.
@@ -192,13 +239,15 @@ fn append_line(file: &mut File, path: &Path, record: &impl Serialize) -> Result<
     file.write_all(line.as_bytes()).map_err(TrainError::io("write", path))
 }
 
+/// Any line of the metrics.
+#[derive(Deserialize)]
+struct AnyRecord {
+    #[serde(alias = "validation_step")]
+    step: u64,
+}
+
 /// Keeps the lines of a file whose step is at most `step`.
 fn keep_lines(path: &Path, step: u64) -> Result<(), TrainError> {
-    #[derive(Deserialize)]
-    struct AnyRecord {
-        #[serde(alias = "validation_step")]
-        step: u64,
-    }
     if !path.exists() {
         return Ok(());
     }

@@ -2,6 +2,8 @@
 
 mod common;
 mod data;
+mod doctor;
 mod mistakes;
 mod signals;
 mod train;
+mod verify;

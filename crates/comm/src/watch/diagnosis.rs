@@ -15,7 +15,7 @@ const MOST_CULPRITS: usize = 64;
 
 /// What a rank has to do with it.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
-#[serde(rename_all = "snake_case")]
+#[serde(rename_all = "snake_case", tag = "verdict")]
 pub enum Verdict {
     /// It failed, and said why.
     Failed {

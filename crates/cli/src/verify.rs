@@ -1,0 +1,114 @@
+//! `unisono verify`: whether a layout gives the bits of one rank, before a long run.
+
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use unisono_train::{Comparison, Event, Observer, RunOptions, verify};
+
+use crate::args::Verify;
+use crate::config;
+use crate::error::{CliError, DIFFERENT, DONE};
+use crate::layout::ranks_and_threads;
+use crate::screen::{Screen, say};
+use crate::style::{program, quoted};
+use crate::train::abandon;
+
+/// The progress bar.
+pub const BAR: &str = "[{bar:30}] step {pos}/{len}  {elapsed} gone  {msg}";
+
+/// Shows both runs on one bar, and a line for each.
+struct Progress {
+    screen: Screen,
+    steps: u64,
+    /// Runs that have begun.
+    runs: AtomicU64,
+}
+
+impl Observer for Progress {
+    fn event(&self, event: Event) {
+        let length = 2 * self.steps;
+        match event {
+            Event::Started(started) => {
+                let before = self.runs.fetch_add(1, Ordering::Relaxed);
+                let plural = |count: usize| if count == 1 { "" } else { "s" };
+                let (ranks, threads) = (started.ranks, started.threads);
+                self.screen.line(&format!(
+                    "{} steps with {ranks} rank{} of {threads} thread{}",
+                    self.steps,
+                    plural(ranks),
+                    plural(threads)
+                ));
+                self.screen.start(before * self.steps, length);
+            }
+            Event::Step(record) => {
+                let before = self.runs.load(Ordering::Relaxed).saturating_sub(1) * self.steps;
+                self.screen.advance(before + record.step, length, format!("loss {:.4}", record.loss));
+                self.screen.line(&format!(
+                    "  step {}  loss {:.6}  grad {:.6}",
+                    record.step, record.loss, record.grad_norm
+                ));
+            }
+            Event::Warning(message) => self.screen.complain("warning", &message),
+            Event::Validation(_) | Event::Checkpoint { .. } => {}
+        }
+    }
+}
+
+/// Where both runs go; gone with this value unless it is kept.
+struct Place {
+    folder: PathBuf,
+    kept: bool,
+}
+
+impl Place {
+    fn new(named: Option<PathBuf>) -> Result<Self, CliError> {
+        let Some(folder) = named else {
+            let name = format!("unisono-verify-{}", std::process::id());
+            return Ok(Self { folder: std::env::temp_dir().join(name), kept: false });
+        };
+        if folder.exists() {
+            return Err(CliError::usage(format!(
+                "{} is there already: name another folder with --run",
+                folder.display()
+            )));
+        }
+        Ok(Self { folder, kept: true })
+    }
+}
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        if !self.kept {
+            // A temporary folder that stays is no reason to fail.
+            let _ = std::fs::remove_dir_all(&self.folder);
+        }
+    }
+}
+
+/// `unisono verify`
+pub fn run(args: Verify) -> Result<u8, CliError> {
+    let config = config::load(args.config.as_deref(), &args.set)?;
+    let (ranks, threads) = ranks_and_threads(config.grid.slots(), Some(args.ranks), args.threads);
+    let mut place = Place::new(args.run)?;
+    let mut options = RunOptions::new(&place.folder, ranks, threads);
+    (options.nodes, options.abandon) = (args.nodes, abandon);
+    let progress = Progress { screen: Screen::new(BAR), steps: args.steps, runs: AtomicU64::new(0) };
+    progress.screen.wait("reading the data");
+    let outcome = verify(&config, args.steps, &options, &progress);
+    progress.screen.finish();
+    let comparison = outcome?;
+    place.kept |= !comparison.is_equal();
+    say(&verdict(&comparison, &place.folder, place.kept));
+    Ok(if comparison.is_equal() { DONE } else { DIFFERENT })
+}
+
+fn verdict(comparison: &Comparison, folder: &Path, kept: bool) -> String {
+    let what = "losses, gradient norm, routing counts, parameters, optimizer moments, balance bias";
+    let mut text = format!("{}  of each step: {what}\n", comparison.render());
+    if kept {
+        let [one, other] = [unisono_train::reference_folder(folder), unisono_train::verified_folder(folder)]
+            .map(|path| quoted(&path));
+        text.push_str(&format!("  both runs are kept: {} diff {one} {other}\n", program()));
+    }
+    text
+}

@@ -1,0 +1,188 @@
+//! Two runs compared: the first step, and the quantity or tensor, in which they differ.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+
+use unisono_checkpoint::{Reader, compare, list};
+
+use crate::error::TrainError;
+use crate::hashes::StepHashes;
+use crate::record::StepRecord;
+use crate::run_folder::{CHECKPOINTS, read_hashes, read_steps};
+
+/// A difference after a step.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Found {
+    /// The step.
+    pub step: u64,
+    /// What differs, and how.
+    pub text: String,
+}
+
+/// What was compared, and the first difference of each kind.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Comparison {
+    /// Steps of which both have numbers.
+    pub steps: usize,
+    /// The last step of each.
+    pub lengths: [u64; 2],
+    /// The first loss, norm or routing count that differs.
+    pub quantity: Option<Found>,
+    /// Steps of which both have hashes.
+    pub hashed: usize,
+    /// The first tensor whose hash differs.
+    pub hash: Option<Found>,
+    /// Steps of which both have a checkpoint.
+    pub checkpoints: Vec<u64>,
+    /// The first tensor of these checkpoints that differs, with its element.
+    pub tensor: Option<Found>,
+}
+
+impl Comparison {
+    /// Compares the runs in two folders.
+    ///
+    /// # Errors
+    /// If a file cannot be read, or a checkpoint is damaged.
+    pub fn new(first: &Path, second: &Path) -> Result<Self, TrainError> {
+        let [a, b] = [by_step(read_steps(first)?), by_step(read_steps(second)?)];
+        let [a_hashes, b_hashes] =
+            [hashes_by_step(read_hashes(first)?), hashes_by_step(read_hashes(second)?)];
+        let (checkpoints, tensor) = compare_checkpoints(first, second)?;
+        Ok(Self {
+            steps: common(&a, &b).count(),
+            lengths: [&a, &b].map(|steps| steps.keys().next_back().copied().unwrap_or(0)),
+            quantity: common(&a, &b).find_map(|(step, a, b)| Some(Found { step, text: quantity(a, b)? })),
+            hashed: common(&a_hashes, &b_hashes).count(),
+            hash: common(&a_hashes, &b_hashes)
+                .find_map(|(step, a, b)| Some(Found { step, text: hashed_tensor(a, b)? })),
+            checkpoints,
+            tensor,
+        })
+    }
+
+    /// Whether nothing differs in what both have.
+    pub fn is_equal(&self) -> bool {
+        self.quantity.is_none() && self.hash.is_none() && self.tensor.is_none()
+    }
+
+    /// The first step that differs.
+    pub fn first_step(&self) -> Option<u64> {
+        [&self.quantity, &self.hash, &self.tensor].into_iter().flatten().map(|found| found.step).min()
+    }
+
+    /// In words, a line each.
+    pub fn render(&self) -> String {
+        let [a, b] = self.lengths;
+        let mut lines = Vec::new();
+        match self.first_step() {
+            None => lines.push("identical".to_string()),
+            Some(step) => lines.push(format!("different from step {step} on")),
+        }
+        if let Some(found) = &self.quantity {
+            lines.push(format!("  step {}: {}", found.step, found.text));
+        }
+        // The hashes name the tensor, a checkpoint its element, too.
+        if let Some(found) = &self.hash {
+            lines.push(format!("  after step {}: {}", found.step, found.text));
+        }
+        if let Some(found) = &self.tensor {
+            lines.push(format!("  checkpoint of step {}: {}", found.step, found.text));
+        }
+        lines.push(format!(
+            "  compared: {} steps of metrics, {} of hashes, {} checkpoint(s){}",
+            self.steps,
+            self.hashed,
+            self.checkpoints.len(),
+            self.checkpoints.last().map(|step| format!(", the last of step {step}")).unwrap_or_default(),
+        ));
+        if a != b {
+            lines.push(format!(
+                "  the runs have other lengths: the first ends at step {a}, the second at {b}"
+            ));
+        }
+        lines.push(String::new());
+        lines.join("\n")
+    }
+}
+
+/// Records by step; of records of one step the last counts.
+fn by_step(records: Vec<StepRecord>) -> BTreeMap<u64, StepRecord> {
+    records.into_iter().map(|record| (record.step, record)).collect()
+}
+
+fn hashes_by_step(hashes: Vec<StepHashes>) -> BTreeMap<u64, StepHashes> {
+    hashes.into_iter().map(|hashes| (hashes.step, hashes)).collect()
+}
+
+/// What both have, ascending.
+fn common<'a, T>(
+    a: &'a BTreeMap<u64, T>,
+    b: &'a BTreeMap<u64, T>,
+) -> impl Iterator<Item = (u64, &'a T, &'a T)> {
+    a.iter().filter_map(|(step, a)| Some((*step, a, b.get(step)?)))
+}
+
+/// The first quantity in which two records of a step differ.
+fn quantity(a: &StepRecord, b: &StepRecord) -> Option<String> {
+    let (a, b) = (a.numbers(), b.numbers());
+    let ((name, a), (_, b)) = a.into_iter().zip(b).find(|(a, b)| a != b)?;
+    Some(match name {
+        "expert_load" => "expert_load: tokens were routed otherwise".into(),
+        _ => format!("{name}: {a} and {b}"),
+    })
+}
+
+/// The first tensor in which two lines of hashes differ.
+fn hashed_tensor(a: &StepHashes, b: &StepHashes) -> Option<String> {
+    let differing = |((name, a), other): (&(String, String), Option<&(String, String)>)| match other {
+        Some((other, b)) if name == other && a == b => None,
+        Some((other, _)) if name == other => Some(format!("tensor {name}")),
+        _ => Some(format!("tensor {name} is only in one of them")),
+    };
+    let others = b.tensors.iter().map(Some).chain(std::iter::repeat(None));
+    let first = a.tensors.iter().zip(others).find_map(differing);
+    first.or_else(|| {
+        let (name, _) = b.tensors.get(a.tensors.len())?;
+        Some(format!("tensor {name} is only in one of them"))
+    })
+}
+
+/// The steps of which both have a checkpoint, and the first difference in those.
+fn compare_checkpoints(first: &Path, second: &Path) -> Result<(Vec<u64>, Option<Found>), TrainError> {
+    let [first, second] = [first, second].map(|folder| folder.join(CHECKPOINTS));
+    let theirs: Vec<u64> = list(&second)?.into_iter().map(|listed| listed.step).collect();
+    let mut steps: Vec<u64> = list(&first)?.into_iter().map(|listed| listed.step).collect();
+    steps.retain(|step| theirs.contains(step));
+    for step in &steps {
+        let (a, b) = (Reader::open(&first, *step)?, Reader::open(&second, *step)?);
+        if let Some(difference) = compare(&a, &b)? {
+            return Ok((steps.clone(), Some(Found { step: *step, text: difference.to_string() })));
+        }
+    }
+    Ok((steps, None))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn hashes(tensors: &[(&str, &str)]) -> StepHashes {
+        let own = |(name, hash): &(&str, &str)| (name.to_string(), hash.to_string());
+        StepHashes { step: 1, tensors: tensors.iter().map(own).collect() }
+    }
+
+    #[test]
+    fn the_first_differing_tensor_is_named() {
+        let a = hashes(&[("embedding", "1"), ("head", "2")]);
+        let check = |b: &[(&str, &str)], expect: Option<&str>| {
+            assert_eq!(hashed_tensor(&a, &hashes(b)).as_deref(), expect);
+        };
+        check(&[("embedding", "1"), ("head", "2")], None);
+        check(&[("embedding", "1"), ("head", "3")], Some("tensor head"));
+        check(&[("embedding", "1")], Some("tensor head is only in one of them"));
+        check(
+            &[("embedding", "1"), ("head", "2"), ("norm", "3")],
+            Some("tensor norm is only in one of them"),
+        );
+    }
+}

@@ -1,0 +1,6 @@
+//! What people suffer from in other trainers, and what says so when something does go wrong.
+
+mod common;
+mod known_failures;
+mod verify;
+mod watchdog;
