@@ -203,6 +203,6 @@ fn the_only_way_is_to_run_it_and_see_if_it_runs_out_of_memory_automodel_1592() {
     let refused =
         train(&config, &RunOptions::new(&path, 2, 1), &Quiet).expect_err("no machine has that much");
     let TrainError::Memory { needed, remedy, .. } = refused else { panic!("{refused}") };
-    assert!(needed.contains("iB") && remedy.contains("model."), "{needed}: {remedy}");
+    assert!(needed.contains("iB") && remedy.contains("lower "), "{needed}: {remedy}");
     assert!(!path.exists(), "nothing was started");
 }
