@@ -48,7 +48,7 @@ fn knobs() -> Vec<Knob> {
             $(found.push((stringify!($field).to_string(), Box::new(|c: &mut Constants| &mut c.common.$field), $range));)*
         };
     }
-    common!(dispatch [0.25, 4.0], network [0.6, 3.0], expert_exposed [0.0, 1.0], context_exposed [0.0, 1.0],
+    common!(grace [0.2, 1.2], dispatch [0.25, 4.0], network [0.6, 3.0], expert_exposed [0.0, 1.0], context_exposed [0.0, 1.0],
         message_exposed [0.0, 1.0], straggler [0.001, 0.05], step_s [0.001, 0.2]);
     found.retain(|(name, _, _)| !without_evidence(name));
     found
