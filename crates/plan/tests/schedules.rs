@@ -1,7 +1,10 @@
 //! Every schedule is complete, free of deadlock and within its stated activations in flight; the texts are as drawn here.
 
 use proptest::prelude::*;
-use unisono_plan::schedule::{Chunk, InFlight, Op, Schedule, ScheduleKind};
+use unisono_plan::schedule::{
+    Chunk, EngineStep, Exchange, ExchangeKind, InFlight, KernelKind, Op, Schedule, ScheduleKind,
+};
+use unisono_plan::{KeptActivations, ModelConfig};
 
 /// Sizes that a kind allows, made from free numbers.
 fn allowed(kind: ScheduleKind, ranks: usize, stages: usize, extra: usize) -> (usize, usize, usize) {
@@ -143,4 +146,70 @@ fn peak_bytes_weigh_activations_and_what_weight_gradients_need() {
     assert_eq!(schedule.in_flight(3), InFlight { activations: 1, weight_operands: 4 });
     assert_eq!(schedule.peak_bytes(0, |_| 100, |_| 0), 400);
     assert_eq!(schedule.peak_bytes(3, |_| 100, |_| 40), 100 + 3 * 40);
+}
+
+const DENSE_STEP: EngineStep = EngineStep {
+    waves: 1,
+    turns: 1,
+    kept: KeptActivations::All,
+    zero: 3,
+    overlap: true,
+    every_turn: false,
+    reduce_stages: 1,
+};
+
+#[test]
+fn the_engine_gathers_ahead_and_reduces_behind_what_it_computes() {
+    let model = ModelConfig { num_hidden_layers: 1, num_experts: 0, ..ModelConfig::default() };
+    let text = DENSE_STEP.schedule(&model).to_string();
+    let expected = "rank 0 stages: start:targets@0 finish:targets@0 \
+        start:gather parameters@0 finish:gather parameters@0 start:gather parameters@1 embedding:forward@0 \
+        finish:gather parameters@1 start:gather parameters@2 attention:forward@0 dense ffn:forward@0 \
+        finish:gather parameters@2 start:gather parameters@1 head:backward@0 \
+        join gradients:weights@2 start:reduce gradients@2 \
+        finish:gather parameters@1 dense ffn:backward@0 dense weights:weights@0 attention:backward@0 \
+        dense weights:weights@0 join gradients:weights@1 finish:reduce gradients@2 start:reduce gradients@1 \
+        embedding:weights@0 join gradients:weights@0 finish:reduce gradients@1 start:reduce gradients@0 \
+        finish:reduce gradients@0 start:losses@0 finish:losses@0 gradient norm:update@0 \
+        start:gradient norm@0 finish:gradient norm@0 optimizer:update@0 optimizer:update@1 optimizer:update@2 \
+        start:times@0 finish:times@0\n";
+    assert_eq!(text, expected);
+}
+
+proptest! {
+    #[test]
+    fn the_engines_step_is_whole_on_every_layout(
+        layers in 1usize..4, experts in any::<bool>(), tied in any::<bool>(), waves in 1usize..4, turns in 1usize..4,
+        zero in 1usize..4, overlap in any::<bool>(), every_turn in any::<bool>(), reduce_stages in 1usize..3,
+    ) {
+        let model = ModelConfig {
+            num_hidden_layers: layers,
+            first_dense: 0,
+            num_experts: if experts { 16 } else { 0 },
+            tie_embeddings: tied,
+            ..ModelConfig::default()
+        };
+        let every_turn = every_turn || zero > 1;
+        let kept = if overlap { KeptActivations::All } else { KeptActivations::LayerInputs };
+        let step = EngineStep { waves, turns, kept, zero, overlap, every_turn, reduce_stages };
+        let schedule = step.schedule(&model);
+        schedule.check().expect("every exchange is finished");
+        let ops = &schedule.ranks[0];
+        let count = |wanted: KernelKind| {
+            ops.iter().filter(|op| matches!(op, Op::Kernel(kernel) if kernel.kind == wanted)).count()
+        };
+        let units = layers + 2;
+        let joins = if every_turn { waves * turns } else { waves };
+        prop_assert_eq!((count(KernelKind::Head), count(KernelKind::JoinGradients)), (waves * turns, joins * units));
+        let started = |wanted: ExchangeKind| {
+            let is = |op: &&Op| matches!(op, Op::Start(Exchange { kind, .. }) if *kind == wanted);
+            ops.iter().filter(is).count()
+        };
+        let reductions = if every_turn { turns } else { 1 } * units;
+        prop_assert_eq!(started(ExchangeKind::ReduceGradients), reductions);
+        let gathers = if zero < 3 { units } else { waves * turns * (2 * layers + 2 + usize::from(tied)) };
+        prop_assert_eq!(started(ExchangeKind::GatherParameters), gathers);
+        prop_assert_eq!(started(ExchangeKind::Dispatch), if experts { 2 * waves * turns * layers } else { 0 }
+            + if experts && !overlap { waves * turns * layers } else { 0 });
+    }
 }

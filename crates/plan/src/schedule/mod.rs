@@ -15,7 +15,7 @@ mod op;
 mod zero_bubble;
 
 pub use check::{InFlight, ScheduleError};
-pub use engine::engine_step;
+pub use engine::EngineStep;
 pub use kind::ScheduleKind;
 pub use op::{Chunk, Exchange, ExchangeKind, Kernel, KernelKind, Op, Pass, Site};
 

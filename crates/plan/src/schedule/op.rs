@@ -91,7 +91,7 @@ impl fmt::Display for Op {
 /// Where in a step a kernel or an exchange belongs; what does not apply is 0.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Hash)]
 pub struct Site {
-    /// Layer (or stage, where a stage acts as a whole).
+    /// Layer; the stage or the engine's unit where these move as a whole.
     pub layer: u16,
     /// Wave of slots.
     pub wave: u16,
@@ -231,10 +231,8 @@ pub enum ExchangeKind {
     ReduceGradients,
     /// Partial sums of the gradient norm.
     GradientNorm,
-    /// All-gather of dense parameters (of all parameters where a stage acts as a whole).
+    /// All-gather of parameters.
     GatherParameters,
-    /// All-gather of expert parameters.
-    GatherExperts,
     /// Times and bytes of the step.
     Times,
 }
@@ -253,7 +251,6 @@ impl ExchangeKind {
             Self::ReduceGradients => "reduce gradients",
             Self::GradientNorm => "gradient norm",
             Self::GatherParameters => "gather parameters",
-            Self::GatherExperts => "gather experts",
             Self::Times => "times",
         }
     }
