@@ -40,8 +40,10 @@ fn main() {
     let model = Architecture::built_in("DeepSeek-V3").expect("a built-in model");
     let cluster = Cluster::parse("h800x2048").expect("a built-in GPU");
     let search = Search::new(&model, &cluster, &training());
-    let layouts: Vec<Parallelism> = search.layouts().collect();
+    let mut layouts: Vec<Parallelism> = search.layouts().collect();
     println!("{} layouts of {} on {} x {}", layouts.len(), model.name, cluster.gpus, cluster.gpu.name);
+    layouts.retain(|layout| search.pricer().price(layout).is_ok_and(|priced| priced.fits));
+    println!("{} of them fit", layouts.len());
     for round in 0..3 {
         let begin = core_s();
         let mut sum = 0.0;
