@@ -1,14 +1,17 @@
 //! Model descriptions and what they cost: sizes, parameters, memory, floating-point operations; and plans of clusters:
 //! architectures, hardware, parallelism. Pure.
 
+mod advice;
 mod architecture;
 mod calibration;
 pub mod collectives;
 mod hardware;
 pub mod kernels;
 mod layout;
+mod layout_name;
 mod memory;
 mod model;
+mod outlook;
 mod parallelism;
 mod precision;
 mod pricing;
@@ -20,6 +23,7 @@ mod software;
 mod table;
 pub mod validate;
 
+pub use advice::{Change, Place, bottleneck, changes};
 pub use architecture::{
     Architecture, Attention, FeedForward, HuggingFaceError, LayerKind, LayerParameters, Mixer, MoeShape,
     Pattern, StateSpace, UnknownModel, Window,
@@ -27,12 +31,14 @@ pub use architecture::{
 pub use calibration::{Calibration, CommonConstants, Constants, FITTED, GpuConstants, SoftwareConstants};
 pub use hardware::{Cluster, ClusterError, Gpu, Level};
 pub use layout::{Init, LayerTensors, Layout, NORM_CHUNK, TensorSpec};
+pub use layout_name::LayoutNameError;
 pub use memory::{KeptActivations, MemoryEstimate, StateShape, StepShape};
 pub use model::{ModelConfig, ModelError, ScoreFunction};
+pub use outlook::Outlook;
 pub use parallelism::{
     Modules, Optimizer, Parallelism, ParallelismError, Recomputation, Routing, Sharding, Training,
 };
 pub use precision::{Precision, PrecisionError};
-pub use pricing::{Breakdown, Passes, Priced, Pricer, SimulatedStep, Work, price};
+pub use pricing::{Axis, Breakdown, Passes, Priced, Pricer, SimulatedStep, Traffic, Work, price};
 pub use rank_memory::{Kept, RankMemory};
 pub use software::{DispatchKind, Software, Trainable};

@@ -8,6 +8,7 @@ mod rates;
 mod simulated;
 mod stages;
 mod states;
+mod traffic;
 mod work;
 
 use crate::architecture::{Architecture, LayerKind};
@@ -17,6 +18,7 @@ use crate::parallelism::{Parallelism, ParallelismError, Training};
 use crate::rank_memory::RankMemory;
 
 pub use simulated::SimulatedStep;
+pub use traffic::{Axis, Traffic};
 pub use work::{Passes, Work};
 
 use rates::Rates;

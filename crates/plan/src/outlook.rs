@@ -1,0 +1,81 @@
+//! What a whole run takes: steps, days, checkpoints, failures, money.
+
+use crate::hardware::Cluster;
+use crate::parallelism::{Parallelism, Training};
+use crate::pricing::Priced;
+
+/// Bytes per second at which one GPU's share of a checkpoint is set aside while training waits: from its memory over PCIe into
+/// the host's. Storage then takes it without the GPUs.
+const SNAPSHOT_BYTES_PER_S: f64 = 10e9;
+
+/// From a failure to the first new step: notice, replace, start, read the checkpoint. Llama 3 (2024) reports over 90% of its
+/// time as effective with an interruption every three hours, which leaves at most about so much for each.
+const RESTART_S: f64 = 600.0;
+
+const HOUR_S: f64 = 3600.0;
+
+/// A run of so many tokens, at the predicted seconds of a step.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Outlook {
+    /// Optimizer steps.
+    pub steps: f64,
+    /// Tokens per second of all GPUs, while they train.
+    pub tokens_per_s: f64,
+    /// GPU-hours of training alone, without failures and checkpoints.
+    pub gpu_hours: f64,
+    /// Seconds that training waits for a checkpoint.
+    pub checkpoint_s: f64,
+    /// The interval between checkpoints that loses least (Young, 1974): sqrt(2 x time of one x time between failures).
+    pub checkpoint_every_s: f64,
+    /// Time between failures of any GPU.
+    pub failure_every_s: f64,
+    /// Share of the time that trains: the rest goes to checkpoints, work that is lost, and restarts.
+    pub goodput: f64,
+    /// Days with all of that.
+    pub days: f64,
+    /// Dollars with all of that.
+    pub usd: f64,
+    /// Dollars of training alone.
+    pub usd_without_failures: f64,
+}
+
+impl Outlook {
+    /// The outlook of a priced layout.
+    pub fn of(priced: &Priced, cluster: &Cluster, layout: &Parallelism, training: &Training) -> Self {
+        let tokens = (training.global_batch * training.sequence) as f64;
+        let steps = (training.tokens / tokens).ceil();
+        let gpus = layout.gpus() as f64;
+        let train_s = steps * priced.step_s;
+        // What a resume needs: master weights and moments; gradients and activations are made again.
+        let checkpoint_s = (priced.memory.optimizer + priced.memory.weights) / SNAPSHOT_BYTES_PER_S;
+        let failure_every_s = HOUR_S / (cluster.failures_per_gpu_hour * gpus);
+        let checkpoint_every_s = (2.0 * checkpoint_s * failure_every_s).sqrt();
+        let lost =
+            checkpoint_s / checkpoint_every_s + (checkpoint_every_s / 2.0 + RESTART_S) / failure_every_s;
+        let goodput = 1.0 / (1.0 + lost);
+        let gpu_hours = gpus * train_s / HOUR_S;
+        let usd_without_failures = gpu_hours * cluster.price_usd_per_gpu_hour;
+        Self {
+            steps,
+            tokens_per_s: tokens / priced.step_s,
+            gpu_hours,
+            checkpoint_s,
+            checkpoint_every_s,
+            failure_every_s,
+            goodput,
+            days: train_s / goodput / (24.0 * HOUR_S),
+            usd: usd_without_failures / goodput,
+            usd_without_failures,
+        }
+    }
+
+    /// GPU-hours of training alone for 10^12 tokens.
+    pub fn gpu_hours_per_trillion(&self, training: &Training) -> f64 {
+        self.gpu_hours / training.tokens * 1e12
+    }
+
+    /// Dollars, failures included, for 10^12 tokens.
+    pub fn usd_per_trillion(&self, training: &Training) -> f64 {
+        self.usd / training.tokens * 1e12
+    }
+}
