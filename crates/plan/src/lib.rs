@@ -5,6 +5,7 @@ mod advice;
 mod architecture;
 mod calibration;
 pub mod collectives;
+mod dense;
 mod hardware;
 pub mod kernels;
 mod layout;
@@ -29,6 +30,7 @@ pub use architecture::{
     Pattern, StateSpace, UnknownModel, Window,
 };
 pub use calibration::{Calibration, CommonConstants, Constants, FITTED, GpuConstants, SoftwareConstants};
+pub use dense::Synchronisation;
 pub use hardware::{Cluster, ClusterError, Gpu, Level};
 pub use layout::{Init, LayerTensors, Layout, NORM_CHUNK, TensorSpec};
 pub use layout_name::LayoutNameError;

@@ -1,17 +1,75 @@
 //! `unisono plan`
 
+pub mod answer;
+mod compare;
+mod emit;
+mod explain;
+mod json;
+mod question;
+mod report;
+mod show;
+mod trace;
 mod validate;
 
-use clap::{Args, Subcommand};
+use std::path::{Path, PathBuf};
 
-use crate::error::CliError;
+use clap::{Args, Subcommand};
+use unisono_plan::{Architecture, Gpu, Parallelism};
+
+use crate::error::{CliError, DONE, STORAGE};
+use crate::screen::say;
+use answer::Answer;
+use question::TrainingArgs;
 
 /// `unisono plan`
 #[derive(Debug, Args)]
+#[command(args_conflicts_with_subcommands = true, subcommand_negates_reqs = true)]
 pub struct Plan {
-    /// What to do
+    /// What else to do
     #[command(subcommand)]
-    command: PlanCommand,
+    command: Option<PlanCommand>,
+    #[command(flatten)]
+    ask: Ask,
+}
+
+/// A question about one model on one cluster.
+#[derive(Debug, Args)]
+struct Ask {
+    /// A built-in name (see --models), a Hugging Face config.json or its folder, or a config of unisono (.toml)
+    #[arg(required_unless_present_any = ["models", "gpus"])]
+    model: Option<String>,
+    /// GPU and count, such as h800x2048, or a TOML file
+    #[arg(required_unless_present_any = ["models", "gpus"])]
+    cluster: Option<String>,
+    #[command(flatten)]
+    training: TrainingArgs,
+    /// Price this layout instead of searching: "pp16 ep64 dp128 dualpipev zero1"
+    #[arg(long, value_name = "WORDS")]
+    layout: Option<Parallelism>,
+    /// Layouts in the table
+    #[arg(long, value_name = "N", default_value_t = 10)]
+    rows: usize,
+    /// Show the formulas with numbers
+    #[arg(long)]
+    explain: bool,
+    /// Print one JSON object
+    #[arg(long)]
+    json: bool,
+    /// Write the config that `unisono train` runs; refused while the engine lacks a feature
+    #[arg(long, value_name = "FILE")]
+    emit: Option<PathBuf>,
+    /// Write a Chrome trace of the predicted step, which opens in Perfetto
+    #[arg(long, value_name = "FILE")]
+    trace: Option<PathBuf>,
+    /// Write a page with timeline, memory, Pareto front and bytes
+    #[arg(long, value_name = "FILE.html")]
+    report: Option<PathBuf>,
+    /// List the built-in models
+    #[arg(long, exclusive = true)]
+    models: bool,
+    /// List the built-in GPUs
+    #[arg(long, exclusive = true)]
+    gpus: bool,
 }
 
 /// The commands of the planner.
@@ -19,11 +77,63 @@ pub struct Plan {
 enum PlanCommand {
     /// Hold the planner to published measurements
     Validate(validate::Validate),
+    /// The same question for several models or clusters, side by side
+    Compare(compare::Compare),
 }
 
 /// `unisono plan`
 pub fn run(args: Plan) -> Result<u8, CliError> {
     match args.command {
-        PlanCommand::Validate(args) => validate::run(args),
+        Some(PlanCommand::Validate(args)) => validate::run(args),
+        Some(PlanCommand::Compare(args)) => compare::run(&args),
+        None => ask(&args.ask),
     }
+}
+
+fn ask(args: &Ask) -> Result<u8, CliError> {
+    if args.models || args.gpus {
+        list(args.models);
+        return Ok(DONE);
+    }
+    let text = |value: &Option<String>| value.clone().unwrap_or_default();
+    let (model, config) = question::model(&text(&args.model))?;
+    let cluster = question::cluster(&text(&args.cluster))?;
+    let training = args.training.training(&cluster)?;
+    let answer = Answer::to(model, cluster, training, args.layout)?;
+    if let Some(path) = &args.emit {
+        write(path, &emit::config(&answer, config)?)?;
+    }
+    if let Some(path) = &args.trace {
+        write(path, &trace::chrome(&answer)?)?;
+    }
+    if let Some(path) = &args.report {
+        write(path, &report::page(&answer)?)?;
+    }
+    if args.json {
+        say(&format!("{}\n", json::object(&answer)));
+        return Ok(DONE);
+    }
+    show::print(&answer, args.rows);
+    if args.explain {
+        explain::print(&answer);
+    }
+    Ok(DONE)
+}
+
+fn list(models: bool) {
+    if models {
+        for model in Architecture::all_built_in() {
+            say(&format!("{}\n", model.name));
+        }
+    } else {
+        for gpu in Gpu::all() {
+            say(&format!("{}\n", gpu.name));
+        }
+    }
+}
+
+/// Writes a whole file.
+fn write(path: &Path, text: &str) -> Result<(), CliError> {
+    std::fs::write(path, text)
+        .map_err(|error| CliError { code: STORAGE, message: format!("write {}: {error}", path.display()) })
 }

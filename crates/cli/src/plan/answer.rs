@@ -1,0 +1,204 @@
+//! What the planner found, as values that every form of output reads.
+
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::Duration;
+
+use unisono_plan::search::{Found, Plan, Search};
+use unisono_plan::{
+    Architecture, Change, Cluster, Outlook, Parallelism, Pricer, RankMemory, SimulatedStep, Traffic,
+    Training, changes,
+};
+
+use crate::error::CliError;
+use crate::layout::cores;
+use crate::screen::Screen;
+
+/// The template of the bar of a search.
+pub const BAR: &str = "searching layouts {bar:30} {pos}/{len} parts  {elapsed}";
+
+/// Parts that a search is cut into: enough for a bar that moves.
+const PARTS: usize = 64;
+
+/// The question with its answer.
+#[derive(Debug)]
+pub struct Answer {
+    /// The model.
+    pub model: Architecture,
+    /// The cluster.
+    pub cluster: Cluster,
+    /// The training.
+    pub training: Training,
+    /// What a search found; `None` when the layout was given.
+    pub found: Option<Found>,
+    /// The plan that everything below is about.
+    pub chosen: Plan,
+    /// The whole run.
+    pub outlook: Outlook,
+    /// Bytes over links.
+    pub traffic: Traffic,
+    /// `[pipeline rank]` what it holds.
+    pub memory: Vec<RankMemory>,
+    /// What would help most.
+    pub changes: Vec<Change>,
+}
+
+impl Answer {
+    /// Prices the layout that is given, or searches for the fastest that fits.
+    pub fn to(
+        model: Architecture,
+        cluster: Cluster,
+        training: Training,
+        layout: Option<Parallelism>,
+    ) -> Result<Self, CliError> {
+        let (found, chosen) = match layout {
+            Some(layout) => (None, given(&model, &cluster, &training, layout)?),
+            None => {
+                let found = search(&model, &cluster, &training);
+                let best = found.fastest.first().cloned();
+                let best = best.ok_or_else(|| nothing_fits(&model, &cluster, &training, &found))?;
+                (Some(found), best)
+            }
+        };
+        let pricer = Pricer::new(&model, &cluster, &training);
+        let layout = chosen.layout;
+        Ok(Self {
+            outlook: Outlook::of(&chosen.priced, &cluster, &layout, &training),
+            traffic: pricer.traffic(&layout),
+            memory: (0..layout.pipeline).map(|rank| pricer.rank_memory(&layout, rank)).collect(),
+            changes: changes(&model, &cluster, &layout, &training, 3),
+            model,
+            cluster,
+            training,
+            found,
+            chosen,
+        })
+    }
+
+    /// A pricer of the question.
+    pub fn pricer(&self) -> Pricer {
+        Pricer::new(&self.model, &self.cluster, &self.training)
+    }
+
+    /// The chosen layout's step, op by op.
+    pub fn simulate(&self) -> Result<SimulatedStep, CliError> {
+        let step = self.pricer().simulate(&self.chosen.layout, true);
+        step.map_err(|error| CliError::usage(error.to_string()))
+    }
+
+    /// Operations per second of a GPU that the model needs (causal, recomputation not counted), over its peak in bf16.
+    pub fn model_flops_share(&self) -> f64 {
+        self.flops_per_s_per_gpu() / self.cluster.gpu.bf16_flops
+    }
+
+    /// Operations per second of a GPU that the model needs.
+    pub fn flops_per_s_per_gpu(&self) -> f64 {
+        let a_token = self.model.train_flops(self.training.sequence, true, true);
+        a_token * self.outlook.tokens_per_s / self.chosen.layout.gpus() as f64
+    }
+}
+
+/// A given layout, priced; more GPUs than there are is an error, fewer is not.
+fn given(
+    model: &Architecture,
+    cluster: &Cluster,
+    training: &Training,
+    layout: Parallelism,
+) -> Result<Plan, CliError> {
+    let gpus = layout.gpus();
+    if gpus > cluster.gpus {
+        return Err(CliError::usage(format!(
+            "--layout takes {gpus} GPUs and the cluster has {}; nearest: dp{}",
+            cluster.gpus,
+            (cluster.gpus * layout.data / gpus).max(1)
+        )));
+    }
+    let priced = Pricer::new(model, cluster, training)
+        .price(&layout)
+        .map_err(|error| CliError::usage(format!("--layout {layout}: {error}")))?;
+    let outlook = Outlook::of(&priced, cluster, &layout, training);
+    Ok(Plan {
+        number: 0,
+        headroom_bytes: cluster.gpu.memory_bytes - priced.memory.total(),
+        run_usd: outlook.usd_without_failures,
+        layout,
+        priced,
+    })
+}
+
+/// Searches on every core; parts are merged in order, so that the result does not depend on the cores.
+pub fn search(model: &Architecture, cluster: &Cluster, training: &Training) -> Found {
+    let search = Search::new(model, cluster, training);
+    let (next, done) = (AtomicUsize::new(0), AtomicUsize::new(0));
+    let screen = Screen::new(BAR);
+    let mut parts: Vec<(usize, Found)> = std::thread::scope(|scope| {
+        let work = || {
+            let mut found = Vec::new();
+            loop {
+                let part = next.fetch_add(1, Ordering::Relaxed);
+                if part >= PARTS {
+                    return found;
+                }
+                found.push((part, search.run(part, PARTS)));
+                done.fetch_add(1, Ordering::Relaxed);
+            }
+        };
+        let workers: Vec<_> = (0..cores()).map(|_| scope.spawn(work)).collect();
+        watch(&screen, &done, || workers.iter().all(std::thread::ScopedJoinHandle::is_finished));
+        // A worker that panicked has said so; its parts are missed.
+        workers.into_iter().filter_map(|worker| worker.join().ok()).flatten().collect()
+    });
+    screen.finish();
+    parts.sort_by_key(|(part, _)| *part);
+    let mut parts = parts.into_iter().map(|(_, found)| found);
+    let first = parts.next().unwrap_or_else(|| search.run(0, 1));
+    parts.fold(first, Found::merge)
+}
+
+/// Moves the bar of a search that takes longer than a moment.
+fn watch(screen: &Screen, done: &AtomicUsize, finished: impl Fn() -> bool) {
+    let mut waited = 0u32;
+    while !finished() {
+        std::thread::sleep(Duration::from_millis(20));
+        waited += 1;
+        match waited {
+            0..25 => {}
+            25 => screen.start(done.load(Ordering::Relaxed) as u64, PARTS as u64),
+            _ => screen.advance(done.load(Ordering::Relaxed) as u64, PARTS as u64, String::new()),
+        }
+    }
+}
+
+/// No layout fits: says by how much, and how many GPUs would do.
+fn nothing_fits(model: &Architecture, cluster: &Cluster, training: &Training, found: &Found) -> CliError {
+    let parameters = model.parameters() as f64;
+    let name = &model.name;
+    if found.priced == 0 && training.global_batch == 0 {
+        return CliError::usage("the batch has no sequences");
+    }
+    let mut gpus = cluster.gpus;
+    while gpus < 1 << 17 {
+        gpus *= 2;
+        let wider = Cluster::of(cluster.gpu, gpus);
+        let Ok(wider) = wider else { break };
+        let batch = training.global_batch.max(gpus);
+        let training = Training { global_batch: batch, ..training.clone() };
+        if Search::new(model, &wider, &training).run(0, 1).feasible > 0 {
+            return CliError::usage(format!(
+                "no layout of {name} ({:.0} B parameters) fits {} x {} with a batch of {} sequences: {} were priced; nearest \
+                 that fits: {} GPUs with a batch of {batch}",
+                parameters / 1e9,
+                cluster.gpus,
+                cluster.gpu.name,
+                training.global_batch,
+                found.priced,
+                gpus,
+            ));
+        }
+    }
+    CliError::usage(format!(
+        "no layout of {name} ({:.0} B parameters) fits any number of {}: {} were priced",
+        parameters / 1e9,
+        cluster.gpu.name,
+        found.priced
+    ))
+}

@@ -1,0 +1,144 @@
+//! `unisono plan compare`
+
+use clap::Args;
+use serde_json::{Value, json};
+use unisono_plan::{Architecture, Cluster, Synchronisation};
+
+use super::answer::Answer;
+use super::question::{self, TrainingArgs};
+use super::{json as as_json, show};
+use crate::error::{CliError, DONE};
+use crate::screen::{complain, say};
+use crate::style::{Paint, duration, grouped, percent, table};
+
+/// `unisono plan compare`
+#[derive(Debug, Args)]
+pub struct Compare {
+    /// A model; may be given again
+    #[arg(long = "model", value_name = "MODEL", required = true)]
+    models: Vec<String>,
+    /// A cluster; may be given again
+    #[arg(long = "cluster", value_name = "CLUSTER", required = true)]
+    clusters: Vec<String>,
+    #[command(flatten)]
+    training: TrainingArgs,
+    /// Also dense models with all, and with the active, parameters of every sparse one
+    #[arg(long)]
+    dense: bool,
+    /// Also how long replicas would take to agree at one place, or through parameter servers
+    #[arg(long)]
+    baselines: bool,
+    /// Print one JSON array
+    #[arg(long)]
+    json: bool,
+}
+
+/// Answers every model on every cluster.
+pub fn run(args: &Compare) -> Result<u8, CliError> {
+    let mut models: Vec<Architecture> = Vec::new();
+    for name in &args.models {
+        let (model, _) = question::model(name)?;
+        let twins = if args.dense { twins(&model) } else { Vec::new() };
+        models.push(model);
+        models.extend(twins);
+    }
+    let clusters =
+        args.clusters.iter().map(|name| question::cluster(name)).collect::<Result<Vec<Cluster>, _>>()?;
+    let mut answers = Vec::new();
+    for model in &models {
+        for cluster in &clusters {
+            let training = args.training.training(cluster)?;
+            match Answer::to(model.clone(), cluster.clone(), training, None) {
+                Ok(answer) => answers.push(answer),
+                // One that does not fit says so; the others are compared.
+                Err(error) => complain("warning", &error.message),
+            }
+        }
+    }
+    if answers.is_empty() {
+        return Err(CliError::usage("nothing to compare: no model fits any of the clusters"));
+    }
+    if args.json {
+        let all: Vec<Value> = answers.iter().map(|answer| object(answer, args.baselines)).collect();
+        say(&format!("{}\n", Value::Array(all)));
+    } else {
+        print(&answers, args.baselines);
+    }
+    Ok(DONE)
+}
+
+/// Dense models with all and with the active parameters.
+pub fn twins(model: &Architecture) -> Vec<Architecture> {
+    let sizes = [model.parameters() as f64, model.active_parameters() as f64];
+    sizes.into_iter().filter_map(|parameters| model.dense_twin(parameters)).collect()
+}
+
+fn object(answer: &Answer, baselines: bool) -> Value {
+    let mut object = as_json::object(answer);
+    if baselines {
+        let of = synchronisation(answer);
+        object["synchronisation_s"] = json!({
+            "ours": of.ours_s,
+            "merge_at_one": of.merge_at_one_s,
+            "parameter_server": of.parameter_server_s,
+        });
+    }
+    object
+}
+
+fn synchronisation(answer: &Answer) -> Synchronisation {
+    Synchronisation::of(&answer.chosen.priced, &answer.chosen.layout, &answer.cluster)
+}
+
+fn print(answers: &[Answer], baselines: bool) {
+    let paint = Paint::new(&std::io::stdout());
+    say(&format!("{}\n", paint.strong("The fastest layout that fits, each")));
+    say(&format!("{}\n", rows(answers).join("\n")));
+    say(&format!("{}\n", paint.faint("hours a T: GPU-hours of training for 10^12 tokens; M$ with failures")));
+    if !baselines {
+        return;
+    }
+    say(&format!("\n{}\n", paint.strong("Replicas agree once a step")));
+    let head = ["model", "cluster", "replicas", "ours", "merged at one place", "parameter servers"];
+    let mut rows = vec![head.map(String::from).to_vec()];
+    rows.extend(answers.iter().map(|answer| {
+        let of = synchronisation(answer);
+        let step = answer.chosen.priced.step_s;
+        let against = |seconds: f64| format!("{} ({:.1} steps)", duration(seconds), seconds / step);
+        let layout = &answer.chosen.layout;
+        vec![
+            answer.model.name.clone(),
+            cluster(answer),
+            grouped((layout.data * layout.context) as u64),
+            format!("{} ({} of a step)", duration(of.ours_s), percent(of.ours_s / step)),
+            against(of.merge_at_one_s),
+            against(of.parameter_server_s),
+        ]
+    }));
+    say(&format!("{}\n", table(&rows, 2).join("\n")));
+}
+
+fn cluster(answer: &Answer) -> String {
+    format!("{} x {}", answer.cluster.gpus, answer.cluster.gpu.name)
+}
+
+/// The table, with its head.
+fn rows(answers: &[Answer]) -> Vec<String> {
+    let head = ["model", "cluster", "layout", "step", "tokens/s", "hours a T", "days", "M$"];
+    let mut rows = vec![head.map(String::from).to_vec()];
+    rows.extend(answers.iter().map(|answer| {
+        vec![
+            answer.model.name.clone(),
+            cluster(answer),
+            answer.chosen.layout.to_string(),
+            duration(answer.chosen.priced.step_s),
+            grouped(answer.outlook.tokens_per_s as u64),
+            grouped(answer.outlook.gpu_hours_per_trillion(&answer.training) as u64),
+            format!("{:.1}", answer.outlook.days),
+            format!("{:.2}", answer.outlook.usd / 1e6),
+        ]
+    }));
+    let mut lines = vec![format!("  {}", show::header(&answers[0]).lines().last().unwrap_or_default())];
+    lines.extend(table(&rows, 3));
+    lines
+}

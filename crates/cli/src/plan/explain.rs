@@ -1,0 +1,156 @@
+//! The formulas with their numbers.
+
+use unisono_plan::Work;
+use unisono_plan::collectives::places_touched;
+use unisono_plan::schedule::ScheduleKind;
+
+use super::answer::Answer;
+use crate::screen::say;
+use crate::style::{Paint, table};
+
+/// Prints how the figures come about.
+pub fn print(answer: &Answer) {
+    let paint = Paint::new(&std::io::stdout());
+    let sections = [
+        ("How: operations and parameters", counts(answer)),
+        ("How: a layer of each kind, milliseconds a micro-batch", layers(answer)),
+        ("How: pipeline", pipeline(answer)),
+        ("How: dispatch", dispatch(answer)),
+        ("How: checkpoints and money", money(answer)),
+    ];
+    for (title, lines) in sections {
+        if !lines.is_empty() {
+            say(&format!("\n{}\n{}\n", paint.strong(title), lines.join("\n")));
+        }
+    }
+}
+
+fn counts(answer: &Answer) -> Vec<String> {
+    let (model, training) = (&answer.model, &answer.training);
+    let flops = |causal, mtp| model.train_flops(training.sequence, causal, mtp) / 1e9;
+    let (gpus, tokens) = (answer.chosen.layout.gpus() as f64, answer.outlook.tokens_per_s);
+    vec![
+        format!(
+            "  GFLOP a token, forward and backward: causal {:.1}, without multi-token prediction {:.1}, all pairs {:.1}",
+            flops(true, true),
+            flops(true, false),
+            flops(false, true)
+        ),
+        format!(
+            "  TFLOP/s a GPU = {:.1} GFLOP x {:.0} tokens/s / {gpus} GPUs = {:.0}",
+            flops(true, true),
+            tokens,
+            flops(true, true) * tokens / gpus / 1e3
+        ),
+    ]
+}
+
+fn layers(answer: &Answer) -> Vec<String> {
+    let pricer = answer.pricer();
+    let head = [
+        "kind",
+        "pass",
+        "products",
+        "experts",
+        "attention",
+        "memory",
+        "tensor",
+        "context",
+        "dispatch",
+        "kernels",
+    ];
+    let mut rows = vec![head.map(String::from).to_vec()];
+    for ((kind, windowed), passes) in pricer.kinds().iter().zip(pricer.passes_by_kind(&answer.chosen.layout))
+    {
+        let window = if *windowed { ", windowed" } else { "" };
+        let name = format!("{:?} + {:?}{window}", kind.mixer, kind.ffn);
+        let works = [("forward", passes.forward), ("input", passes.input), ("weights", passes.weight)];
+        rows.extend(works.into_iter().map(|(pass, work)| row(&name, pass, &work)));
+    }
+    table(&rows, 2)
+}
+
+fn row(kind: &str, pass: &str, work: &Work) -> Vec<String> {
+    let seconds = [
+        work.gemm_s,
+        work.grouped_s,
+        work.attention_s,
+        work.memory_s,
+        work.tensor_s,
+        work.context_s,
+        work.expert_s,
+    ];
+    let mut row = vec![kind.to_string(), pass.to_string()];
+    row.extend(seconds.map(|seconds| format!("{:.3}", 1e3 * seconds)));
+    row.push(format!("{:.0}", work.kernels));
+    row
+}
+
+fn pipeline(answer: &Answer) -> Vec<String> {
+    let (layout, training) = (&answer.chosen.layout, &answer.training);
+    if layout.pipeline == 1 {
+        return Vec::new();
+    }
+    let formula = match layout.schedule {
+        ScheduleKind::OneForwardOneBackward => "(p-1)(F+B)",
+        ScheduleKind::Interleaved => "(p-1)(F+B)/v",
+        ScheduleKind::ZeroBubble => "(p-1)(F+I-W)",
+        ScheduleKind::DualPipeV => "(p-1)(F&B+I-2W)/2 of both chunks of a rank",
+    };
+    let step = answer.simulate().map(|step| step.simulated.seconds);
+    let mut lines = vec![
+        format!(
+            "  {}: bubble {formula}, B = I + W, p = {}, v = {}, {} micro-batches of {} sequences: {:.3} s",
+            layout.schedule.name(),
+            layout.pipeline,
+            layout.virtual_stages,
+            layout.micro_batches(training),
+            layout.micro_batch,
+            answer.chosen.priced.breakdown.bubble_s
+        ),
+        format!("  the step in closed form {:.3} s", answer.chosen.priced.step_s),
+    ];
+    lines.extend(step.map(|seconds| format!("  the step simulated op by op {seconds:.3} s")).ok());
+    lines
+}
+
+fn dispatch(answer: &Answer) -> Vec<String> {
+    let (Some(moe), layout) = (&answer.model.moe, &answer.chosen.layout) else { return Vec::new() };
+    if layout.expert == 1 {
+        return Vec::new();
+    }
+    let width = answer.cluster.nvlink_domain().min(layout.expert);
+    let servers = layout.expert.div_ceil(width);
+    let limit = if moe.groups > 1 { moe.top_groups.clamp(1, servers) } else { servers };
+    let ranks = places_touched(moe.experts, moe.top_k, layout.expert);
+    let experts = moe.experts * limit / servers;
+    let away = places_touched(experts, moe.top_k, limit) * (servers - 1) as f64 / servers as f64;
+    vec![
+        format!(
+            "  copies of a row: {} to one rank each = {:.2} that leave; once a rank R(1 - C(E-E/R,k)/C(E,k)) = {ranks:.2} (E {}, k {}, R {})",
+            moe.top_k,
+            moe.top_k as f64 * (layout.expert - 1) as f64 / layout.expert as f64,
+            moe.experts,
+            moe.top_k,
+            layout.expert,
+        ),
+        format!("  once a server, {limit} of {servers} servers at most: {away:.2} over the network"),
+    ]
+}
+
+fn money(answer: &Answer) -> Vec<String> {
+    let outlook = &answer.outlook;
+    vec![
+        format!(
+            "  checkpoint interval (Young) sqrt(2 x {:.1} s x {:.0} s) = {:.0} s",
+            outlook.checkpoint_s, outlook.failure_every_s, outlook.checkpoint_every_s
+        ),
+        format!(
+            "  {:.0} GPU-hours x ${:.2} / {:.3} of the time that trains = ${:.3} M",
+            outlook.gpu_hours,
+            answer.cluster.price_usd_per_gpu_hour,
+            outlook.goodput,
+            outlook.usd / 1e6
+        ),
+    ]
+}

@@ -1,0 +1,104 @@
+//! The answer as JSON. Seconds, bytes and dollars, whatever the terminal shows.
+
+use serde_json::{Map, Value, json};
+use unisono_plan::kernels::{Kernel, KernelModel};
+use unisono_plan::search::Plan;
+use unisono_plan::{Axis, Outlook, RankMemory, bottleneck};
+
+use super::answer::Answer;
+
+/// One object.
+pub fn object(answer: &Answer) -> Value {
+    let (what, share) = bottleneck(&answer.chosen.priced);
+    let kernels = KernelModel::of(&answer.cluster.gpu);
+    let origin = |kernel| kernels.origin(kernel, answer.training.compute).to_string();
+    json!({
+        "model": {
+            "name": answer.model.name,
+            "parameters": answer.model.parameters(),
+            "active_parameters": answer.model.active_parameters(),
+        },
+        "cluster": {
+            "gpu": answer.cluster.gpu.name,
+            "gpus": answer.cluster.gpus,
+            "usd_per_gpu_hour": answer.cluster.price_usd_per_gpu_hour,
+        },
+        "training": answer.training,
+        "measured": {
+            "products": origin(Kernel::Gemm),
+            "attention": origin(Kernel::Attention),
+            "experts": origin(Kernel::GroupedGemm),
+        },
+        "searched": answer.found.as_ref().map(|found| json!({
+            "priced": found.priced,
+            "feasible": found.feasible,
+            "front": found.front.iter().map(|found| plan(answer, found)).collect::<Vec<_>>(),
+        })),
+        "chosen": plan(answer, &answer.chosen),
+        "tflops_per_gpu": answer.flops_per_s_per_gpu() / 1e12,
+        "breakdown_s": parts(&answer.chosen.priced.breakdown.parts()),
+        "hidden_communication_s": answer.chosen.priced.breakdown.hidden_s,
+        "memory_bytes_by_pipeline_rank": answer.memory.iter().map(memory).collect::<Vec<_>>(),
+        "sent_bytes_per_gpu": traffic(answer),
+        "run": run(answer),
+        "limit": {"what": what, "share": share},
+        "changes": answer.changes.iter().map(|change| json!({
+            "what": change.what,
+            "step_s": change.step_s,
+            "saves": change.saves,
+        })).collect::<Vec<_>>(),
+    })
+}
+
+fn parts(parts: &[(&'static str, f64)]) -> Value {
+    Value::Object(parts.iter().map(|(name, value)| (name.to_string(), json!(value))).collect::<Map<_, _>>())
+}
+
+/// A layout with its price.
+pub fn plan(answer: &Answer, plan: &Plan) -> Value {
+    let outlook = Outlook::of(&plan.priced, &answer.cluster, &plan.layout, &answer.training);
+    json!({
+        "layout": plan.layout.to_string(),
+        "gpus": plan.layout.gpus(),
+        "step_s": plan.priced.step_s,
+        "interval_80_s": plan.priced.interval_s,
+        "memory_bytes": plan.priced.memory.total(),
+        "free_bytes": plan.headroom_bytes,
+        "fits": plan.priced.fits,
+        "days": outlook.days,
+        "usd": outlook.usd,
+    })
+}
+
+fn memory(memory: &RankMemory) -> Value {
+    let mut object = parts(&memory.parts());
+    object["total"] = json!(memory.total());
+    object
+}
+
+fn traffic(answer: &Answer) -> Value {
+    let axes = Axis::ALL.map(|axis| {
+        let levels = answer.traffic.levels.iter().zip(&answer.traffic.bytes[axis as usize]);
+        let levels = levels.map(|(level, bytes)| (level.clone(), json!(bytes))).collect::<Map<_, _>>();
+        (axis.name().to_string(), Value::Object(levels))
+    });
+    Value::Object(axes.into_iter().collect())
+}
+
+fn run(answer: &Answer) -> Value {
+    let outlook = &answer.outlook;
+    json!({
+        "steps": outlook.steps,
+        "tokens_per_s": outlook.tokens_per_s,
+        "gpu_hours": outlook.gpu_hours,
+        "gpu_hours_per_trillion_tokens": outlook.gpu_hours_per_trillion(&answer.training),
+        "failure_every_s": outlook.failure_every_s,
+        "checkpoint_s": outlook.checkpoint_s,
+        "checkpoint_every_s": outlook.checkpoint_every_s,
+        "goodput": outlook.goodput,
+        "days": outlook.days,
+        "usd": outlook.usd,
+        "usd_without_failures": outlook.usd_without_failures,
+        "usd_per_trillion_tokens": outlook.usd_per_trillion(&answer.training),
+    })
+}

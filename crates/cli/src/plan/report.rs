@@ -1,0 +1,183 @@
+//! One page that needs nothing else: timeline, memory, Pareto front, bytes, dense against MoE.
+
+mod charts;
+
+use std::fmt::Write as _;
+
+use unisono_plan::simulate::svg;
+use unisono_plan::{Axis, bottleneck};
+
+use super::answer::Answer;
+use super::{compare, show};
+use crate::error::CliError;
+use crate::style::{duration, grouped, percent};
+
+const STYLE: &str = include_str!("report/style.css");
+const GIB: f64 = (1u64 << 30) as f64;
+
+/// The page. Searches for dense twins of a sparse model on the way.
+pub fn page(answer: &Answer) -> Result<String, CliError> {
+    let step = answer.simulate()?;
+    let title = format!(
+        "{} on {} {}",
+        answer.model.name,
+        grouped(answer.cluster.gpus as u64),
+        answer.cluster.gpu.name
+    );
+    let mut body =
+        format!("<h1>{}</h1>\n<p class=\"lead\">{}</p>\n", escape(&title), escape(&show::header(answer)));
+    body.push_str(&figures(answer));
+    section(&mut body, "The step", &breakdown_note(answer), &charts::breakdown(answer));
+    let note = format!(
+        "Pipeline ranks from top to bottom, time to the right: forward blue, backward green, weight gradients violet; numbers are \
+         micro-batches. Simulated op by op: {:.3} s; in closed form {:.3} s.",
+        step.simulated.seconds, answer.chosen.priced.step_s
+    );
+    section(
+        &mut body,
+        "Timeline",
+        &note,
+        &format!("<div class=\"scroll\">{}</div>", svg(&step.schedule, &step.simulated)),
+    );
+    let note = format!(
+        "GiB on a GPU of each pipeline rank at its peak; the line is what a GPU has, {:.1} GiB.",
+        answer.cluster.gpu.memory_bytes / GIB
+    );
+    section(&mut body, "Memory", &note, &charts::memory(answer));
+    if let Some(found) = &answer.found {
+        let note = format!(
+            "{} of {} layouts fit. Each dot is one that no other beats in time, free memory and cost at once; larger dots cost more.",
+            grouped(found.feasible as u64),
+            grouped(found.priced as u64)
+        );
+        section(&mut body, "Pareto front", &note, &charts::front(answer, &found.front));
+    }
+    section(
+        &mut body,
+        "Bytes over links",
+        "GB that a GPU sends in a step, by why and by which links.",
+        &charts::traffic(answer),
+    );
+    if let Some(table) = dense(answer) {
+        let note = "The same tokens on the same cluster, the fastest layout that fits each. The dense models keep attention and \
+                    depth and widen the feed-forward network.";
+        section(&mut body, "Dense against MoE", note, &table);
+    }
+    section(&mut body, "What would help most", "Changes tried one at a time.", &changes(answer));
+    Ok(format!(
+        "<!doctype html>\n<html lang=\"en\">\n<head>\n<meta charset=\"utf-8\">\n<meta name=\"viewport\" content=\"width=device-width\">\n\
+         <title>{}</title>\n<style>\n{STYLE}</style>\n</head>\n<body>\n<main>\n{body}</main>\n</body>\n</html>\n",
+        escape(&title)
+    ))
+}
+
+fn section(body: &mut String, title: &str, note: &str, content: &str) {
+    let _ = writeln!(body, "<section>\n<h2>{title}</h2>\n<p>{}</p>\n{content}\n</section>", escape(note));
+}
+
+/// Text in HTML.
+fn escape(text: &str) -> String {
+    text.replace('&', "&amp;").replace('<', "&lt;").replace('>', "&gt;").replace('"', "&quot;")
+}
+
+/// The few numbers that matter most.
+fn figures(answer: &Answer) -> String {
+    let (priced, outlook) = (&answer.chosen.priced, &answer.outlook);
+    let [low, high] = priced.interval_s;
+    let figures = [
+        (
+            "layout",
+            answer.chosen.layout.to_string(),
+            format!("{} GPUs", grouped(answer.chosen.layout.gpus() as u64)),
+        ),
+        ("step", format!("{:.2} s", priced.step_s), format!("80% of runs: {low:.1} to {high:.1} s")),
+        (
+            "throughput",
+            format!("{} tokens/s", grouped(outlook.tokens_per_s as u64)),
+            format!(
+                "{:.0} TFLOP/s a GPU, {} of peak",
+                answer.flops_per_s_per_gpu() / 1e12,
+                percent(answer.model_flops_share())
+            ),
+        ),
+        (
+            "memory",
+            format!("{:.1} GiB", priced.memory.total() / GIB),
+            format!("{:.1} GiB free on the fullest GPU", answer.chosen.headroom_bytes / GIB),
+        ),
+        (
+            "run",
+            format!("{:.1} days, ${:.2} M", outlook.days, outlook.usd / 1e6),
+            format!(
+                "{} GPU-hours of training, {} goodput",
+                grouped(outlook.gpu_hours as u64),
+                percent(outlook.goodput)
+            ),
+        ),
+    ];
+    let cards = figures.map(|(name, value, note)| {
+        format!(
+            "<div class=\"card\"><div class=\"name\">{name}</div><div class=\"value\">{}</div><div class=\"note\">{}</div></div>",
+            escape(&value),
+            escape(&note)
+        )
+    });
+    format!("<div class=\"cards\">{}</div>\n", cards.join("\n"))
+}
+
+fn breakdown_note(answer: &Answer) -> String {
+    let (what, share) = bottleneck(&answer.chosen.priced);
+    format!(
+        "On the slowest pipeline rank. The largest part is {what}, {}. {} of communication is hidden under kernels.",
+        percent(share),
+        duration(answer.chosen.priced.breakdown.hidden_s)
+    )
+}
+
+fn changes(answer: &Answer) -> String {
+    let rows = answer.changes.iter().map(|change| {
+        vec![change.what.clone(), format!("{:.3} s", change.step_s), format!("-{:.1}%", 100.0 * change.saves)]
+    });
+    html_table(&["change", "step", "saves"], &rows.collect::<Vec<_>>())
+}
+
+/// The model beside its dense twins, where it has any and they fit.
+fn dense(answer: &Answer) -> Option<String> {
+    let mut rows = vec![compared(answer)];
+    for twin in compare::twins(&answer.model) {
+        let other = Answer::to(twin.clone(), answer.cluster.clone(), answer.training.clone(), None);
+        rows.push(
+            other.map_or_else(|_| vec![twin.name, "no layout fits".into()], |answer| compared(&answer)),
+        );
+    }
+    (rows.len() > 1)
+        .then(|| html_table(&["model", "layout", "step", "GPU-hours a T tokens", "days", "M$"], &rows))
+}
+
+fn compared(answer: &Answer) -> Vec<String> {
+    let outlook = &answer.outlook;
+    vec![
+        answer.model.name.clone(),
+        answer.chosen.layout.to_string(),
+        duration(answer.chosen.priced.step_s),
+        grouped(outlook.gpu_hours_per_trillion(&answer.training) as u64),
+        format!("{:.1}", outlook.days),
+        format!("{:.2}", outlook.usd / 1e6),
+    ]
+}
+
+fn html_table(head: &[&str], rows: &[Vec<String>]) -> String {
+    let cells = |tag: &str, cells: Vec<String>| {
+        let cells: String = cells.iter().map(|cell| format!("<{tag}>{}</{tag}>", escape(cell))).collect();
+        format!("<tr>{cells}</tr>\n")
+    };
+    let head = cells("th", head.iter().map(ToString::to_string).collect());
+    let rows: String = rows.iter().map(|row| cells("td", row.clone())).collect();
+    format!("<div class=\"scroll\"><table>\n{head}{rows}</table></div>")
+}
+
+/// The axes that send anything.
+fn sending(answer: &Answer) -> Vec<Axis> {
+    let sent = |axis: &Axis| answer.traffic.bytes[*axis as usize].iter().sum::<f64>() > 0.0;
+    Axis::ALL.into_iter().filter(sent).collect()
+}

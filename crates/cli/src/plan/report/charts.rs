@@ -1,0 +1,167 @@
+//! Drawings of the report, as SVG that takes its colours from the page.
+
+use std::fmt::Write as _;
+
+use unisono_plan::search::Plan;
+
+use super::super::answer::Answer;
+use super::{GIB, escape, sending};
+
+const WIDTH: f64 = 1080.0;
+const LABEL: f64 = 190.0;
+const ROW: f64 = 26.0;
+
+/// The start of a drawing of this height.
+fn open(height: f64) -> String {
+    format!(
+        "<svg viewBox=\"0 0 {WIDTH} {height}\" font-size=\"13\" font-family=\"system-ui, sans-serif\" role=\"img\">\n"
+    )
+}
+
+fn text(svg: &mut String, class: &str, anchor: &str, x: f64, y: f64, content: &str) {
+    let content = escape(content);
+    let _ = writeln!(
+        svg,
+        "<text class=\"{class}\" text-anchor=\"{anchor}\" x=\"{x:.1}\" y=\"{y:.1}\">{content}</text>"
+    );
+}
+
+fn block(svg: &mut String, colour: usize, [x, y, width, height]: [f64; 4], title: &str) {
+    let title = escape(title);
+    let _ = writeln!(
+        svg,
+        "<rect class=\"k{}\" x=\"{x:.2}\" y=\"{y:.2}\" width=\"{:.2}\" height=\"{height:.2}\"><title>{title}</title></rect>",
+        colour % 8,
+        width.max(0.0)
+    );
+}
+
+fn line(svg: &mut String, class: &str, [x1, y1, x2, y2]: [f64; 4]) {
+    let _ = writeln!(
+        svg,
+        "<line class=\"{class}\" x1=\"{x1:.1}\" y1=\"{y1:.1}\" x2=\"{x2:.1}\" y2=\"{y2:.1}\"/>"
+    );
+}
+
+fn legend(names: &[String]) -> String {
+    let entry = |(at, name): (usize, &String)| {
+        format!("<span><i style=\"background:var(--c{})\"></i>{}</span>", at % 8, escape(name))
+    };
+    format!("<div class=\"legend\">{}</div>", names.iter().enumerate().map(entry).collect::<String>())
+}
+
+/// The parts of the step, one bar each.
+pub fn breakdown(answer: &Answer) -> String {
+    let priced = &answer.chosen.priced;
+    let parts: Vec<_> = priced.breakdown.parts().into_iter().filter(|part| part.1 > 0.0).collect();
+    let most = parts.iter().map(|part| part.1).fold(f64::MIN_POSITIVE, f64::max);
+    let mut svg = open(ROW * parts.len() as f64 + 4.0);
+    for (at, (name, seconds)) in parts.iter().enumerate() {
+        let y = ROW * at as f64;
+        let width = (WIDTH - LABEL - 150.0) * seconds / most;
+        text(&mut svg, "chart-soft", "start", 0.0, y + 17.0, name);
+        block(&mut svg, 0, [LABEL + 30.0, y + 4.0, width, ROW - 9.0], name);
+        let label = format!("{seconds:.3} s, {:.1}%", 100.0 * seconds / priced.step_s);
+        text(&mut svg, "chart-text", "start", LABEL + 36.0 + width, y + 17.0, &label);
+    }
+    svg + "</svg>"
+}
+
+/// Stacked bars, one a pipeline rank.
+pub fn memory(answer: &Answer) -> String {
+    let limit = answer.cluster.gpu.memory_bytes;
+    let most = answer.memory.iter().map(|rank| rank.total()).fold(limit, f64::max);
+    let row = if answer.memory.len() > 24 { 12.0 } else { ROW };
+    let height = row * answer.memory.len() as f64;
+    let scale = (WIDTH - LABEL) / most;
+    let mut svg = open(height + 22.0);
+    for (rank, memory) in answer.memory.iter().enumerate() {
+        let y = row * rank as f64;
+        let label = format!("rank {rank}: {:.1} GiB", memory.total() / GIB);
+        text(&mut svg, "chart-soft", "start", 0.0, y + 0.7 * row, &label);
+        let mut x = LABEL;
+        for (at, (name, bytes)) in memory.parts().into_iter().enumerate() {
+            block(
+                &mut svg,
+                at,
+                [x, y + 2.0, bytes * scale, row - 4.0],
+                &format!("{name} {:.2} GiB", bytes / GIB),
+            );
+            x += bytes * scale;
+        }
+    }
+    let x = LABEL + limit * scale - 1.0;
+    line(&mut svg, "chart-limit", [x, 0.0, x, height]);
+    text(&mut svg, "chart-soft", "end", x, height + 16.0, &format!("{:.1} GiB", limit / GIB));
+    svg + "</svg>" + &legend(&answer.memory[0].parts().map(|(name, _)| name.to_string()))
+}
+
+/// Seconds of a step against free memory; area by dollars.
+pub fn front(answer: &Answer, plans: &[Plan]) -> String {
+    const HEIGHT: f64 = 330.0;
+    const LEFT: f64 = 60.0;
+    let range = |values: &mut dyn Iterator<Item = f64>| {
+        values.fold((f64::INFINITY, 0.0f64), |(low, high), value| (low.min(value), high.max(value)))
+    };
+    let (fastest, slowest) = range(&mut plans.iter().map(|plan| plan.priced.step_s));
+    let (_, most_free) = range(&mut plans.iter().map(|plan| plan.headroom_bytes));
+    let (_, dearest) = range(&mut plans.iter().map(|plan| plan.run_usd));
+    let (low, high) = (0.95 * fastest, 1.05 * slowest);
+    let x = |seconds: f64| LEFT + (WIDTH - LEFT - 20.0) * (seconds / low).ln() / (high / low).ln();
+    let y = |bytes: f64| HEIGHT - 40.0 - (HEIGHT - 60.0) * bytes / (1.05 * most_free);
+    let mut svg = open(HEIGHT);
+    for step in 0..=4 {
+        let share = f64::from(step) / 4.0;
+        let (seconds, bytes) = (low * (high / low).powf(share), share * most_free);
+        line(&mut svg, "chart-line", [x(seconds), 15.0, x(seconds), HEIGHT - 40.0]);
+        text(&mut svg, "chart-soft", "middle", x(seconds), HEIGHT - 22.0, &format!("{seconds:.1} s"));
+        line(&mut svg, "chart-line", [LEFT, y(bytes), WIDTH - 20.0, y(bytes)]);
+        text(&mut svg, "chart-soft", "end", LEFT - 8.0, y(bytes) + 4.0, &format!("{:.0}", bytes / GIB));
+    }
+    text(&mut svg, "chart-soft", "end", WIDTH - 20.0, HEIGHT - 4.0, "seconds of a step; upwards: free GiB");
+    for plan in plans {
+        let chosen = plan.layout == answer.chosen.layout;
+        let radius = 3.0 + 7.0 * (plan.run_usd / dearest).sqrt();
+        let title = format!(
+            "{}: {:.2} s, {:.1} GiB free, ${:.2} M",
+            plan.layout,
+            plan.priced.step_s,
+            plan.headroom_bytes / GIB,
+            plan.run_usd / 1e6
+        );
+        let _ = writeln!(
+            svg,
+            "<circle class=\"{}\" fill-opacity=\"0.75\" cx=\"{:.1}\" cy=\"{:.1}\" r=\"{radius:.1}\"><title>{}</title></circle>",
+            if chosen { "k4" } else { "k0" },
+            x(plan.priced.step_s),
+            y(plan.headroom_bytes),
+            escape(&title)
+        );
+    }
+    let chosen = &answer.chosen;
+    let (at, label) = (x(chosen.priced.step_s) + 12.0, format!("chosen: {}", chosen.layout));
+    text(&mut svg, "chart-text", "start", at, y(chosen.headroom_bytes) - 10.0, &label);
+    svg + "</svg>"
+}
+
+/// Bars by axis, stacked by level of the network.
+pub fn traffic(answer: &Answer) -> String {
+    let axes = sending(answer);
+    let total = |axis: usize| answer.traffic.bytes[axis].iter().sum::<f64>();
+    let most = axes.iter().map(|axis| total(*axis as usize)).fold(f64::MIN_POSITIVE, f64::max);
+    let scale = (WIDTH - LABEL - 170.0) / most;
+    let mut svg = open(ROW * axes.len().max(1) as f64 + 4.0);
+    for (row, axis) in axes.iter().enumerate() {
+        let y = ROW * row as f64;
+        text(&mut svg, "chart-soft", "start", 0.0, y + 17.0, axis.name());
+        let mut x = LABEL;
+        for (level, bytes) in answer.traffic.bytes[*axis as usize].iter().enumerate() {
+            let title = format!("{}: {:.2} GB", answer.traffic.levels[level], bytes / 1e9);
+            block(&mut svg, level, [x, y + 4.0, bytes * scale, ROW - 9.0], &title);
+            x += bytes * scale;
+        }
+        let label = format!("{:.2} GB", total(*axis as usize) / 1e9);
+        text(&mut svg, "chart-text", "start", x + 8.0, y + 17.0, &label);
+    }
+    svg + "</svg>" + &legend(&answer.traffic.levels)
+}

@@ -1,0 +1,254 @@
+//! The answer for a terminal.
+
+use unisono_plan::kernels::{Kernel, KernelModel};
+use unisono_plan::search::Plan;
+use unisono_plan::{Axis, Outlook, Place, bottleneck};
+
+use super::answer::Answer;
+use crate::screen::say;
+use crate::style::{Paint, bar, duration, grouped, percent, short, table};
+
+const GIB: f64 = (1u64 << 30) as f64;
+
+/// Everything about the chosen layout, after a table of the best.
+pub fn print(answer: &Answer, rows: usize) {
+    let paint = Paint::new(&std::io::stdout());
+    let heading = |text: &str| say(&format!("\n{}\n", paint.strong(text)));
+    let lines = |lines: Vec<String>| say(&format!("{}\n", lines.join("\n")));
+    say(&format!("{}\n", header(answer)));
+    say(&format!("{}\n", paint.faint(&origin(answer))));
+    if let Some(found) = &answer.found {
+        heading("Best layouts: no other is better in time, headroom and cost at once");
+        lines(plans(answer, &found.front[..rows.min(found.front.len())]));
+        let (fit, all) = (grouped(found.feasible as u64), grouped(found.priced as u64));
+        say(&format!("  {}\n", paint.faint(&format!("{fit} of {all} layouts fit"))));
+    }
+    heading(&format!("Chosen: {}", answer.chosen.layout));
+    lines(step(answer));
+    heading("The step");
+    lines(breakdown(answer));
+    heading("Memory by pipeline rank, GiB");
+    lines(memory(answer));
+    heading("Bytes that a GPU sends in a step, GB");
+    lines(traffic(answer));
+    heading("The run");
+    lines(run(answer));
+    let (what, share) = bottleneck(&answer.chosen.priced);
+    heading(&format!("What limits it: {what}, {} of the step", percent(share)));
+    lines(advice(answer));
+    if !answer.chosen.priced.fits {
+        say(&format!("\n{}\n", paint.red(&does_not_fit(answer))));
+    }
+}
+
+/// Model, cluster and training in two lines.
+pub fn header(answer: &Answer) -> String {
+    let (model, cluster, training) = (&answer.model, &answer.cluster, &answer.training);
+    format!(
+        "{}: {} parameters, {} active. {} {}, {} GB/s {} within {}, {} GB/s network.\n{} tokens, {} x {} a step, products \
+         in {}, rows to experts in {}.",
+        model.name,
+        short(model.parameters() as u64),
+        short(model.active_parameters() as u64),
+        grouped(cluster.gpus as u64),
+        cluster.gpu.name,
+        (cluster.levels[0].bytes_per_s / 1e9).round(),
+        cluster.levels[0].name,
+        cluster.nvlink_domain(),
+        (cluster.levels[cluster.levels.len() - 1].bytes_per_s / 1e9).round(),
+        tokens(training.tokens),
+        grouped(training.global_batch as u64),
+        grouped(training.sequence as u64),
+        training.compute,
+        training.wire,
+    )
+}
+
+/// Whose measurements the prediction rests on.
+pub fn origin(answer: &Answer) -> String {
+    let kernels = KernelModel::of(&answer.cluster.gpu);
+    let precision = answer.training.compute;
+    format!(
+        "products {}; attention {}; experts {}",
+        kernels.origin(Kernel::Gemm, precision),
+        kernels.origin(Kernel::Attention, precision),
+        kernels.origin(Kernel::GroupedGemm, precision)
+    )
+}
+
+/// `14.8 T`
+pub fn tokens(number: f64) -> String {
+    if number >= 1e12 { format!("{} T", round(number / 1e12)) } else { short(number as u64) }
+}
+
+fn round(number: f64) -> f64 {
+    (number * 100.0).round() / 100.0
+}
+
+fn plans(answer: &Answer, plans: &[Plan]) -> Vec<String> {
+    let head = ["layout", "GPUs", "step", "80% interval", "free GiB", "days", "M$"];
+    let mut rows = vec![head.map(String::from).to_vec()];
+    rows.extend(plans.iter().map(|plan| {
+        let outlook = Outlook::of(&plan.priced, &answer.cluster, &plan.layout, &answer.training);
+        vec![
+            plan.layout.to_string(),
+            grouped(plan.layout.gpus() as u64),
+            duration(plan.priced.step_s),
+            interval(plan.priced.interval_s),
+            format!("{:.1}", plan.headroom_bytes / GIB),
+            format!("{:.1}", outlook.days),
+            format!("{:.2}", outlook.usd / 1e6),
+        ]
+    }));
+    table(&rows, 1)
+}
+
+fn interval([low, high]: [f64; 2]) -> String {
+    format!("{low:.2} to {high:.2} s")
+}
+
+fn step(answer: &Answer) -> Vec<String> {
+    let priced = &answer.chosen.priced;
+    vec![
+        format!("  step {:.3} s, 80% interval {}", priced.step_s, interval(priced.interval_s)),
+        format!(
+            "  {} tokens/s, {:.0} TFLOP/s a GPU (causal, recomputation not counted), {} of the bf16 peak",
+            grouped(answer.outlook.tokens_per_s as u64),
+            answer.flops_per_s_per_gpu() / 1e12,
+            percent(answer.model_flops_share())
+        ),
+        format!(
+            "  {} of {:.1} GiB on the fullest GPU (pipeline rank {}), {:.1} GiB free",
+            format_args!("{:.1}", priced.memory.total() / GIB),
+            answer.cluster.gpu.memory_bytes / GIB,
+            priced.worst_rank,
+            answer.chosen.headroom_bytes / GIB
+        ),
+    ]
+}
+
+fn breakdown(answer: &Answer) -> Vec<String> {
+    let priced = &answer.chosen.priced;
+    let mut rows: Vec<Vec<String>> = priced
+        .breakdown
+        .parts()
+        .into_iter()
+        .filter(|(_, seconds)| *seconds > 0.0)
+        .map(|(name, seconds)| {
+            let share = seconds / priced.step_s;
+            vec![name.into(), bar(share, 30), format!("{seconds:.3} s"), format!("{:.1}%", 100.0 * share)]
+        })
+        .collect();
+    let hidden = priced.breakdown.hidden_s;
+    rows.push(vec![
+        "hidden communication".into(),
+        "under kernels".into(),
+        format!("{hidden:.3} s"),
+        String::new(),
+    ]);
+    table(&rows, 2)
+}
+
+fn memory(answer: &Answer) -> Vec<String> {
+    let mut head = vec!["rank".to_string()];
+    head.extend(answer.memory[0].parts().map(|(name, _)| name.to_string()));
+    head.extend(["total", "free"].map(String::from));
+    let mut rows = vec![head];
+    for rank in shown_ranks(answer) {
+        let memory = &answer.memory[rank];
+        let mut row = vec![rank.to_string()];
+        row.extend(memory.parts().map(|(_, bytes)| format!("{:.1}", bytes / GIB)));
+        row.push(format!("{:.1}", memory.total() / GIB));
+        row.push(format!("{:.1}", (answer.cluster.gpu.memory_bytes - memory.total()) / GIB));
+        rows.push(row);
+    }
+    table(&rows, 1)
+}
+
+/// All ranks of a short pipeline; of a long one the ends and the fullest.
+fn shown_ranks(answer: &Answer) -> Vec<usize> {
+    let ranks = answer.memory.len();
+    (0..ranks)
+        .filter(|rank| {
+            ranks <= 8 || *rank < 3 || *rank + 3 > ranks || *rank == answer.chosen.priced.worst_rank
+        })
+        .collect()
+}
+
+fn traffic(answer: &Answer) -> Vec<String> {
+    let traffic = &answer.traffic;
+    let mut head = vec!["axis".to_string()];
+    head.extend(traffic.levels.iter().cloned());
+    let mut rows = vec![head];
+    for axis in Axis::ALL {
+        let bytes = &traffic.bytes[axis as usize];
+        if bytes.iter().sum::<f64>() > 0.0 {
+            let mut row = vec![axis.name().to_string()];
+            row.extend(bytes.iter().map(|bytes| format!("{:.2}", bytes / 1e9)));
+            rows.push(row);
+        }
+    }
+    let mut sum = vec!["all".to_string()];
+    sum.extend((0..traffic.levels.len()).map(|level| format!("{:.2}", traffic.of_level(level) / 1e9)));
+    rows.push(sum);
+    table(&rows, 1)
+}
+
+fn run(answer: &Answer) -> Vec<String> {
+    let (outlook, training) = (&answer.outlook, &answer.training);
+    vec![
+        format!(
+            "  {} steps, {} GPU-hours of training, {} a trillion tokens",
+            grouped(outlook.steps as u64),
+            grouped(outlook.gpu_hours as u64),
+            grouped(outlook.gpu_hours_per_trillion(training) as u64)
+        ),
+        format!(
+            "  a failure every {}, a checkpoint every {} ({} each): {} of the time trains",
+            duration(outlook.failure_every_s),
+            duration(outlook.checkpoint_every_s),
+            duration(outlook.checkpoint_s),
+            percent(outlook.goodput)
+        ),
+        format!(
+            "  {:.1} days and ${:.3} M at ${:.2} a GPU-hour (${:.3} M of it trains), ${} a trillion tokens",
+            outlook.days,
+            outlook.usd / 1e6,
+            answer.cluster.price_usd_per_gpu_hour,
+            outlook.usd_without_failures / 1e6,
+            grouped(outlook.usd_per_trillion(training) as u64)
+        ),
+    ]
+}
+
+fn advice(answer: &Answer) -> Vec<String> {
+    if answer.changes.is_empty() {
+        return vec!["  no single change that was tried helps".into()];
+    }
+    let rows: Vec<Vec<String>> = answer
+        .changes
+        .iter()
+        .map(|change| {
+            let place = match change.place {
+                Place::Layout => "layout",
+                Place::Training => "training",
+                Place::Cluster => "cluster",
+            };
+            vec![
+                place.into(),
+                change.what.clone(),
+                format!("{:.3} s", change.step_s),
+                format!("-{:.1}%", 100.0 * change.saves),
+            ]
+        })
+        .collect();
+    table(&rows, 2)
+}
+
+/// What is missing, and what to do.
+pub fn does_not_fit(answer: &Answer) -> String {
+    format!(
+        "This layout needs {:.1} GiB more than a GPU has; without --layout the planner looks for one that fits.",
+        -answer.chosen.headroom_bytes / GIB
+    )
+}
