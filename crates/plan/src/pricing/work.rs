@@ -455,6 +455,9 @@ impl Sizes<'_> {
         passes.weight.gemm_s += self.rates.gemm(vocab, d, m, Precision::Bf16);
         self.stream(&mut passes, 14.0 * m * vocab, 8.0 * m * vocab);
         self.region(&mut passes);
+        if self.training.trainable == Trainable::Adapters {
+            passes.weight = Work::default();
+        }
         passes
     }
 }

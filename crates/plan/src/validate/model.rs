@@ -1,11 +1,15 @@
 //! The architecture of a row: a model of the table or a built-in one, changed by what `custom_arch` says, or made of it.
 
-use crate::architecture::{Architecture, Attention, MoeShape, Pattern};
+use crate::architecture::{Architecture, Attention, MoeShape, Pattern, Window};
 
 use super::case::Case;
 
 /// Vocabulary of GPT-2 padded to a multiple of 1,024, which GPT rows use that print none.
 const GPT_VOCAB: usize = 51_200;
+
+/// Fine-tuning recipes pack examples of a few hundred tokens into a sequence, and attention stays within each: a token meets half of its
+/// example on average.
+const PACKED: Window = Window { tokens: 256, every: 1 };
 
 /// The architecture, or why there is none.
 pub(super) fn architecture(case: &Case, models: &[Architecture]) -> Result<Architecture, String> {
@@ -15,6 +19,9 @@ pub(super) fn architecture(case: &Case, models: &[Architecture]) -> Result<Archi
     };
     if let Some(layers) = case.shape.layers {
         truncate(&mut model, layers as usize, case);
+    }
+    if ["finetuning", "sft", "lora"].iter().any(|word| case.mentions(word)) {
+        model.window = Some(PACKED);
     }
     if case.mentions("w/o mtp") {
         model.mtp_layers = 0;

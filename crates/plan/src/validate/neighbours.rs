@@ -10,7 +10,7 @@ pub(super) fn fully_sharded(case: &Case) -> bool {
 }
 
 /// The row with its blanks filled from the most similar row of the same model and GPU that prints tensor and pipeline degree:
-/// same file, framework, sequence length, precision, then the nearest number of GPUs. Rows that print all, and fully sharded rows
+/// same file, framework, sequence length, precision, then the nearest number of GPUs; another source's fastest plan comes last. Rows that print all, and fully sharded rows
 /// without a similar one of their own framework, stay as they are.
 pub(super) fn filled(case: &Case, all: &[Case]) -> Case {
     let mut case = case.clone();
@@ -56,11 +56,15 @@ fn nearest<'a>(case: &Case, all: &'a [Case], blank: bool) -> Option<&'a Case> {
     similar.min_by_key(|other| {
         let gpus = |case: &Case| (case.gpus.unwrap_or(1) as f64).log2();
         let distance = (gpus(case) - gpus(other)).abs();
+        // Of another source's plans the fastest is the most likely one.
+        let slowness =
+            if other.file == case.file { 0 } else { u64::MAX - other.tflops_per_gpu.unwrap_or(0.0) as u64 };
         (
             other.file != case.file,
-            other.framework != case.framework,
+            other.file == case.file && other.framework != case.framework,
             other.sequence != case.sequence,
             other.precision != case.precision,
+            slowness,
             (16.0 * distance) as u64,
         )
     })
