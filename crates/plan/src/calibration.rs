@@ -51,8 +51,6 @@ pub struct SoftwareConstants {
 /// What does not depend on GPU or software.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct CommonConstants {
-    /// Of the host's work where a Grace processor does it (GB200, GB300).
-    pub grace: f64,
     /// Part of dispatch and combine that nothing hides: shared experts and the router run meanwhile.
     pub dispatch: f64,
     /// Part of what crosses servers that nothing hides, before the shares below.
@@ -65,6 +63,10 @@ pub struct CommonConstants {
     pub message_exposed: f64,
     /// Growth of the step for each doubling of the number of servers: the slowest of many.
     pub straggler: f64,
+    /// Of the scan of a state-space mixer and what it reads and writes.
+    pub scan: f64,
+    /// How host and GPU share time: seconds of both are joined by this norm; 1 adds them, infinity takes the longer.
+    pub norm: f64,
     /// Seconds once a step.
     pub step_s: f64,
     /// Standard deviation of the logarithm of measured over predicted seconds, dense models.
@@ -87,8 +89,9 @@ pub struct Calibration {
 /// All constants.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Constants {
-    /// `[generation]`: A100; H100, H800, H200, H20; B200, B300, GB200, GB300; MI300X, MI325X, MI355X.
-    pub gpus: [GpuConstants; 4],
+    /// `[generation]`: A100; H100, H800, H200, H20; B200, B300, whose hosts are x86; GB200, GB300, whose hosts are Grace;
+    /// MI300X, MI325X, MI355X.
+    pub gpus: [GpuConstants; 5],
     /// `[software]`, in the order of the enumeration.
     pub software: [SoftwareConstants; 7],
     /// The rest.
@@ -117,13 +120,22 @@ pub const FITTED: Constants = Constants {
             host: 1.0,
         },
         GpuConstants {
-            gemm: 1.841,
+            gemm: 1.4,
             gemm_fp8: 0.8,
             gemm_fp4: 0.722,
             grouped: 1.197,
             attention: 0.938,
-            memory: 1.134,
-            host: 0.765,
+            memory: 0.961,
+            host: 1.2,
+        },
+        GpuConstants {
+            gemm: 1.3,
+            gemm_fp8: 0.8,
+            gemm_fp4: 0.8,
+            grouped: 1.08,
+            attention: 0.938,
+            memory: 0.961,
+            host: 0.7,
         },
         GpuConstants {
             gemm: 0.981,
@@ -208,13 +220,14 @@ pub const FITTED: Constants = Constants {
         },
     ],
     common: CommonConstants {
-        grace: 0.7,
         dispatch: 0.275,
         network: 0.615,
         expert_exposed: 0.633,
         context_exposed: 0.508,
-        message_exposed: 1.0,
-        straggler: 0.017,
+        message_exposed: 0.963,
+        straggler: 0.013,
+        scan: 3.0,
+        norm: 3.0,
         step_s: 0.012,
         spread: 0.1,
         spread_moe: 0.2,
@@ -227,14 +240,15 @@ impl Constants {
         let generation = match gpu.name {
             "A100" => 0,
             "H100" | "H800" | "H200" | "H20" => 1,
-            name if name.starts_with("MI") => 3,
+            name if name.starts_with("GB") => 3,
+            name if name.starts_with("MI") => 4,
             _ => 2,
         };
-        let mut of_gpu = self.gpus[generation];
-        if gpu.name.starts_with("GB") {
-            of_gpu.host *= self.common.grace;
+        Calibration {
+            gpu: self.gpus[generation],
+            software: self.software[software as usize],
+            common: self.common,
         }
-        Calibration { gpu: of_gpu, software: self.software[software as usize], common: self.common }
     }
 }
 

@@ -100,7 +100,8 @@ impl Pricer {
     /// Seconds of kernels, or of their launches where these take longer.
     pub(super) fn kernels_s(&self, work: &Work) -> f64 {
         let (device, host) = (work.compute_s(), work.kernels * self.rates.calibration.launch_s());
-        (device.powi(4) + host.powi(4)).sqrt().sqrt()
+        let norm = self.rates.calibration.common.norm;
+        (device.powf(norm) + host.powf(norm)).powf(norm.recip())
     }
 
     /// Seconds of tensor and context-parallel communication that nothing hides.

@@ -47,7 +47,7 @@ impl Rates {
 
     /// A scan of states, which keeps tensor cores a fifth busy.
     pub fn scan(&self, operations: f64) -> f64 {
-        operations / (0.2 * self.cluster.gpu.bf16_flops) * self.calibration.attention()
+        operations / (0.2 * self.cluster.gpu.bf16_flops) * self.calibration.common.scan
     }
 
     /// A kernel that moves so many bytes.

@@ -65,7 +65,8 @@ impl Pricer {
         let micro_batches = layout.micro_batches(&self.training) as f64;
         let exposed = self.rates.calibration.software.data_exposed;
         let (traffic, under) = match layout.sharding {
-            Sharding::Zero3 => {
+            // Stages of a pipeline keep what they gather until the step ends.
+            Sharding::Zero3 if layout.pipeline == 1 => {
                 let each = 2.0 * gather(weights) + gather(gradients);
                 (micro_batches * each, micro_batches * micro_batch_s)
             }

@@ -275,6 +275,7 @@ impl Sizes<'_> {
         self.linear(passes, m, d, inner);
         // Convolution, gate and norm, and the states of every chunk of 128 tokens, read and written in 16 bits.
         let bytes = width(self.training) * m * (6.0 * projected + 3.0 * inner * state as f64 / 128.0);
+        let bytes = self.rates.calibration.common.scan * bytes;
         self.stream(passes, bytes, 2.0 * bytes);
         let operations = 6.0 * m * inner * state as f64;
         let scan = self.rates.scan(operations);
