@@ -6,7 +6,7 @@
 //!   several nodes inside each node first. Sums run strictly along the fixed tree of [`unisono_mesh::tree`], so their
 //!   bits depend on no layout and no arrival order.
 //! - [`run_ranks`], [`ThreadRanks`]: ranks as threads of one process.
-//! - [`Transport`]: what moves the bytes. Today threads that share memory.
+//! - [`Transport`]: what moves the bytes: threads that share memory, or with feature `mpi` an MPI library ([`mpi`]).
 //! - [`Ledger`]: what moved, by kind, group and link class.
 //! - [`watch`]: flight records on disk, what they say together, and the watchdog.
 //!
@@ -27,6 +27,7 @@ mod ledger;
 pub mod mpi;
 mod part;
 mod pending;
+mod place;
 mod reduce_route;
 pub mod threads;
 pub mod transport;
@@ -41,6 +42,7 @@ pub use gather::{GatherPlan, GatherSegment, Gatherer};
 pub use ledger::{Ledger, LinkClass, RankTraffic, Row};
 pub use part::Part;
 pub use pending::Pending;
+pub use place::Place;
 pub use threads::{PretendedLink, ThreadRanks, run_ranks};
 pub use transport::Transport;
 pub use tree_sum::Real;

@@ -1,5 +1,6 @@
 //! Memory before the first step: estimated, and refused with a remedy where it cannot fit.
 
+use unisono_comm::Place;
 use unisono_mesh::Fold;
 use unisono_mesh::{ExpertPlacement, tree};
 use unisono_plan::{KeptActivations, Layout, MemoryEstimate, StateShape, StepShape};
@@ -9,7 +10,7 @@ use crate::error::TrainError;
 use crate::shards::{ShardedSegment, Shards};
 use crate::system::{available_memory, readable};
 
-/// What the process needs besides its ranks: the corpus and its tokenizer, code, stacks.
+/// What a process needs besides its ranks: the corpus and its tokenizer, code, stacks.
 const PROCESS_BYTES: u64 = 96 << 20;
 
 /// The estimate of the rank that needs most, by part.
@@ -49,13 +50,21 @@ pub fn estimate_all(config: &RunConfig, fold: &Fold) -> Vec<MemoryEstimate> {
     (0..fold.ranks()).map(rank_estimate).collect()
 }
 
-/// Refuses a run that cannot fit into the machine's free memory.
+/// Refuses a run that cannot fit into the machine's free memory; `place` says how much of the run is here.
 ///
 /// # Errors
 /// [`TrainError::Memory`] with what would help.
-pub fn check_fits(config: &RunConfig, fold: &Fold, parts: &[(&'static str, u64)]) -> Result<(), TrainError> {
-    let needed: u64 =
-        PROCESS_BYTES + estimate_all(config, fold).iter().map(MemoryEstimate::total).sum::<u64>();
+pub fn check_fits(
+    config: &RunConfig,
+    fold: &Fold,
+    parts: &[(&'static str, u64)],
+    place: &Place,
+) -> Result<(), TrainError> {
+    // Which ranks are here matters little: the largest may be.
+    let mut ranks: Vec<u64> = estimate_all(config, fold).iter().map(MemoryEstimate::total).collect();
+    ranks.sort_unstable_by(|a, b| b.cmp(a));
+    let ranks = ranks.iter().take(place.ranks_here(fold.ranks())).sum::<u64>();
+    let needed = PROCESS_BYTES * place.processes_here() as u64 + ranks;
     let Some(available) = available_memory() else { return Ok(()) };
     if needed <= available {
         return Ok(());

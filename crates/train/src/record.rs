@@ -5,6 +5,8 @@ use std::path::PathBuf;
 use serde::{Deserialize, Serialize};
 use unisono_comm::Ledger;
 
+use crate::survey::WorldRecord;
+
 /// One step, as `metrics.jsonl` has it. Numbers of the computation (all but times and bytes) do not depend on the layout.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct StepRecord {
@@ -116,6 +118,8 @@ pub struct Started {
     pub memory: Vec<(&'static str, u64)>,
     /// Hash of the kernels' results on fixed inputs.
     pub probe: String,
+    /// Nodes, processors and links.
+    pub world: WorldRecord,
     /// Checkpoints that were passed over on resume, and why.
     pub rejected: Vec<String>,
 }
@@ -146,7 +150,7 @@ pub struct Summary {
     pub expert_load: Vec<Vec<u64>>,
     /// A rank each.
     pub memory: Vec<MemoryRecord>,
-    /// Peak resident memory of the process in bytes, where the system tells.
+    /// Peak resident memory of the largest process in bytes, where the system tells.
     pub peak_rss: Option<u64>,
     /// Updates skipped for non-finite numbers.
     pub skipped_steps: u64,

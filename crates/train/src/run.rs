@@ -2,13 +2,16 @@
 
 use std::num::NonZeroUsize;
 use std::path::{Path, PathBuf};
-use std::sync::Mutex;
-use std::time::Instant;
+use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
 
 use unisono_checkpoint::{Reader, SaveId, keep_last, latest};
 use unisono_comm::watch::{Grace, Identity};
 use unisono_comm::{
-    Activity, Cause, Communicator, Failure, FlightDeck, Ledger, RunError, ThreadRanks, Watchdog,
+    Activity, Cause, Communicator, Failure, FlightDeck, Ledger, Place, RunError, ThreadRanks, Watchdog,
 };
 use unisono_data::{Dataset, Part, Verify};
 use unisono_mesh::Fold;
@@ -26,8 +29,9 @@ use crate::record::{Event, MemoryRecord, Observer, Started, StepRecord, Summary,
 use crate::run_folder::{
     CHECKPOINTS, FLIGHT, RunFolder, SUMMARY_FILE, TRACE_FILE, holds_a_run, next_identity, write_durably,
 };
+use crate::survey::{Credentials, WorldRecord, survey};
 use crate::system::peak_rss;
-use crate::trace::TraceWriter;
+use crate::trace::{TraceWriter, span_value};
 
 /// How a config is run here; nothing of it changes a number.
 #[derive(Debug, Clone)]
@@ -55,6 +59,8 @@ pub struct RunOptions {
     /// Called when the run has failed because a rank keeps others waiting, and ranks of this process do not come back:
     /// only the end of the process helps then.
     pub abandon: fn(&Failure),
+    /// Where the ranks live.
+    pub place: Place,
 }
 
 impl RunOptions {
@@ -72,6 +78,7 @@ impl RunOptions {
             nodes: Vec::new(),
             deck: FlightDeck::default(),
             abandon: |_| {},
+            place: Place::Threads,
         }
     }
 
@@ -120,28 +127,31 @@ struct Shared<'a> {
     dataset: &'a Dataset,
     observer: &'a dyn Observer,
     fold: Fold,
-    start: Option<u64>,
-    rejected: Vec<String>,
+    /// Rank 0's.
     folder: Mutex<Option<RunFolder>>,
-    trace: Option<Mutex<TraceWriter>>,
-    began: Instant,
+    /// Rank 0's.
+    trace: Mutex<Option<TraceWriter>>,
     memory: Vec<(&'static str, u64)>,
 }
 
-/// What a rank brings back.
-struct RankOutcome {
-    last: Option<StepRecord>,
-    validation: Option<ValidationRecord>,
-    stopped: bool,
-    step: u64,
-    tokens: u64,
-    skipped: u64,
-    seconds: f64,
+/// What rank 0 decides before the first step.
+#[derive(Debug, Default, Serialize, Deserialize)]
+struct Orders {
+    /// The step to go on from.
+    start: Option<u64>,
+    /// Checkpoints that were passed over, and why.
+    rejected: Vec<String>,
+    identity: Identity,
+}
+
+/// What a rank contributes to the summary.
+#[derive(Debug, Serialize, Deserialize)]
+struct Contribution {
     ledger: Ledger,
-    phases: Vec<(Lane, &'static str, f64)>,
-    expert_load: Vec<Vec<u64>>,
+    /// `(lane, phase, seconds)`
+    phases: Vec<(String, String, f64)>,
     memory: MemoryRecord,
-    epoch: u64,
+    peak_rss: Option<u64>,
 }
 
 /// Trains `config` as `options` say.
@@ -155,7 +165,7 @@ pub fn train(
 ) -> Result<Summary, TrainError> {
     config.validate()?;
     let fold = Fold::new(config.grid, options.ranks)?;
-    check_fits(config, &fold, &estimate(config, &fold))?;
+    check_fits(config, &fold, &estimate(config, &fold), &options.place)?;
     let dataset = open_dataset(config, options.ranks * options.threads)?;
     train_on(config, options, &dataset, observer)
 }
@@ -173,42 +183,21 @@ pub fn train_on(
     let fold = Fold::new(config.grid, options.ranks)?;
     options.check_nodes()?;
     let memory = estimate(config, &fold);
-    let (start, rejected) = find_start(config, options, dataset)?;
-    let folder = RunFolder::open(&options.folder, config, start)?;
-    let trace = options.trace.then(|| new_trace(&options.folder, options.ranks)).transpose()?;
-    let shared = Shared {
-        config,
-        options,
-        dataset,
-        observer,
-        fold,
-        start,
-        rejected,
-        folder: Mutex::new(Some(folder)),
-        trace,
-        began: Instant::now(),
-        memory,
-    };
+    let (folder, trace) = (Mutex::default(), Mutex::default());
+    let shared = Shared { config, options, dataset, observer, fold, folder, trace, memory };
     let mut ranks = ThreadRanks::new(options.ranks).nodes(&options.nodes);
     if let Some(seed) = options.jitter {
         ranks = ranks.jitter(seed);
     }
     let watchdog = watch(config, options)?;
-    let outcomes = ranks.run(|comm| run_rank(&shared, comm));
+    let summaries = options.place.run(&ranks, |comm| run_rank(&shared, comm));
     drop(watchdog);
-    if let Err(error) = &outcomes {
+    if let Err(error) = &summaries {
         leave_records(options, error, observer);
     }
     options.deck.clear();
-    let outcomes = outcomes.map_err(root_cause)?;
-    if let Some(trace) = shared.trace {
-        let trace = trace.into_inner().unwrap_or_else(std::sync::PoisonError::into_inner);
-        trace.close().map_err(TrainError::io("write", options.folder.join(TRACE_FILE)))?;
-    }
-    let summary = summarize(outcomes);
-    let text = serde_json::to_string_pretty(&summary).map_err(|e| TrainError::Resume(e.to_string()))?;
-    write_durably(&options.folder.join(SUMMARY_FILE), text.as_bytes())?;
-    Ok(summary)
+    let summaries = summaries.map_err(root_cause)?;
+    summaries.into_iter().next().ok_or_else(|| TrainError::Resume("no rank ran here".into()))
 }
 
 fn watch(config: &RunConfig, options: &RunOptions) -> Result<Option<Watchdog>, TrainError> {
@@ -237,10 +226,9 @@ pub(crate) fn root_cause(error: unisono_comm::RunError) -> TrainError {
     }
 }
 
-fn new_trace(folder: &Path, ranks: usize) -> Result<Mutex<TraceWriter>, TrainError> {
+fn new_trace(folder: &Path, ranks: usize) -> Result<TraceWriter, TrainError> {
     let path = folder.join(TRACE_FILE);
-    let writer = TraceWriter::create(&path, ranks).map_err(TrainError::io("write", path))?;
-    Ok(Mutex::new(writer))
+    TraceWriter::create(&path, ranks).map_err(TrainError::io("write", path))
 }
 
 /// The step to go on from, and which checkpoints were passed over.
@@ -314,13 +302,24 @@ fn check_same_computation(now: &RunConfig, then: &RunConfig) -> Result<(), Train
     }
 }
 
-fn run_rank(shared: &Shared<'_>, comm: Communicator) -> Result<RankOutcome, TrainError> {
+fn run_rank(shared: &Shared<'_>, comm: Communicator) -> Result<Summary, TrainError> {
+    let traffic = comm.ledger();
     let backend = Cpu::new(shared.options.threads);
-    let profile = Profile::new(shared.began);
-    profile.keep_spans(shared.trace.is_some());
-    let probe = agree_on_probe(&backend, &comm)?;
-    let identity = start_identity(shared, &comm, &probe)?;
-    shared.options.deck.join(&comm, &shared.options.folder.join(FLIGHT), &identity);
+    let credentials = Credentials {
+        version: env!("CARGO_PKG_VERSION").into(),
+        config: shared.config.to_toml()?,
+        data: fingerprint(shared.dataset),
+        probe: probe(&backend),
+    };
+    let probe = credentials.probe.clone();
+    let world = survey(&comm, credentials, shared.options.place.transport())?;
+    let orders = shared.orders(&comm, &probe)?;
+    shared.options.deck.join(&comm, &shared.options.folder.join(FLIGHT), &orders.identity);
+    // From here on the ranks' clocks count from the same moment.
+    comm.barrier()?;
+    let began = Instant::now();
+    let profile = Profile::new(began);
+    profile.keep_spans(shared.options.trace);
     let mut state = RankState::new(
         shared.config,
         shared.dataset,
@@ -329,7 +328,7 @@ fn run_rank(shared: &Shared<'_>, comm: Communicator) -> Result<RankOutcome, Trai
         comm.clone(),
         profile.clone(),
     )?;
-    if let Some(step) = shared.start {
+    if let Some(step) = orders.start {
         let reader = Reader::open(&shared.options.folder.join(CHECKPOINTS), step)?;
         let extra = read_extra(&reader)?;
         state.restore(&reader, &extra)?;
@@ -338,15 +337,15 @@ fn run_rank(shared: &Shared<'_>, comm: Communicator) -> Result<RankOutcome, Trai
         state.plant(fault);
     }
     if comm.rank() == 0 {
-        shared.observer.event(Event::Started(Box::new(shared.started(probe))));
+        shared.observer.event(Event::Started(Box::new(shared.started(probe, world, &orders))));
     }
     let mut run = RankRun {
         shared,
         comm,
         state,
-        identity,
+        saved: orders.start,
+        orders,
         failed_saves: 0,
-        saved: shared.start,
         validation: None,
         last: None,
         expert_load: Vec::new(),
@@ -358,64 +357,44 @@ fn run_rank(shared: &Shared<'_>, comm: Communicator) -> Result<RankOutcome, Trai
         measured: backend.memory().1 as u64,
         states: run.state.states_bytes() as u64,
     };
-    let seconds = shared.began.elapsed().as_secs_f64();
-    let progress = run.state.progress();
-    Ok(RankOutcome {
-        last: run.last,
-        validation: run.validation,
-        stopped,
-        step: progress.step,
-        tokens: progress.tokens,
-        skipped: run.skipped,
-        seconds,
-        ledger: run.comm.ledger(),
-        phases: profile
-            .phases()
-            .into_iter()
-            .map(|(lane, name, time)| (lane, name, time.as_secs_f64()))
-            .collect(),
-        expert_load: run.expert_load,
+    let phase = |(lane, name, time): (Lane, &str, Duration)| {
+        (lane.name().to_string(), name.to_string(), time.as_secs_f64())
+    };
+    let contribution = Contribution {
+        ledger: run.comm.ledger().since(&traffic),
+        phases: profile.phases().into_iter().map(phase).collect(),
         memory,
-        epoch: run.identity.epoch,
-    })
-}
-
-/// All ranks must give the same answers to the probe.
-fn agree_on_probe<B: Backend>(backend: &B, comm: &Communicator) -> Result<String, TrainError> {
-    let own = probe(backend);
-    let all = comm.all_gather_values(own.as_bytes())?;
-    let differing: Vec<String> =
-        (0..all.len()).filter(|rank| all[*rank] != all[0]).map(|r| r.to_string()).collect();
-    if differing.is_empty() {
-        return Ok(own);
-    }
-    Err(TrainError::Resume(format!(
-        "kernels of rank(s) {} give other bits than those of rank 0 on fixed inputs: run on machines of one kind",
-        differing.join(", ")
-    )))
-}
-
-/// Run id and epoch, decided by rank 0.
-fn start_identity(shared: &Shared<'_>, comm: &Communicator, probe: &str) -> Result<Identity, TrainError> {
-    let mut message = Vec::new();
-    if comm.rank() == 0 {
-        let identity = next_identity(&shared.options.folder, probe, shared.config.train.seed)?;
-        message.extend(identity.epoch.to_le_bytes());
-        message.extend(identity.run_id.into_bytes());
-    }
-    let all = comm.all_gather_values(&message)?;
-    let (epoch, run_id) = all[0]
-        .split_first_chunk::<8>()
-        .ok_or_else(|| TrainError::Resume("rank 0 sent no identity of the run".into()))?;
-    Ok(Identity { run_id: String::from_utf8_lossy(run_id).into_owned(), epoch: u64::from_le_bytes(*epoch) })
+        peak_rss: peak_rss(),
+    };
+    run.summarize(stopped, began.elapsed().as_secs_f64(), &contribution)
 }
 
 impl Shared<'_> {
-    fn started(&self, probe: String) -> Started {
+    /// What rank 0 finds and decides; it opens the run folder.
+    fn orders(&self, comm: &Communicator, probe: &str) -> Result<Orders, TrainError> {
+        let mut message = Vec::new();
+        if comm.rank() == 0 {
+            let (start, rejected) = find_start(self.config, self.options, self.dataset)?;
+            let folder = &self.options.folder;
+            *lock(&self.folder) = Some(RunFolder::open(folder, self.config, start)?);
+            if self.options.trace {
+                *lock(&self.trace) = Some(new_trace(folder, comm.size())?);
+            }
+            let identity = next_identity(folder, probe, self.config.train.seed)?;
+            let identity = Identity { run_id: identity.run_id, epoch: identity.epoch };
+            let orders = Orders { start, rejected, identity };
+            message = serde_json::to_vec(&orders).map_err(|error| TrainError::Resume(error.to_string()))?;
+        }
+        let all = comm.all_gather_values(&message)?;
+        serde_json::from_slice(&all[0])
+            .map_err(|error| TrainError::Resume(format!("rank 0 sent no orders that can be read: {error}")))
+    }
+
+    fn started(&self, probe: String, world: WorldRecord, orders: &Orders) -> Started {
         let layout = Layout::new(&self.config.model);
         Started {
             folder: self.options.folder.clone(),
-            from_step: self.start.unwrap_or(0),
+            from_step: orders.start.unwrap_or(0),
             steps: self.config.train.steps,
             ranks: self.options.ranks,
             threads: self.options.threads,
@@ -424,7 +403,8 @@ impl Shared<'_> {
             train_tokens: self.dataset.tokens(Part::Train),
             memory: self.memory.clone(),
             probe,
-            rejected: self.rejected.clone(),
+            world,
+            rejected: orders.rejected.clone(),
         }
     }
 
@@ -433,8 +413,7 @@ impl Shared<'_> {
         &self,
         write: impl FnOnce(&mut RunFolder) -> Result<(), TrainError>,
     ) -> Result<(), TrainError> {
-        let mut folder = self.folder.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
-        folder.as_mut().map_or(Ok(()), write)
+        lock(&self.folder).as_mut().map_or(Ok(()), write)
     }
 }
 
@@ -443,7 +422,7 @@ struct RankRun<'a, 'b> {
     shared: &'a Shared<'b>,
     comm: Communicator,
     state: RankState<'a, Cpu>,
-    identity: Identity,
+    orders: Orders,
     failed_saves: u32,
     saved: Option<u64>,
     validation: Option<ValidationRecord>,
@@ -569,7 +548,7 @@ impl RankRun<'_, '_> {
         }
         let begin = Instant::now();
         let dir = self.shared.options.folder.join(CHECKPOINTS);
-        let Identity { run_id, epoch } = self.identity.clone();
+        let Identity { run_id, epoch } = self.orders.identity.clone();
         let id = SaveId { run_id, epoch, step };
         let extra = Extra {
             progress: self.state.progress(),
@@ -612,53 +591,80 @@ impl RankRun<'_, '_> {
         Ok(())
     }
 
+    /// Brings the spans of all ranks to rank 0, which writes them.
     fn write_spans(&self) -> Result<(), TrainError> {
-        let Some(trace) = &self.shared.trace else { return Ok(()) };
-        let mut trace = trace.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
-        for span in self.state.model().profile().take_spans() {
-            let args = serde_json::json!({"step": self.state.progress().step});
-            let path = self.shared.options.folder.join(TRACE_FILE);
-            trace
-                .span(self.comm.rank(), span.lane, span.name, span.start, span.length, &args)
-                .map_err(TrainError::io("write", path))?;
+        if !self.shared.options.trace {
+            return Ok(());
         }
-        Ok(())
+        let own: Vec<Value> = self.state.model().profile().take_spans().iter().map(span_value).collect();
+        let text = serde_json::to_vec(&own).map_err(|error| TrainError::Resume(error.to_string()))?;
+        let all = self.comm.all_gather_values(&text)?;
+        let mut trace = lock(&self.shared.trace);
+        let (Some(trace), true) = (trace.as_mut(), self.leads()) else { return Ok(()) };
+        let args = serde_json::json!({"step": self.state.progress().step});
+        let path = self.shared.options.folder.join(TRACE_FILE);
+        let write = |(rank, text): (usize, &Vec<u8>)| trace.spans(rank, text, &args);
+        all.iter().enumerate().try_for_each(write).map_err(TrainError::io("write", path))
+    }
+
+    /// The summary of all ranks, the same on each; rank 0 writes it.
+    fn summarize(
+        &self,
+        stopped: bool,
+        seconds: f64,
+        contribution: &Contribution,
+    ) -> Result<Summary, TrainError> {
+        let unreadable = |error: serde_json::Error| TrainError::Resume(error.to_string());
+        let text = serde_json::to_vec(contribution).map_err(unreadable)?;
+        let all = self.comm.all_gather_values(&text)?;
+        let all: Vec<Contribution> = all
+            .iter()
+            .map(|text| serde_json::from_slice(text))
+            .collect::<Result<_, _>>()
+            .map_err(unreadable)?;
+        let mut ledger = Ledger::default();
+        let mut phases: Vec<(String, String, f64)> = Vec::new();
+        for one in &all {
+            ledger.merge(&one.ledger);
+            for (lane, name, seconds) in &one.phases {
+                let seconds = seconds / all.len() as f64;
+                match phases.iter_mut().find(|(l, n, _)| (l, n) == (lane, name)) {
+                    Some((_, _, sum)) => *sum += seconds,
+                    None => phases.push((lane.clone(), name.clone(), seconds)),
+                }
+            }
+        }
+        phases.sort_by(|a, b| b.2.total_cmp(&a.2));
+        let progress = self.state.progress();
+        let summary = Summary {
+            epoch: self.orders.identity.epoch,
+            step: progress.step,
+            stopped,
+            seconds,
+            tokens: progress.tokens,
+            last_loss: self.last.as_ref().map_or(f64::NAN, |record| record.loss),
+            validation: self.validation.clone(),
+            ledger,
+            phases,
+            expert_load: self.expert_load.clone(),
+            memory: all.iter().map(|one| one.memory).collect(),
+            peak_rss: all.iter().filter_map(|one| one.peak_rss).max(),
+            skipped_steps: self.skipped,
+            sample: None,
+        };
+        if self.leads() {
+            let folder = &self.shared.options.folder;
+            if let Some(trace) = lock(&self.shared.trace).take() {
+                trace.close().map_err(TrainError::io("write", folder.join(TRACE_FILE)))?;
+            }
+            let text = serde_json::to_vec_pretty(&summary).map_err(unreadable)?;
+            write_durably(&folder.join(SUMMARY_FILE), &text)?;
+        }
+        Ok(summary)
     }
 }
 
-fn summarize(outcomes: Vec<RankOutcome>) -> Summary {
-    let mut ledger = Ledger::default();
-    let mut phases: Vec<(Lane, &'static str, f64)> = Vec::new();
-    let ranks = outcomes.len() as f64;
-    for outcome in &outcomes {
-        ledger.merge(&outcome.ledger);
-        for (lane, name, seconds) in &outcome.phases {
-            match phases.iter_mut().find(|(l, n, _)| (l, n) == (lane, name)) {
-                Some((_, _, sum)) => *sum += seconds / ranks,
-                None => phases.push((*lane, name, seconds / ranks)),
-            }
-        }
-    }
-    phases.sort_by(|a, b| b.2.total_cmp(&a.2));
-    let memory = outcomes.iter().map(|outcome| outcome.memory).collect();
-    let first = &outcomes[0];
-    Summary {
-        epoch: first.epoch,
-        step: first.step,
-        stopped: first.stopped,
-        seconds: first.seconds,
-        tokens: first.tokens,
-        last_loss: first.last.as_ref().map_or(f64::NAN, |record| record.loss),
-        validation: first.validation.clone(),
-        ledger,
-        phases: phases
-            .into_iter()
-            .map(|(l, name, seconds)| (l.name().to_string(), name.to_string(), seconds))
-            .collect(),
-        expert_load: first.expert_load.clone(),
-        memory,
-        peak_rss: peak_rss(),
-        skipped_steps: first.skipped,
-        sample: None,
-    }
+/// A rank that panicked while it held a lock has ended the run.
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }

@@ -1,4 +1,4 @@
-//! What the system tells about memory.
+//! What the system tells about the machine.
 
 use std::fs;
 
@@ -22,6 +22,24 @@ pub fn rss() -> Option<u64> {
 /// Memory that new processes can have, in bytes, where the system tells.
 pub fn available_memory() -> Option<u64> {
     kilobytes("/proc/meminfo", "MemAvailable:")
+}
+
+/// The machine's name.
+pub fn host_name() -> String {
+    let name = fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_default();
+    if name.trim().is_empty() { "localhost".into() } else { name.trim().into() }
+}
+
+/// The processor's type, as the system names it.
+pub fn cpu_type() -> String {
+    let text = fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
+    let line = text.lines().find_map(|line| line.strip_prefix("model name")?.split_once(':'));
+    line.map_or_else(|| "unknown processor".into(), |(_, name)| name.trim().into())
+}
+
+/// Cores that this process may use.
+pub fn cores() -> usize {
+    std::thread::available_parallelism().map_or(1, std::num::NonZeroUsize::get)
 }
 
 /// Bytes, readable.

@@ -10,7 +10,7 @@ use std::path::Path;
 use std::time::Duration;
 
 use serde_json::{Value, json};
-use unisono_model::Lane;
+use unisono_model::{Lane, Span};
 
 /// The thread number that stands for a lane.
 fn thread_id(lane: Lane) -> u32 {
@@ -77,6 +77,20 @@ impl TraceWriter {
         self.event(&event)
     }
 
+    /// Writes the spans of a rank, as [`span_value`] gave them in one JSON list.
+    ///
+    /// # Errors
+    /// The file cannot be written, or `text` is not such a list.
+    pub fn spans(&mut self, rank: usize, text: &[u8], args: &Value) -> io::Result<()> {
+        let list: Vec<(bool, String, u64, u64)> = serde_json::from_slice(text)?;
+        for (computes, name, start_ns, length_ns) in list {
+            let lane = if computes { Lane::Compute } else { Lane::Communication };
+            let (start, length) = (Duration::from_nanos(start_ns), Duration::from_nanos(length_ns));
+            self.span(rank, lane, &name, start, length, args)?;
+        }
+        Ok(())
+    }
+
     /// Ends the file. Dropping the writer does it, too, but cannot tell whether it worked.
     ///
     /// # Errors
@@ -110,6 +124,12 @@ impl Drop for TraceWriter {
         // A drop cannot report; `close` does.
         let _ = self.finish();
     }
+}
+
+/// A span as JSON, for the rank that writes the trace: whether it computes, its name, start and length in nanoseconds.
+pub fn span_value(span: &Span) -> Value {
+    let nanoseconds = |time: Duration| u64::try_from(time.as_nanos()).unwrap_or(u64::MAX);
+    json!([span.lane == Lane::Compute, span.name, nanoseconds(span.start), nanoseconds(span.length)])
 }
 
 /// Microseconds with the fraction that the clock gives.

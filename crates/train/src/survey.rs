@@ -1,0 +1,171 @@
+//! What a run finds before its first step: nodes, processors, links, and whether all ranks are set up alike.
+
+use serde::{Deserialize, Serialize};
+use unisono_comm::Communicator;
+
+use crate::error::TrainError;
+use crate::system::{cores, cpu_type, host_name};
+
+/// One node of a run.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct NodeRecord {
+    /// The ranks on it.
+    pub ranks: Vec<usize>,
+    /// Its name.
+    pub host: String,
+    /// Its processor, as the system names it.
+    pub cpu: String,
+    /// Cores that a rank's process may use.
+    pub cores: usize,
+}
+
+/// The machine that a run found.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct WorldRecord {
+    /// What carries messages.
+    pub transport: String,
+    /// The nodes.
+    pub nodes: Vec<NodeRecord>,
+    /// Pairs of ranks on one node, and on different nodes.
+    pub links: (usize, usize),
+}
+
+/// What one rank tells the others.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+struct Told {
+    host: String,
+    cpu: String,
+    cores: usize,
+    credentials: Credentials,
+}
+
+/// What must be the same on all ranks, or their numbers would not be those of one computation.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct Credentials {
+    /// The program's version.
+    pub version: String,
+    /// The config.
+    pub config: String,
+    /// Fingerprint of the data.
+    pub data: String,
+    /// Hash of the kernels' results on fixed inputs.
+    pub probe: String,
+}
+
+impl Credentials {
+    /// What differs from rank 0, and what would help.
+    fn difference(&self, first: &Self) -> Option<(&'static str, &'static str)> {
+        [
+            (self.version != first.version, "another version of unisono", "start the same binary everywhere"),
+            (self.config != first.config, "another config", "let all ranks read the same config"),
+            (self.data != first.data, "other data", "let all ranks read the same dataset"),
+            (
+                self.probe != first.probe,
+                "kernels that give other bits on fixed inputs",
+                "run on machines of one kind",
+            ),
+        ]
+        .into_iter()
+        .find_map(|(differs, what, remedy)| differs.then_some((what, remedy)))
+    }
+}
+
+/// Gathers what there is.
+///
+/// # Errors
+/// If ranks are not set up alike: the ranks that differ from rank 0 are named.
+pub(crate) fn survey(
+    comm: &Communicator,
+    credentials: Credentials,
+    transport: String,
+) -> Result<WorldRecord, TrainError> {
+    let told = Told { host: host_name(), cpu: cpu_type(), cores: cores(), credentials };
+    let text = serde_json::to_vec(&told).map_err(|error| TrainError::Resume(error.to_string()))?;
+    let all: Vec<Told> = comm
+        .all_gather_values(&text)?
+        .iter()
+        .map(|text| serde_json::from_slice(text))
+        .collect::<Result<_, _>>()
+        .map_err(|error| TrainError::Resume(format!("a rank's description cannot be read: {error}")))?;
+    check_alike(&all)?;
+    Ok(describe(comm, &all, transport))
+}
+
+fn check_alike(all: &[Told]) -> Result<(), TrainError> {
+    let differences: Vec<_> =
+        all.iter().map(|told| told.credentials.difference(&all[0].credentials)).collect();
+    let Some((what, remedy)) = differences.iter().flatten().next() else { return Ok(()) };
+    let ranks: Vec<String> = (0..all.len())
+        .filter(|rank| differences[*rank].is_some_and(|(other, _)| other == *what))
+        .map(|rank| format!("{rank} ({}, {})", all[rank].host, all[rank].cpu))
+        .collect();
+    Err(TrainError::Resume(format!(
+        "unlike rank 0 ({}, {}), rank(s) {} have {what}: {remedy}",
+        all[0].host,
+        all[0].cpu,
+        ranks.join(", ")
+    )))
+}
+
+fn describe(comm: &Communicator, all: &[Told], transport: String) -> WorldRecord {
+    let mut nodes: Vec<(usize, NodeRecord)> = Vec::new();
+    for (rank, told) in all.iter().enumerate() {
+        let number = comm.node(rank);
+        match nodes.iter_mut().find(|(node, _)| *node == number) {
+            Some((_, node)) => node.ranks.push(rank),
+            None => nodes.push((
+                number,
+                NodeRecord {
+                    ranks: vec![rank],
+                    host: told.host.clone(),
+                    cpu: told.cpu.clone(),
+                    cores: told.cores,
+                },
+            )),
+        }
+    }
+    let nodes: Vec<NodeRecord> = nodes.into_iter().map(|(_, node)| node).collect();
+    let pairs = |ranks: usize| ranks * ranks.saturating_sub(1) / 2;
+    let inside = nodes.iter().map(|node| pairs(node.ranks.len())).sum();
+    WorldRecord { transport, links: (inside, pairs(all.len()) - inside), nodes }
+}
+
+#[cfg(test)]
+mod tests {
+    use unisono_comm::{CommError, ThreadRanks};
+
+    use super::*;
+
+    fn credentials(probe: &str) -> Credentials {
+        let text = String::from;
+        Credentials { version: text("1"), config: text("c"), data: text("d"), probe: text(probe) }
+    }
+
+    #[test]
+    fn nodes_and_links_are_counted() {
+        let worlds =
+            ThreadRanks::new(5).nodes(&[2, 3]).run(|comm| survey(&comm, credentials("p"), "x".into()));
+        for world in worlds.unwrap() {
+            assert_eq!(world.links, (1 + 3, 6));
+            assert_eq!(
+                world.nodes.iter().map(|node| node.ranks.clone()).collect::<Vec<_>>(),
+                [vec![0, 1], vec![2, 3, 4]]
+            );
+        }
+    }
+
+    #[test]
+    fn ranks_with_other_kernels_are_named() {
+        let verdicts = ThreadRanks::new(4).run(|comm| {
+            let probe = if comm.rank() % 2 == 1 { "other" } else { "same" };
+            Ok::<_, CommError>(survey(&comm, credentials(probe), "x".into()).unwrap_err().to_string())
+        });
+        for text in verdicts.unwrap() {
+            assert!(
+                text.contains("rank(s) 1 (") && text.contains(", 3 (") && !text.contains(", 2 ("),
+                "{text}"
+            );
+            assert!(text.contains("kernels that give other bits"), "{text}");
+        }
+    }
+}
