@@ -2,7 +2,6 @@
 
 use clap::{Args, Subcommand};
 use serde_json::{Value, json};
-use unisono_comm::bench::reduce_gather;
 use unisono_data::Dataset;
 use unisono_mesh::Grid;
 use unisono_plan::ModelConfig;
@@ -12,6 +11,7 @@ use unisono_train::bench::{StepBench, StepMeasured, bench_products, bench_step};
 use unisono_train::config::{EvaluationConfig, LayoutConfig, ReduceEvery, TrainConfig};
 use unisono_train::overlap::{OverlapBench, bench_overlap};
 
+use crate::bench_collectives::{self, Collectives};
 use crate::error::{CliError, DONE};
 use crate::layout::cores;
 use crate::screen::say;
@@ -28,7 +28,7 @@ pub enum Bench {
     Fold(Products),
     /// One step synchronised by a single reducer, by parameter servers, and our way
     Baseline(Baseline),
-    /// Reduce-scatter + all-gather between ranks next to memory copies of the same volume
+    /// Each collective over sizes next to memory copies; under mpirun also next to the MPI library's own
     Collectives(Collectives),
     /// How much of the gathers of ZeRO-3 hides behind computation, on a pretended link between ranks
     Overlap(Overlap),
@@ -123,14 +123,6 @@ pub struct Baseline {
     steps: usize,
 }
 
-/// `unisono bench collectives`
-#[derive(Debug, Args)]
-pub struct Collectives {
-    /// Print one JSON object
-    #[arg(long)]
-    json: bool,
-}
-
 /// `unisono bench overlap`
 #[derive(Debug, Args)]
 pub struct Overlap {
@@ -157,7 +149,7 @@ pub fn run(args: Bench) -> Result<u8, CliError> {
         Bench::Gemm(args) => gemm(&args),
         Bench::Fold(args) => fold(&args),
         Bench::Baseline(args) => baseline(&args),
-        Bench::Collectives(args) => collectives(&args),
+        Bench::Collectives(args) => bench_collectives::run(&args),
         Bench::Overlap(args) => overlap(&args),
     }
 }
@@ -332,26 +324,6 @@ fn baseline(args: &Baseline) -> Result<u8, CliError> {
         }
     }
     print(args.sizes.json, &json!({"ways": list}), table(&rows, 2))
-}
-
-fn collectives(args: &Collectives) -> Result<u8, CliError> {
-    let mut rows = vec![["ranks", "MiB", "GB/s", "of memory copies"].map(String::from).to_vec()];
-    let mut list = Vec::new();
-    for ranks in [2, 4] {
-        for mib in [1usize, 4, 16, 64] {
-            let measured = reduce_gather(ranks, mib << 20, 9)
-                .map_err(|error| CliError { code: crate::error::BUG, message: error.to_string() })?;
-            let rate = measured.bytes_per_s() / 1e9;
-            rows.push(vec![
-                ranks.to_string(),
-                mib.to_string(),
-                format!("{rate:.2}"),
-                format!("{:.0}%", measured.ratio() * 100.0),
-            ]);
-            list.push(json!({"ranks": ranks, "mib": mib, "gb_per_s": rate, "ratio": measured.ratio()}));
-        }
-    }
-    print(args.json, &json!({"reduce_scatter_all_gather": list}), table(&rows, 1))
 }
 
 fn overlap(args: &Overlap) -> Result<u8, CliError> {

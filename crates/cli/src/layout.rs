@@ -10,9 +10,13 @@ pub fn cores() -> usize {
 /// Ranks, and compute threads of each: as many ranks as the cores serve, and the cores shared out among them. Neither
 /// changes a number.
 pub fn ranks_and_threads(slots: usize, ranks: Option<usize>, threads: Option<usize>) -> (usize, usize) {
-    let cores = cores();
-    let ranks = ranks.unwrap_or_else(|| most_ranks(slots, cores));
-    (ranks, threads.unwrap_or_else(|| (cores / ranks).max(1)))
+    let ranks = ranks.unwrap_or_else(|| most_ranks(slots, cores()));
+    (ranks, threads.unwrap_or_else(|| threads_each(ranks)))
+}
+
+/// Compute threads of each of `ranks` ranks that share this machine.
+pub fn threads_each(ranks: usize) -> usize {
+    (cores() / ranks).max(1)
 }
 
 /// The largest divisor of `slots` that is at most `cores`.

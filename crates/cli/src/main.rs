@@ -2,6 +2,7 @@
 
 mod args;
 mod bench;
+mod bench_collectives;
 mod checkpoint;
 mod compare;
 mod config;
@@ -11,8 +12,10 @@ mod doctor;
 mod error;
 mod eval;
 mod generate;
+mod job;
 mod layout;
 mod plan;
+mod plot;
 mod screen;
 mod signals;
 mod style;

@@ -12,7 +12,8 @@ use unisono_train::{GenerateOptions, RunConfig, RunOptions, Summary, generate};
 use crate::args::Train;
 use crate::config;
 use crate::error::{BUG, CliError, DONE, REQUEUE};
-use crate::layout::{cores, ranks_and_threads};
+use crate::job::Job;
+use crate::layout::{cores, ranks_and_threads, threads_each};
 use crate::screen::{Screen, complain, say};
 use crate::signals::Signals;
 use crate::style::{Paint, WIDTH, program, quoted};
@@ -26,12 +27,21 @@ const RUNS: &str = "runs";
 
 /// `unisono train`
 pub fn run(args: Train) -> Result<u8, CliError> {
-    let (config, options) = resolve(args)?;
+    let job = Job::join()?;
+    let outcome = train(args, &job);
+    job.end(outcome)
+}
+
+fn train(args: Train, job: &Job) -> Result<u8, CliError> {
+    let leads = job.leads();
+    let (config, options) = resolve(args, job)?;
     let screen = Arc::new(Screen::new(BAR));
     let notice = {
         let (screen, deck) = (Arc::clone(&screen), options.deck.clone());
         move || {
-            screen.complain("stopping", "after this step and a checkpoint; Ctrl-C now quits at once");
+            if leads {
+                screen.complain("stopping", "after this step and a checkpoint; Ctrl-C now quits at once");
+            }
             // If the step never ends because another rank has died, this is what is left to know.
             if let Err(error) = deck.write(&Reason::Terminated) {
                 screen.complain("warning", &format!("no flight record: {error}"));
@@ -40,11 +50,16 @@ pub fn run(args: Train) -> Result<u8, CliError> {
     };
     let signals = Signals::listen(notice)?;
     let watch = Watch::new(Arc::clone(&screen), &signals, &config);
-    screen.wait("reading the data");
+    if leads {
+        screen.wait("reading the data");
+    }
     let outcome = unisono_train::train(&config, &options, &watch);
     signals.quit_at_once();
     let seen = watch.finish();
     let mut summary = outcome?;
+    if !leads {
+        return Ok(DONE);
+    }
     let Some(started) = &seen.started else {
         return Err(CliError { code: BUG, message: "the run ended without a beginning".into() });
     };
@@ -63,7 +78,14 @@ pub fn abandon(failure: &Failure) {
 }
 
 /// One checked value from the raw arguments.
-fn resolve(args: Train) -> Result<(RunConfig, RunOptions), CliError> {
+fn resolve(args: Train, job: &Job) -> Result<(RunConfig, RunOptions), CliError> {
+    if let Some(ranks) = job.ranks()
+        && (!args.nodes.is_empty() || args.ranks.is_some_and(|asked| asked != ranks))
+    {
+        return Err(CliError::usage(format!(
+            "--ranks and --nodes are for ranks as threads: here the launcher has started {ranks} ranks, and MPI says where"
+        )));
+    }
     let mut overrides = args.set;
     overrides.extend(args.steps.map(|steps| format!("train.steps={steps}")));
     let folder = match (args.run, args.resume) {
@@ -75,10 +97,16 @@ fn resolve(args: Train) -> Result<(RunConfig, RunOptions), CliError> {
         (None, true) => config_of_run(&folder, &overrides)?,
         (path, _) => config::load(path.as_deref(), &overrides)?,
     };
-    let (ranks, threads) = ranks_and_threads(config.grid.slots(), args.ranks, args.threads);
+    let (ranks, mut threads) =
+        ranks_and_threads(config.grid.slots(), job.ranks().or(args.ranks), args.threads);
+    if args.threads.is_none() {
+        threads = threads_each(job.place.ranks_here(ranks));
+    }
+    // Each process would name it by its own clock.
+    let folder = PathBuf::from(job.told_by_first(folder.display().to_string())?);
     let mut options = RunOptions::new(folder, ranks, threads);
     (options.resume, options.trace, options.nodes) = (args.resume, args.trace, args.nodes);
-    options.abandon = abandon;
+    (options.abandon, options.place) = (abandon, job.place.clone());
     Ok((config, options))
 }
 

@@ -5,7 +5,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use unisono_mesh::Fold;
 use unisono_train::system::readable;
-use unisono_train::{Event, Observer, RunConfig, Started, StepRecord, ValidationRecord};
+use unisono_train::{Event, NodeRecord, Observer, RunConfig, Started, StepRecord, ValidationRecord};
 
 use crate::screen::Screen;
 use crate::signals::Signals;
@@ -157,6 +157,9 @@ fn introduction(started: &Started, config: &RunConfig) -> Vec<String> {
             short(active as u64)
         ),
         layout_line(started, config),
+    ];
+    lines.extend(machine_lines(started));
+    lines.extend([
         format!(
             "batch   {} sequences of {} tokens = {} tokens a step, {} steps",
             config.global_batch(),
@@ -175,7 +178,7 @@ fn introduction(started: &Started, config: &RunConfig) -> Vec<String> {
         ),
         memory_line(started),
         format!("run     {}", started.folder.display()),
-    ];
+    ]);
     if started.from_step > 0 {
         lines.push(format!("resume  from the checkpoint of step {}", started.from_step));
     }
@@ -210,6 +213,39 @@ fn layout_line(started: &Started, config: &RunConfig) -> String {
         plural(started.threads, "thread"),
         plural(each, "replica"),
     )
+}
+
+/// Nodes that are alike in a line each, and what lies between the ranks.
+fn machine_lines(started: &Started) -> Vec<String> {
+    /// More lines would be a list nobody reads.
+    const SHOWN: usize = 8;
+    let world = &started.world;
+    let node = |node: &NodeRecord| {
+        let ranks: Vec<String> = node.ranks.iter().map(usize::to_string).collect();
+        let ranks = match ranks.as_slice() {
+            [one] => format!("rank {one}"),
+            [first, .., last] if node.ranks.windows(2).all(|pair| pair[1] == pair[0] + 1) => {
+                format!("ranks {first}-{last}")
+            }
+            list => format!("ranks {}", list.join(", ")),
+        };
+        format!("        {}: {ranks}, {}, {} cores", node.host, node.cpu, node.cores)
+    };
+    let (near, far) = world.links;
+    let count = world.nodes.len();
+    let nodes = if count == 1 { "1 node".to_string() } else { format!("{count} nodes") };
+    let links = match (near, far) {
+        (0, 0) => "no links".to_string(),
+        (1, 0) => "1 link within the node".to_string(),
+        (near, 0) => format!("{near} links within the node"),
+        (near, far) => format!("{near} links within nodes, {far} between nodes"),
+    };
+    let mut lines = vec![format!("machine {nodes}, {links}, over {}", world.transport)];
+    lines.extend(world.nodes.iter().take(SHOWN).map(node));
+    if count > SHOWN {
+        lines.push(format!("        and {} more", count - SHOWN));
+    }
+    lines
 }
 
 fn memory_line(started: &Started) -> String {

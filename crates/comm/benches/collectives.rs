@@ -1,22 +1,24 @@
-//! Reduce-scatter + all-gather between thread ranks, next to plain memory copies of the same volume.
+//! Collectives between thread ranks, next to plain memory copies of the same volume.
 
-use unisono_comm::bench::{cores, reduce_gather};
+use unisono_comm::bench::{Collective, time_collective};
+use unisono_comm::run_ranks;
 
 fn main() -> Result<(), Box<dyn std::error::Error>> {
-    println!("reduce-scatter + all-gather between thread ranks, {} cores", cores());
-    println!("ranks  vector MiB  received MiB  collectives ms  copies ms   GB/s  speed / copies");
+    println!("collective      ranks     KiB  bus GB/s  of memory copies");
     for ranks in [2, 4] {
-        for mib in [1, 4, 16, 64] {
-            let repeats = if mib >= 16 { 15 } else { 60 };
-            let measured = reduce_gather(ranks, mib << 20, repeats)?;
-            println!(
-                "{ranks:5}  {mib:10}  {:12.1}  {:14.3}  {:9.3}  {:5.2}  {:14.2}",
-                measured.volume_bytes as f64 / f64::from(1 << 20),
-                measured.collective_seconds * 1e3,
-                measured.copy_seconds * 1e3,
-                measured.bytes_per_s() / 1e9,
-                measured.ratio(),
-            );
+        for collective in Collective::ALL {
+            for kib in [64, 1024, 16 << 10, 64 << 10] {
+                let rounds = if kib >= 16 << 10 { 15 } else { 60 };
+                let timed =
+                    run_ranks(ranks, |comm| time_collective(&comm, None, collective, kib << 10, rounds))?;
+                let timed = &timed[0];
+                println!(
+                    "{:14}  {ranks:5}  {kib:6}  {:8.2}  {:16.2}",
+                    collective.name(),
+                    timed.bus_bytes_per_s(timed.ours_s) / 1e9,
+                    timed.copy_s / timed.ours_s,
+                );
+            }
         }
     }
     Ok(())

@@ -18,6 +18,8 @@ mod engine;
 #[cfg(feature = "mpi")]
 mod incoming;
 #[cfg(feature = "mpi")]
+mod native;
+#[cfg(feature = "mpi")]
 mod outgoing;
 #[cfg(feature = "mpi")]
 mod ranks;

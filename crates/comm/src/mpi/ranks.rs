@@ -99,9 +99,8 @@ impl MpiRanks {
         &self.world
     }
 
-    /// This rank's last calls.
-    pub fn recorder(&self) -> &FlightRecorder {
-        &self.engine.recorder
+    pub(super) fn engine(&self) -> &Engine {
+        &self.engine
     }
 
     /// Runs `body` as this rank, as [`run_ranks`](crate::run_ranks) does on threads, and returns what it returns.

@@ -126,7 +126,8 @@ impl Library {
         Ok(lowest.iter().map(|name| names.binary_search(name).unwrap_or(0)).collect())
     }
 
-    fn communicator(&self, channel: Channel) -> ffi::MPI_Comm {
+    /// The communicator of a channel.
+    pub fn communicator(&self, channel: Channel) -> ffi::MPI_Comm {
         match channel {
             Channel::Control => self.control,
             Channel::Data => self.data,

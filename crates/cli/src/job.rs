@@ -1,0 +1,116 @@
+//! This process as one of a job's: who it is, and how they end together.
+
+use unisono_comm::Place;
+use unisono_comm::mpi::launched;
+
+use crate::error::CliError;
+
+/// This process's part of a job.
+pub struct Job {
+    /// Where the ranks are.
+    pub place: Place,
+}
+
+impl Job {
+    /// Joins the job that a launcher started this process for; without a launcher the process is a job of its own.
+    ///
+    /// # Errors
+    /// If this binary cannot be one of several, or MPI cannot be used.
+    pub fn join() -> Result<Self, CliError> {
+        let Some(launched) = launched() else { return Ok(Self { place: Place::Threads }) };
+        join(launched.by, launched.size)
+    }
+
+    /// Whether this process speaks for the job.
+    pub fn leads(&self) -> bool {
+        match &self.place {
+            Place::Threads => true,
+            #[cfg(feature = "mpi")]
+            Place::Mpi(ranks) => ranks.rank() == 0,
+        }
+    }
+
+    /// How many ranks the launcher has started; none if that is up to this process.
+    pub fn ranks(&self) -> Option<usize> {
+        match &self.place {
+            Place::Threads => None,
+            #[cfg(feature = "mpi")]
+            Place::Mpi(ranks) => Some(ranks.size()),
+        }
+    }
+
+    /// What rank 0 says, on all ranks.
+    ///
+    /// # Errors
+    /// If the job has failed.
+    pub fn told_by_first(&self, text: String) -> Result<String, CliError> {
+        match &self.place {
+            Place::Threads => Ok(text),
+            #[cfg(feature = "mpi")]
+            Place::Mpi(ranks) => {
+                let all = ranks.world().all_gather_values(text.as_bytes());
+                let all = all.map_err(unisono_train::TrainError::from)?;
+                Ok(String::from_utf8_lossy(&all[0]).into_owned())
+            }
+        }
+    }
+
+    /// Ends this process's part. If the job has failed, the rank at fault says why and ends the job; the others are
+    /// silent, unless it cannot.
+    ///
+    /// # Errors
+    /// What it was given, in a job of one process.
+    pub fn end(self, outcome: Result<u8, CliError>) -> Result<u8, CliError> {
+        match self.place {
+            Place::Threads => outcome,
+            #[cfg(feature = "mpi")]
+            Place::Mpi(ranks) => end(&ranks, outcome),
+        }
+    }
+}
+
+#[cfg(not(feature = "mpi"))]
+fn join(by: &str, size: Option<usize>) -> Result<Job, CliError> {
+    if size == Some(1) {
+        return Ok(Job { place: Place::Threads });
+    }
+    let size = size.map_or_else(|| "several".into(), |size| size.to_string());
+    Err(CliError::usage(format!(
+        "{by} has started {size} processes, but this binary knows ranks as threads only: build it with `cargo build \
+         --release --features mpi`, or start it without {by}"
+    )))
+}
+
+#[cfg(feature = "mpi")]
+fn join(by: &str, size: Option<usize>) -> Result<Job, CliError> {
+    use unisono_comm::mpi::{MpiOptions, MpiRanks};
+    let ranks = MpiRanks::join(MpiOptions::default()).map_err(|error| CliError::usage(error.to_string()))?;
+    if let Some(size) = size.filter(|size| *size != ranks.size()) {
+        return Err(CliError::usage(format!(
+            "{by} has started {size} processes, but {} knows of {}: use the launcher of the MPI library that this \
+             binary was built with",
+            ranks.library(),
+            ranks.size()
+        )));
+    }
+    Ok(Job { place: Place::Mpi(std::sync::Arc::new(ranks)) })
+}
+
+#[cfg(feature = "mpi")]
+fn end(ranks: &unisono_comm::mpi::MpiRanks, outcome: Result<u8, CliError>) -> Result<u8, CliError> {
+    use std::time::Duration;
+    let error = match outcome {
+        Ok(code) => match ranks.leave() {
+            Ok(()) => return Ok(code),
+            Err(error) => unisono_train::TrainError::from(error).into(),
+        },
+        Err(error) => error,
+    };
+    let failure = ranks.fail(error.message.clone());
+    // The rank at fault speaks at once; should it be stuck, the first of the others does.
+    let turn = if failure.rank == ranks.rank() { 0 } else { 1 + ranks.rank() as u64 };
+    std::thread::sleep(Duration::from_millis(500 * turn.min(2) + 50 * turn.saturating_sub(2)));
+    crate::screen::complain("error", &error.message);
+    ranks.abort(i32::from(error.code));
+    std::process::exit(i32::from(error.code))
+}

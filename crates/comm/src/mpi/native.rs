@@ -1,0 +1,61 @@
+//! The MPI library's own collectives, for benchmarks only: their sums depend on the library's choice of algorithm.
+
+use std::ffi::c_int;
+
+use mpi::ffi;
+
+use super::ranks::MpiRanks;
+use super::raw::Channel;
+use crate::bench::{Collective, Native};
+use crate::error::CommError;
+
+impl Native for MpiRanks {
+    fn name(&self) -> String {
+        self.library().to_owned()
+    }
+
+    fn run(&self, collective: Collective, send: &[f32], receive: &mut [f32]) -> Result<(), CommError> {
+        let size = self.size();
+        let (whole, part) = match collective {
+            Collective::AllGather => (receive.len(), send.len()),
+            _ => (send.len(), send.len() / size),
+        };
+        let needed = match collective {
+            Collective::ReduceScatter => part,
+            _ => whole,
+        };
+        if receive.len() < needed || whole != part * size {
+            return Err(CommError::Transport(format!("{} has wrong buffers", collective.name())));
+        }
+        let count = |len: usize| {
+            c_int::try_from(len).map_err(|_| CommError::Transport(format!("{len} elements are too many")))
+        };
+        let (whole, part) = (count(whole)?, count(part)?);
+        let counts = vec![part; size];
+        let places: Vec<c_int> = (0..size as c_int).map(|rank| rank * part).collect();
+        let (from, to) = (send.as_ptr().cast(), receive.as_mut_ptr().cast());
+        let (counts, places) = (counts.as_ptr(), places.as_ptr());
+        // Held while the library works: it is called by one thread at a time.
+        let state = self.engine().lock();
+        let comm = state.library.communicator(Channel::Data);
+        // SAFETY: `send` and `receive` have the elements that counts and places say, as checked above, and `comm` is
+        // valid; all calls are blocking, so no memory is touched after they return.
+        let code = unsafe {
+            let (float, sum) = (ffi::RSMPI_FLOAT, ffi::RSMPI_SUM);
+            match collective {
+                Collective::AllGather => ffi::MPI_Allgather(from, part, float, to, part, float, comm),
+                Collective::ReduceScatter => ffi::MPI_Reduce_scatter_block(from, to, part, float, sum, comm),
+                Collective::AllReduce => ffi::MPI_Allreduce(from, to, whole, float, sum, comm),
+                Collective::AllToAll => {
+                    ffi::MPI_Alltoallv(from, counts, places, float, to, counts, places, float, comm)
+                }
+                Collective::Broadcast => ffi::MPI_Bcast(to, whole, float, 0, comm),
+            }
+        };
+        if code == 0 {
+            Ok(())
+        } else {
+            Err(CommError::Transport(format!("MPI's {} failed", collective.name())))
+        }
+    }
+}
