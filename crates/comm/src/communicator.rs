@@ -170,14 +170,6 @@ impl Communicator {
         self.group.members[rank]
     }
 
-    /// The node that the group's rank `rank` is on.
-    ///
-    /// # Panics
-    /// If `rank` is not below [`Communicator::size`].
-    pub fn node(&self, rank: usize) -> usize {
-        self.core.transport.node(self.group.members[rank])
-    }
-
     /// What lies between this rank and the group's rank `rank`.
     ///
     /// # Panics

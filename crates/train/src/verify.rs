@@ -37,7 +37,7 @@ pub fn verify(
     config.validate()?;
     for (config, ranks) in [(&reference(config), 1), (config, options.ranks)] {
         let fold = Fold::new(config.grid, ranks)?;
-        check_fits(config, &fold, &estimate(config, &fold))?;
+        check_fits(config, &fold, &estimate(config, &fold), &options.place)?;
     }
     let dataset = open_dataset(config, options.ranks * options.threads)?;
     verify_on(config, steps, options, &dataset, observer)
