@@ -40,7 +40,7 @@ pub fn run(args: &Collectives) -> Result<u8, CliError> {
 
 fn measure(args: &Collectives, job: &Job) -> Result<u8, CliError> {
     let worlds: Vec<usize> = job.ranks().map_or_else(|| vec![2, 4], |ranks| vec![ranks]);
-    let (native, name): (Option<&(dyn Native + Sync)>, _) = match &job.place {
+    let (native, name): (Option<&(dyn Native + Sync)>, Option<String>) = match &job.place {
         Place::Threads => (None, None),
         #[cfg(feature = "mpi")]
         Place::Mpi(ranks) => (Some(&**ranks), Some(ranks.name())),
