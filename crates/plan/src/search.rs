@@ -75,6 +75,20 @@ impl Search {
         found
     }
 
+    /// The layout that comes nearest to fitting when none does: the one whose fullest rank lacks fewest bytes; the fastest of
+    /// equals.
+    pub fn nearest(&self) -> Option<Plan> {
+        let all = self.layouts.clone().flat_map(|degrees| self.layouts.variants(degrees));
+        let priced = all.enumerate().filter_map(|(number, layout)| {
+            let priced = self.pricer.price(&layout).ok()?;
+            Some(self.plan(number, layout, priced))
+        });
+        priced.max_by(|a, b| {
+            let room = a.headroom_bytes.total_cmp(&b.headroom_bytes);
+            room.then(b.priced.step_s.total_cmp(&a.priced.step_s)).then(b.number.cmp(&a.number))
+        })
+    }
+
     /// The pricer of this search.
     pub fn pricer(&self) -> &Pricer {
         &self.pricer

@@ -82,6 +82,17 @@ fn what_is_left_out_before_pricing_would_not_have_fitted() {
 }
 
 #[test]
+fn where_nothing_fits_the_nearest_layout_is_named() {
+    let model = Architecture::built_in("DeepSeek-V3").expect("a built-in model");
+    let cluster = Cluster::parse("h100x16").expect("a built-in GPU");
+    let search = Search::new(&model, &cluster, &training());
+    assert_eq!(search.run(0, 1).feasible, 0);
+    let nearest = search.nearest().expect("there are layouts");
+    assert!(nearest.headroom_bytes < 0.0 && !nearest.priced.fits);
+    assert_eq!(nearest.layout.gpus(), 16, "fewer GPUs hold less");
+}
+
+#[test]
 fn prices_of_the_best_plans_are_within_5_percent_of_their_simulation() {
     let model = Architecture::built_in("DeepSeek-V3").expect("a built-in model");
     let cluster = Cluster::parse("h800x2048").expect("a built-in GPU");

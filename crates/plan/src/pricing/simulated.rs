@@ -2,7 +2,9 @@
 
 use crate::parallelism::{Parallelism, ParallelismError};
 use crate::schedule::Schedule;
-use crate::simulate::{Replicas, Segment, Simulated, StageCosts, Transfer, UniformCosts, simulate};
+use crate::simulate::{
+    LinkClass, Replicas, Segment, Simulated, StageCosts, Transfer, UniformCosts, simulate,
+};
 
 use super::Pricer;
 use super::work::{Passes, Work};
@@ -50,17 +52,23 @@ impl Pricer {
             self.stage_costs(layout, &passes, self.stages.chunk(chunk, chunks).len())
         });
         let step = self.breakdown(layout);
+        let stride = layout.tensor * layout.context * layout.data;
         let update = Segment::compute("optimizer", step.optimizer_s);
         let overhead = Segment::compute("overhead", step.overhead_s);
         let states = Segment::exchange("gradients and parameters", step.data_s);
         UniformCosts {
             stages: stages.collect(),
-            transfer: Transfer { seconds: self.message_s(layout), link: None },
+            transfer: Transfer { seconds: self.message_s(layout), link: self.adapter(stride, 2) },
             update: vec![vec![update, overhead]; layout.pipeline],
             gather: vec![vec![states]; layout.pipeline],
-            links: Vec::new(),
+            links: vec![LinkClass { name: "network adapter", ranks: 1, capacity: 1.0 }],
             slowdown: self.slowdown(layout),
         }
+    }
+
+    /// The link of a group of `size` ranks, `stride` apart: each rank's network adapter, if the group crosses servers.
+    fn adapter(&self, stride: usize, size: usize) -> Option<u8> {
+        (self.rates.cluster.level_of(size, stride) > 0).then_some(0)
     }
 
     /// The slowdown that leaves of an exchange under kernels the share that the calibration says is not hidden.
@@ -72,11 +80,13 @@ impl Pricer {
     fn stage_costs(&self, layout: &Parallelism, passes: &Passes, layers: usize) -> StageCosts {
         // Only overlapped pairs show in the list what hides an exchange; elsewhere the price's share of it counts.
         let whole = self.is_paired(layout);
+        let link = self.adapter(layout.expert_tensor, layout.expert);
         let pass = |works: &[&Work]| {
             let kernels_s = works.iter().map(|work| self.kernels_s(work)).sum::<f64>();
             let others_s = works.iter().map(|work| self.exposed_dense_s(work)).sum::<f64>();
             let expert = |work: &&Work| if whole { work.expert_s } else { self.exposed_expert_s(work) };
-            alternate(kernels_s, others_s, works.iter().map(expert).sum(), layers.max(1))
+            let expert = Segment { link, ..Segment::exchange("dispatch", works.iter().map(expert).sum()) };
+            alternate(kernels_s, others_s, expert, layers.max(1))
         };
         StageCosts {
             forward: pass(&[&passes.forward]),
@@ -89,16 +99,16 @@ impl Pricer {
 }
 
 /// A pass layer by layer: attention, dispatch, experts, combine, each half of a layer's kernels and of its exchanges.
-fn alternate(kernels_s: f64, others_s: f64, expert_s: f64, layers: usize) -> Vec<Segment> {
+fn alternate(kernels_s: f64, others_s: f64, expert: Segment, layers: usize) -> Vec<Segment> {
     let halves = 2 * layers;
     let each = 1.0 / halves as f64;
     let half = |index: usize| {
-        let exchange = if index.is_multiple_of(2) { "dispatch" } else { "combine" };
+        let name = if index.is_multiple_of(2) { "dispatch" } else { "combine" };
         [
             Segment::compute("kernels", kernels_s * each),
             // What nothing hides keeps the compute lane waiting.
             Segment::compute("tensor and context", others_s * each),
-            Segment::exchange(exchange, expert_s * each),
+            Segment { name, seconds: expert.seconds * each, ..expert },
         ]
     };
     (0..halves).flat_map(half).filter(|segment| segment.seconds > 0.0).collect()
