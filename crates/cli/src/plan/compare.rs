@@ -118,8 +118,11 @@ fn print(answers: &[Answer], baselines: bool) {
     say(&format!("{}\n", table(&rows, 2).join("\n")));
 }
 
+/// GPUs and what their network gives each.
 fn cluster(answer: &Answer) -> String {
-    format!("{} x {}", answer.cluster.gpus, answer.cluster.gpu.name)
+    let cluster = &answer.cluster;
+    let network = cluster.levels[cluster.levels.len() - 1].bytes_per_s / 1e9;
+    format!("{} x {}, {network} GB/s", grouped(cluster.gpus as u64), cluster.gpu.name)
 }
 
 /// The table, with its head.
