@@ -99,7 +99,7 @@ fn fit(
     let mut best = start.clone();
     let price_of = |constants: &Constants| {
         let mut moved = 0.0;
-        let (mut a, mut b) = (constants.clone(), FITTED.clone());
+        let (mut a, mut b) = (constants.clone(), start.clone());
         for (_, reach, _) in knobs() {
             moved += ((*reach(&mut a) + 1e-9) / (*reach(&mut b) + 1e-9)).ln().abs();
         }

@@ -30,7 +30,7 @@ const GIB: f64 = (1u64 << 30) as f64;
 const MEMORY_TOLERANCE: f64 = 1.1;
 
 /// How much narrower, in logarithms, the interval is once the release factor is known.
-const RELEASED_SPREAD: f64 = 0.6;
+const RELEASED_SPREAD: f64 = 0.85;
 
 /// What pricing says of a plan.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -156,7 +156,7 @@ impl Outcome {
             gpus: case.gpus.unwrap_or(0),
             precision: case.precision.clone(),
             framework: case.framework.clone(),
-            sparse: case.shape.experts.is_some(),
+            sparse: case.shape.experts.is_some() || !case.routing.is_empty(),
             plan: String::new(),
             complete: false,
             time: None,
