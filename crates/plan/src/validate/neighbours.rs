@@ -17,7 +17,8 @@ pub(super) fn filled(case: &Case, all: &[Case]) -> Case {
     let blank = case.degrees.tensor.is_none() || case.degrees.pipeline.is_none();
     // A pipeline whose virtual stages are not printed, as opposed to printed as not applicable.
     let stages = case.degrees.pipeline.is_some_and(|stages| stages > 1) && !case.not_interleaved;
-    if !blank && !(stages && case.degrees.virtual_stages.is_none()) {
+    let stages_missing = stages && case.degrees.virtual_stages.is_none();
+    if !blank && !stages_missing {
         return case;
     }
     let Some(other) = nearest(&case, all, blank) else { return case };
