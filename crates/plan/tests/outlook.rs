@@ -2,8 +2,8 @@
 
 use unisono_plan::collectives::places_touched;
 use unisono_plan::{
-    Architecture, Axis, Cluster, DispatchKind, Optimizer, Outlook, Parallelism, Precision, Pricer, Routing,
-    Software, Trainable, Training, bottleneck, changes,
+    Architecture, Axis, Cluster, DispatchKind, Optimizer, Outlook, Parallelism, Precision, Pricer,
+    Recomputation, Routing, Software, Trainable, Training, bottleneck, changes,
 };
 
 /// DeepSeek-V3's pre-training: 15,360 sequences of 4,096 tokens a step, 14.8 T tokens.
@@ -64,6 +64,7 @@ fn bytes_by_link_follow_the_formulas() {
 fn changes_are_what_repricing_says_and_come_best_first() {
     let (model, cluster, training, layout) = deepseek();
     let training = Training { compute: Precision::Bf16, ..training };
+    let layout = Parallelism { recompute: Recomputation::Full, ..layout };
     let priced = Pricer::new(&model, &cluster, &training).price(&layout).unwrap();
     let found = changes(&model, &cluster, &layout, &training, 3);
     assert!(!found.is_empty() && found.len() <= 3);

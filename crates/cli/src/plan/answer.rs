@@ -12,9 +12,12 @@ use unisono_plan::{
 use crate::error::CliError;
 use crate::layout::cores;
 use crate::screen::Screen;
+use crate::style::short;
 
 /// The template of the bar of a search.
 pub const BAR: &str = "searching layouts {bar:30} {pos}/{len} parts  {elapsed}";
+
+const GIB: f64 = (1u64 << 30) as f64;
 
 /// Parts that a search is cut into: enough for a bar that moves.
 const PARTS: usize = 64;
@@ -55,7 +58,7 @@ impl Answer {
             None => {
                 let found = search(&model, &cluster, &training);
                 let best = found.fastest.first().cloned();
-                let best = best.ok_or_else(|| nothing_fits(&model, &cluster, &training, &found))?;
+                let best = best.ok_or_else(|| nothing_fits(&model, &cluster, &training))?;
                 (Some(found), best)
             }
         };
@@ -168,37 +171,28 @@ fn watch(screen: &Screen, done: &AtomicUsize, finished: impl Fn() -> bool) {
     }
 }
 
-/// No layout fits: says by how much, and how many GPUs would do.
-fn nothing_fits(model: &Architecture, cluster: &Cluster, training: &Training, found: &Found) -> CliError {
-    let parameters = model.parameters() as f64;
-    let name = &model.name;
-    if found.priced == 0 && training.global_batch == 0 {
-        return CliError::usage("the batch has no sequences");
-    }
-    let mut gpus = cluster.gpus;
-    while gpus < 1 << 17 {
-        gpus *= 2;
-        let wider = Cluster::of(cluster.gpu, gpus);
-        let Ok(wider) = wider else { break };
-        let batch = training.global_batch.max(gpus);
+/// No layout fits: says which comes nearest and by how much, and how many GPUs would do.
+fn nothing_fits(model: &Architecture, cluster: &Cluster, training: &Training) -> CliError {
+    let closest = Search::new(model, cluster, training).nearest().map_or_else(
+        || "no layout divides this batch over all, a half or a quarter of the GPUs".to_string(),
+        |plan| {
+            format!("the nearest, {}, needs {:.1} GiB more a GPU", plan.layout, -plan.headroom_bytes / GIB)
+        },
+    );
+    let counts = (1..=10).map(|doublings| cluster.gpus << doublings);
+    let enough = counts.filter_map(|gpus| Cluster::of(cluster.gpu, gpus).ok()).find_map(|wider| {
+        let batch = training.global_batch.max(wider.gpus);
         let training = Training { global_batch: batch, ..training.clone() };
-        if Search::new(model, &wider, &training).run(0, 1).feasible > 0 {
-            return CliError::usage(format!(
-                "no layout of {name} ({:.0} B parameters) fits {} x {} with a batch of {} sequences: {} were priced; nearest \
-                 that fits: {} GPUs with a batch of {batch}",
-                parameters / 1e9,
-                cluster.gpus,
-                cluster.gpu.name,
-                training.global_batch,
-                found.priced,
-                gpus,
-            ));
-        }
-    }
+        let fits = Search::new(model, &wider, &training).run(0, 1).feasible > 0;
+        fits.then(|| format!("{} GPUs with a batch of {batch} sequences would do", wider.gpus))
+    });
     CliError::usage(format!(
-        "no layout of {name} ({:.0} B parameters) fits any number of {}: {} were priced",
-        parameters / 1e9,
+        "no layout of {} ({} parameters) fits {} {} with a batch of {} sequences: {closest}; {}",
+        model.name,
+        short(model.parameters() as u64),
+        cluster.gpus,
         cluster.gpu.name,
-        found.priced
+        training.global_batch,
+        enough.unwrap_or_else(|| "nor would a thousand times as many".into())
     ))
 }
