@@ -546,8 +546,8 @@ impl State {
 
     /// Whether all other ranks have said goodbye and everything is sent.
     pub fn all_gone(&self) -> bool {
-        let others = self.gone.iter().enumerate().filter(|(rank, _)| *rank != self.library.rank);
-        others.map(|(_, gone)| *gone).all(|gone| gone) && self.requests.len() == self.inbox()
+        let mut others = self.gone.iter().enumerate().filter(|(rank, _)| *rank != self.library.rank);
+        others.all(|(_, gone)| *gone) && self.requests.len() == self.inbox()
     }
 
     fn inbox(&self) -> usize {
