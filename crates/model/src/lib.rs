@@ -7,12 +7,14 @@ mod decode;
 mod dispatch;
 mod feed_forward;
 mod moe;
+mod moe_rounds;
 mod parameters;
 mod profile;
 mod transformer;
 
 pub use batch::{Batch, LossScale, SlotLosses};
 pub use decode::{Cache, Decoder};
+pub use dispatch::DispatchOptions;
 pub use parameters::{
     GradientSink, ParameterSource, UnitGradients, UnitParameters, initialize_expert, initialize_unit,
 };

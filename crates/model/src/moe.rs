@@ -1,11 +1,13 @@
 //! The sparse half of a layer: norm, router, dispatch, experts, combine, with the shared experts beside it.
 
-use unisono_comm::CommError;
+use std::ops::Range;
+
+use unisono_comm::{CommError, Pending};
 use unisono_plan::{Layout, TensorSpec};
 use unisono_tensor::{Backend, Buffer, FfnRun, FfnShape, RouterShape, Routing};
 
 use crate::batch::{Batch, LossScale};
-use crate::dispatch::{DispatchGroup, Route};
+use crate::dispatch::{Combining, DispatchGroup, DispatchOptions, Dispatching, Route, Wiring};
 use crate::feed_forward::FeedForwardWeights;
 use crate::parameters::{UnitGradients, UnitParameters};
 use crate::transformer::{Recompute, Transformer};
@@ -18,13 +20,28 @@ pub(crate) struct MoeSaved<B: Backend> {
     logits: B::Buf,
     pub routing: Routing,
     route: Route,
-    /// `[received_rows]`
-    row_weight: Vec<f32>,
-    /// `[received_rows, d]`
-    expert_in: B::Buf,
-    /// `[received_rows, 2 ffn]`
-    gu: B::Buf,
+    /// None where rows come in rounds and are not kept.
+    received: Option<Received<B>>,
     shared_gu: Option<B::Buf>,
+}
+
+/// What experts keep of the rows they received.
+pub(crate) struct Received<B: Backend> {
+    /// `[received_rows]`
+    pub row_weight: Vec<f32>,
+    /// `[received_rows, d]`
+    pub expert_in: B::Buf,
+    /// `[received_rows, 2 ffn]`
+    pub gu: B::Buf,
+}
+
+/// What the experts' weight-gradient step needs.
+pub(crate) struct ExpertWeights<B: Backend> {
+    runs: Vec<FfnRun>,
+    expert_in: B::Buf,
+    dgu: B::Buf,
+    hidden: B::Buf,
+    expert_dy: B::Buf,
 }
 
 /// What the weight-gradient step needs.
@@ -36,11 +53,8 @@ pub(crate) struct MoeWeights<B: Backend> {
     dnormed: B::Buf,
     dlogits: B::Buf,
     shared: Option<FeedForwardWeights<B>>,
-    runs: Vec<FfnRun>,
-    expert_in: B::Buf,
-    dgu: B::Buf,
-    hidden: B::Buf,
-    expert_dy: B::Buf,
+    /// None where rows came in rounds: each round has taken the step for its rows.
+    experts: Option<ExpertWeights<B>>,
 }
 
 impl<B: Backend> Transformer<B> {
@@ -53,16 +67,19 @@ impl<B: Backend> Transformer<B> {
         RouterShape { sequence: batch.sequence_length, ..self.router }
     }
 
-    fn dispatch_group(&self, batch: &Batch) -> DispatchGroup<'_> {
-        DispatchGroup {
-            comm: &self.dispatch,
-            fold: self.fold,
-            placement: self.placement,
-            slots: batch.slots.clone(),
-        }
+    fn route(&self, routing: &Routing, batch: &Batch) -> Result<Route, CommError> {
+        let (fold, placement) = (self.fold, self.placement);
+        let group = DispatchGroup::new(&self.dispatch, fold, placement, batch.slots.clone(), self.options);
+        Route::new(&group, routing, batch, self.model.top_k, self.expert_row_block)
     }
 
-    fn expert_shape(&self) -> FfnShape {
+    pub(crate) fn wiring(&self) -> Wiring<'_, B> {
+        let (comm, backend) = (&self.dispatch, &self.backend);
+        let DispatchOptions { wire, overlap, .. } = self.options;
+        Wiring { comm, backend, d: self.model.hidden_size, wire, overlap }
+    }
+
+    pub(crate) fn expert_shape(&self) -> FfnShape {
         FfnShape {
             d_model: self.model.hidden_size,
             ffn: self.model.moe_intermediate_size,
@@ -70,19 +87,24 @@ impl<B: Backend> Transformer<B> {
         }
     }
 
-    /// One run an instance: parameters shared between groups, gradients its own.
-    fn expert_runs(&self, layer: usize, batch: &Batch, route: &Route) -> Vec<FfnRun> {
+    /// Runs of rows of instances, `(instance, rows, first result)`: parameters shared between groups, gradients their own.
+    pub(crate) fn expert_runs(
+        &self,
+        layer: usize,
+        batch: &Batch,
+        runs: impl Iterator<Item = (usize, Range<usize>, usize)>,
+    ) -> Vec<FfnRun> {
         let (dense, len) = (self.layout.unit_len(Layout::layer_unit(layer)), self.layout.expert_len());
         let [w13, w2] = &self.layout.expert;
         let instances = self.placement.instances(batch.slots.clone());
-        let runs = route.runs.iter().zip(instances).enumerate();
-        runs.map(|(index, (rows, instance))| {
-            let held = self.held.binary_search(&instance.expert);
+        runs.map(|(index, rows, out)| {
+            let held = self.held.binary_search(&instances[index].expert);
             let held = held.expect("a rank holds the experts of its own slots");
             let block = dense + held * len;
             let gradient = index * len;
             FfnRun {
-                rows: rows.clone(),
+                rows,
+                out,
                 w13: block + w13.offset,
                 w2: block + w2.offset,
                 dw13: gradient + w13.offset,
@@ -90,6 +112,18 @@ impl<B: Backend> Transformer<B> {
             }
         })
         .collect()
+    }
+
+    /// One run an instance, of all rows of the layer.
+    fn whole_runs(&self, layer: usize, batch: &Batch, route: &Route) -> Vec<FfnRun> {
+        let whole = |(index, rows): (usize, &Range<usize>)| (index, rows.clone(), rows.start);
+        self.expert_runs(layer, batch, route.runs.iter().enumerate().map(whole))
+    }
+
+    /// Where a wave's rows are cut between the two times that shared experts run: while rows go to their experts, and while
+    /// results come back. A rank that waits for nobody runs them at once.
+    fn shared_cut(&self, batch: &Batch) -> usize {
+        if self.dispatch.size() == 1 { batch.rows() } else { batch.rows() / 2 }
     }
 
     /// `y = x + (shared(norm(x)) + experts(norm(x)))`, `x` and `y` `[rows, d]`.
@@ -103,7 +137,6 @@ impl<B: Backend> Transformer<B> {
     ) -> Result<(B::Buf, MoeSaved<B>), CommError> {
         let (backend, profile) = (&self.backend, &self.profile);
         let tensors = &self.layout.layers[layer];
-        let d = self.model.hidden_size;
         let (normed, rstd, logits, routing) = profile.compute("router", || {
             let (normed, rstd) = self.norm(&x, &tensors.ffn_norm, parameters);
             let router = self.router_tensor(layer);
@@ -113,37 +146,31 @@ impl<B: Backend> Transformer<B> {
         });
         self.note("", layer, "ffn_norm", &normed);
         self.note("", layer, "router_logits", &logits);
-        let group = self.dispatch_group(batch);
-        let route =
-            profile.communicate("dispatch counts", || group.route(&routing, batch, self.model.top_k))?;
-        let rows = profile.compute("permute", || self.gather(&normed, &route));
-        let (moving, weights) = profile.communicate("dispatch", || {
-            let moving = route.start_dispatch(&self.dispatch, backend, rows, d)?;
-            let mut sent = backend.alloc_host(route.sent_rows());
-            route.in_sent_order(&routing.weights, sent.as_mut());
-            let weights = route.start_dispatch(&self.dispatch, backend, backend.take_from_host(sent), 1)?;
-            Ok::<_, CommError>((moving, weights))
-        })?;
-        let shared = tensors.ffn.as_ref().map(|ffn| {
-            profile.compute("shared experts", || self.feed_forward(ffn, parameters, batch, &normed))
-        });
-        let (expert_in, row_weight) = profile.communicate("dispatch", || {
-            let weights = backend.hand_to_host(weights.finish(backend)?).as_ref().to_vec();
-            Ok::<_, CommError>((moving.finish(backend)?, weights))
-        })?;
-        let runs = self.expert_runs(layer, batch, &route);
-        let mut gu = backend.alloc(route.received_rows() * 2 * self.model.moe_intermediate_size);
-        let mut expert_y = backend.alloc(route.received_rows() * d);
-        profile.compute("experts", || {
-            let shape = self.expert_shape();
-            let weights = parameters.values.all();
-            let weight = Some(row_weight.as_slice());
-            backend.ffn(shape, &runs, expert_in.all(), weights, weight, gu.all_mut(), expert_y.all_mut());
-        });
-        let back = profile.communicate("combine", || {
-            route.start_combine(&self.dispatch, backend, expert_y, d)?.finish(backend)
-        })?;
-        let (shared, shared_gu) = shared.unzip();
+        let route = profile.communicate("dispatch counts", || self.route(&routing, batch))?;
+        let mut shared = tensors.ffn.as_ref().map(|ffn| self.start_feed_forward(ffn, batch, &normed));
+        let mut run_shared = |rows: Range<usize>| {
+            if let Some(shared) = &mut shared {
+                profile.compute("shared experts", || {
+                    self.feed_forward_rows(shared, parameters, batch, &normed, rows)
+                });
+            }
+        };
+        let cut = self.shared_cut(batch);
+        let (back, received) = if route.rounds.is_some() {
+            run_shared(0..batch.rows());
+            (self.rounds_forward(layer, parameters, batch, &route, &routing, &normed)?, None)
+        } else {
+            let moving = self.start_dispatch(&route, &normed)?;
+            let weights = self.start_row_weights(&route, &routing)?;
+            run_shared(0..cut);
+            let row_weight =
+                profile.communicate("dispatch", || weights.finish()).map(|host| host.as_ref().to_vec())?;
+            let (back, received) =
+                self.chunks_forward(layer, parameters, batch, &route, moving, row_weight)?;
+            run_shared(cut..batch.rows());
+            (profile.communicate("combine", || back.finish())?, Some(received))
+        };
+        let (shared, shared_gu) = shared.map(|shared| (shared.result, shared.kept)).unzip();
         let y = profile.compute("permute", || {
             let mut y = backend.alloc(x.len());
             let shared = shared.as_ref().map(Buffer::all);
@@ -151,16 +178,50 @@ impl<B: Backend> Transformer<B> {
             y
         });
         let normed = (keep == Recompute::None).then_some(normed);
-        let saved =
-            MoeSaved { x, rstd, normed, logits, routing, route, row_weight, expert_in, gu, shared_gu };
+        let saved = MoeSaved { x, rstd, normed, logits, routing, route, received, shared_gu };
         Ok((y, saved))
     }
 
-    fn gather(&self, rows: &B::Buf, route: &Route) -> B::Buf {
-        let d = self.model.hidden_size;
-        let mut sent = self.backend.alloc(route.sent_rows() * d);
-        self.backend.gather_rows(rows.all(), d, &route.tokens, sent.all_mut());
-        sent
+    /// Starts to bring rows of `x` `[rows, d]` to their experts.
+    fn start_dispatch<'a>(&'a self, route: &'a Route, x: &B::Buf) -> Result<Dispatching<'a, B>, CommError> {
+        self.profile.communicate("dispatch", || Dispatching::start(self.wiring(), route, x))
+    }
+
+    fn start_row_weights(&self, route: &Route, routing: &Routing) -> Result<Pending<B::Host>, CommError> {
+        let mut sent = self.backend.alloc_host(routing.weights.len());
+        route.in_sent_order(&routing.weights, sent.as_mut());
+        let recv = self.backend.alloc_host(route.received_rows());
+        route.start_values(&self.dispatch, sent, recv)
+    }
+
+    /// Experts on each chunk as it arrives, while later ones are under way and earlier results go back.
+    fn chunks_forward<'a>(
+        &'a self,
+        layer: usize,
+        parameters: &UnitParameters<B>,
+        batch: &Batch,
+        route: &'a Route,
+        mut moving: Dispatching<'a, B>,
+        row_weight: Vec<f32>,
+    ) -> Result<(Combining<'a, B>, Received<B>), CommError> {
+        let (backend, profile) = (&self.backend, &self.profile);
+        let mut gu = backend.alloc(route.received_rows() * 2 * self.model.moe_intermediate_size);
+        let mut expert_in = None;
+        let mut back = Combining::new(self.wiring(), route);
+        for chunk in &route.chunks {
+            profile.communicate("dispatch", || moving.arrive(chunk, &mut expert_in))?;
+            let expert_in: &B::Buf = expert_in.get_or_insert_with(|| backend.alloc(0));
+            let runs = self.expert_runs(layer, batch, chunk.runs.iter().cloned());
+            let mut y = backend.alloc(chunk.rows * self.model.hidden_size);
+            profile.compute("experts", || {
+                let (shape, weights) = (self.expert_shape(), parameters.values.all());
+                let weight = Some(row_weight.as_slice());
+                backend.ffn(shape, &runs, expert_in.all(), weights, weight, gu.all_mut(), y.all_mut());
+            });
+            profile.communicate("combine", || back.send_back(chunk, y))?;
+        }
+        let expert_in = expert_in.unwrap_or_else(|| backend.alloc(0));
+        Ok((back, Received { row_weight, expert_in, gu }))
     }
 
     fn combine(
@@ -182,13 +243,14 @@ impl<B: Backend> Transformer<B> {
             places,
             top_k,
             node,
+            self.options.wire,
             shared,
             Some(base),
             y.all_mut(),
         );
     }
 
-    /// Gradient of `x` from that of `y`.
+    /// Gradient of `x` from that of `y`. Where rows come in rounds, the experts' weight gradients are added at once.
     pub(crate) fn moe_backward(
         &self,
         layer: usize,
@@ -197,41 +259,51 @@ impl<B: Backend> Transformer<B> {
         scale: &LossScale,
         dy: B::Buf,
         saved: MoeSaved<B>,
+        gradients: &mut UnitGradients<B>,
     ) -> Result<(B::Buf, MoeWeights<B>), CommError> {
         let (backend, profile) = (&self.backend, &self.profile);
         let tensors = &self.layout.layers[layer];
         let d = self.model.hidden_size;
-        let MoeSaved { x, rstd, normed, logits, routing, route, row_weight, expert_in, mut gu, shared_gu } =
-            saved;
-        let rows = profile.compute("permute", || self.gather(&dy, &route));
-        let moving =
-            profile.communicate("dispatch", || route.start_dispatch(&self.dispatch, backend, rows, d))?;
-        let shared = tensors.ffn.as_ref().zip(shared_gu).map(|(ffn, gu)| {
-            profile.compute("shared experts", || self.feed_forward_backward(ffn, parameters, batch, &dy, gu))
-        });
-        let expert_dy = profile.communicate("dispatch", || moving.finish(backend))?;
-        let runs = self.expert_runs(layer, batch, &route);
-        let mut hidden = backend.alloc(route.received_rows() * self.model.moe_intermediate_size);
-        let mut expert_dx = backend.alloc(route.received_rows() * d);
-        let mut dweight = backend.alloc_host(route.received_rows());
-        profile.compute("experts", || {
-            let weight = Some(row_weight.as_slice());
-            let (gu, hidden, dx) = (gu.all_mut(), hidden.all_mut(), expert_dx.all_mut());
-            let (shape, weights) = (self.expert_shape(), parameters.values.all());
-            let dweight = Some(dweight.as_mut());
-            backend.ffn_backward(shape, &runs, expert_dy.all(), weights, weight, gu, hidden, dx, dweight);
-        });
-        let (back, dweights) = profile.communicate("combine", || {
-            let moving = route.start_combine(&self.dispatch, backend, expert_dx, d)?;
-            let dweight = backend.take_from_host(dweight);
-            let dweight = route.start_combine(&self.dispatch, backend, dweight, 1)?.finish(backend)?;
-            let mut dweights = vec![0.0; routing.weights.len()];
-            route.in_choice_order(backend.hand_to_host(dweight).as_ref(), &mut dweights);
-            Ok::<_, CommError>((moving.finish(backend)?, dweights))
-        })?;
-        let (dshared, shared) = shared.unzip();
-        let (dx, normed, dnormed, dlogits) = profile.compute("router", || {
-            let normed = normed.unwrap_or_else(|| self.norm(&x, &tensors.ffn_norm, parameters).0);
+        let MoeSaved { x, rstd, normed, logits, routing, route, received, shared_gu } = saved;
+        let mut shared = tensors
+            .ffn
+            .as_ref()
+            .zip(shared_gu)
+            .map(|(ffn, gu)| self.start_feed_forward_backward(ffn, batch, &dy, gu));
+        let mut run_shared = |rows: Range<usize>| {
+            if let Some(shared) = &mut shared {
+                let work = || self.feed_forward_rows_backward(shared, parameters, batch, &dy, rows);
+                profile.compute("shared experts", work);
+            }
+        };
+        let again = |normed: Option<B::Buf>| {
+            let norm = || self.norm(&x, &tensors.ffn_norm, parameters).0;
+            normed.unwrap_or_else(|| profile.compute("router", norm))
+        };
+        let cut = self.shared_cut(batch);
+        let (back, dweights, experts, normed) = match received {
+            None => {
+                run_shared(0..batch.rows());
+                let normed = again(normed);
+                let rows = [&normed, &dy];
+                let (back, dweights) =
+                    self.rounds_backward(layer, parameters, batch, &route, &routing, rows, gradients)?;
+                (back, dweights, None, normed)
+            }
+            Some(received) => {
+                let moving = self.start_dispatch(&route, &dy)?;
+                run_shared(0..cut);
+                let (back, dweight, experts) =
+                    self.chunks_backward(layer, parameters, batch, &route, moving, received)?;
+                run_shared(cut..batch.rows());
+                let normed = again(normed);
+                let dweights =
+                    profile.communicate("combine", || self.weight_gradients(&route, dweight, &routing))?;
+                (profile.communicate("combine", || back.finish())?, dweights, Some(experts), normed)
+            }
+        };
+        let (dshared, shared) = shared.map(|shared| (shared.result, shared.work)).unzip();
+        let (dx, dnormed, dlogits) = profile.compute("router", || {
             let dlogits = self.router_gradient(batch, scale, &logits, &routing, &dweights);
             let router = self.router_tensor(layer);
             let base = self.project_back(&dlogits, router.range(), d, parameters);
@@ -241,23 +313,68 @@ impl<B: Backend> Transformer<B> {
             self.note("grad.", layer, "router_logits", &dlogits);
             self.note("grad.", layer, "ffn_norm", &dnormed);
             let dx = self.norm_backward(&dy, &dnormed, &x, &rstd, &tensors.ffn_norm, parameters);
-            (dx, normed, dnormed, dlogits)
+            (dx, dnormed, dlogits)
         });
-        let weights = MoeWeights {
-            dy,
-            x,
-            rstd,
-            normed,
-            dnormed,
-            dlogits,
-            shared,
-            runs,
-            expert_in,
-            dgu: gu,
-            hidden,
-            expert_dy,
-        };
+        let weights = MoeWeights { dy, x, rstd, normed, dnormed, dlogits, shared, experts };
         Ok((dx, weights))
+    }
+
+    /// The experts' backward on each chunk as it arrives.
+    fn chunks_backward<'a>(
+        &'a self,
+        layer: usize,
+        parameters: &UnitParameters<B>,
+        batch: &Batch,
+        route: &'a Route,
+        mut moving: Dispatching<'a, B>,
+        received: Received<B>,
+    ) -> Result<(Combining<'a, B>, B::Host, ExpertWeights<B>), CommError> {
+        let (backend, profile) = (&self.backend, &self.profile);
+        let Received { row_weight, expert_in, gu: mut dgu } = received;
+        let mut hidden = backend.alloc(route.received_rows() * self.model.moe_intermediate_size);
+        let mut dweight = backend.alloc_host(route.received_rows());
+        let mut expert_dy = None;
+        let mut back = Combining::new(self.wiring(), route);
+        for chunk in &route.chunks {
+            profile.communicate("dispatch", || moving.arrive(chunk, &mut expert_dy))?;
+            let expert_dy: &B::Buf = expert_dy.get_or_insert_with(|| backend.alloc(0));
+            let runs = self.expert_runs(layer, batch, chunk.runs.iter().cloned());
+            let mut dx = backend.alloc(chunk.rows * self.model.hidden_size);
+            profile.compute("experts", || {
+                let (shape, weights) = (self.expert_shape(), parameters.values.all());
+                let (dgu, hidden, dx) = (dgu.all_mut(), hidden.all_mut(), dx.all_mut());
+                let (weight, dweight) = (Some(row_weight.as_slice()), Some(dweight.as_mut()));
+                backend.ffn_backward(
+                    shape,
+                    &runs,
+                    expert_dy.all(),
+                    weights,
+                    weight,
+                    dgu,
+                    hidden,
+                    dx,
+                    dweight,
+                );
+            });
+            profile.communicate("combine", || back.send_back(chunk, dx))?;
+        }
+        let expert_dy = expert_dy.unwrap_or_else(|| backend.alloc(0));
+        let runs = self.whole_runs(layer, batch, route);
+        Ok((back, dweight, ExpertWeights { runs, expert_in, dgu, hidden, expert_dy }))
+    }
+
+    /// Brings the gradients of row weights back: `[rows, top_k]`.
+    fn weight_gradients(
+        &self,
+        route: &Route,
+        dweight: B::Host,
+        routing: &Routing,
+    ) -> Result<Vec<f32>, CommError> {
+        let recv = self.backend.alloc_host(routing.weights.len());
+        let sent = route.start_values_back(&self.dispatch, dweight, recv)?.finish()?;
+        let mut dweights = vec![0.0; routing.weights.len()];
+        route.in_choice_order(sent.as_ref(), &mut dweights);
+        Ok(dweights)
     }
 
     fn router_gradient(
@@ -291,12 +408,14 @@ impl<B: Backend> Transformer<B> {
     ) {
         let tensors = &self.layout.layers[layer];
         let (d, experts) = (self.model.hidden_size, self.model.num_experts);
-        self.profile.compute("expert weights", || {
-            let (x, dgu, hidden, dy) =
-                (work.expert_in.all(), work.dgu.all(), work.hidden.all(), work.expert_dy.all());
-            let shape = self.expert_shape();
-            self.backend.ffn_weight_grad(shape, &work.runs, x, dgu, hidden, dy, gradients.experts.all_mut());
-        });
+        if let Some(work) = &work.experts {
+            self.profile.compute("expert weights", || {
+                let (x, dgu, hidden, dy) =
+                    (work.expert_in.all(), work.dgu.all(), work.hidden.all(), work.expert_dy.all());
+                let (shape, gradient) = (self.expert_shape(), gradients.experts.all_mut());
+                self.backend.ffn_weight_grad(shape, &work.runs, x, dgu, hidden, dy, gradient);
+            });
+        }
         self.profile.compute("dense weights", || {
             if let Some((ffn, shared)) = tensors.ffn.as_ref().zip(work.shared.as_ref()) {
                 self.feed_forward_weight_grad(ffn, batch, &work.normed, &work.dy, shared, gradients);

@@ -11,6 +11,7 @@ use unisono_tensor::{Backend, Buffer, Dims, HeadGradients, Heads, Product, Route
 
 use crate::attention::AttentionSaved;
 use crate::batch::{Batch, LossScale, SlotLosses};
+use crate::dispatch::DispatchOptions;
 use crate::feed_forward::FeedForwardWeights;
 use crate::moe::{MoeSaved, MoeWeights};
 use crate::parameters::{GradientSink, ParameterSource, UnitGradients, UnitParameters};
@@ -54,6 +55,7 @@ pub struct Transformer<B: Backend> {
     pub(crate) rope: B::Buf,
     pub(crate) dispatch: Communicator,
     pub(crate) expert_row_block: usize,
+    pub(crate) options: DispatchOptions,
     pub(crate) profile: Profile,
     recompute: Recompute,
     activations: Option<RefCell<Activations>>,
@@ -86,7 +88,8 @@ impl<B: Backend> Transformer<B> {
     /// The model on the rank that `dispatch` speaks for.
     ///
     /// `dispatch` is the group of ranks that exchange tokens, [`Fold::dispatch_ranks`]; `rank` is the world rank,
-    /// `max_positions` the longest sequence, `expert_row_block` the rows of one expert weight-gradient product.
+    /// `max_positions` the longest sequence, `expert_row_block` the rows of one expert weight-gradient product,
+    /// `options` how tokens travel.
     pub fn new(
         backend: B,
         model: ModelConfig,
@@ -96,6 +99,7 @@ impl<B: Backend> Transformer<B> {
         max_positions: usize,
         recompute: Recompute,
         expert_row_block: usize,
+        options: DispatchOptions,
         profile: Profile,
     ) -> Self {
         let placement = ExpertPlacement::new(fold, model.num_experts);
@@ -130,6 +134,7 @@ impl<B: Backend> Transformer<B> {
             rope,
             dispatch,
             expert_row_block,
+            options,
             profile,
             recompute,
             activations: None,
@@ -301,10 +306,12 @@ impl<B: Backend> Transformer<B> {
         scale: &LossScale,
         dy: B::Buf,
         saved: FfnSaved<B>,
+        gradients: &mut UnitGradients<B>,
     ) -> Result<(B::Buf, FfnWeights<B>), CommError> {
         let (x, rstd, normed, gu) = match saved {
             FfnSaved::Moe(saved) => {
-                let (dx, weights) = self.moe_backward(layer, parameters, batch, scale, dy, *saved)?;
+                let (dx, weights) =
+                    self.moe_backward(layer, parameters, batch, scale, dy, *saved, gradients)?;
                 return Ok((dx, FfnWeights::Moe(Box::new(weights))));
             }
             FfnSaved::Dense { x, rstd, normed, gu } => (x, rstd, normed, gu),
@@ -491,7 +498,8 @@ impl<B: Backend> Transformer<B> {
                 }
             };
             self.note("grad.", layer, "out", &dx);
-            let (dmiddle, work) = self.ffn_backward(layer, &parameters, batch, scale, dx, ffn)?;
+            let (dmiddle, work) =
+                self.ffn_backward(layer, &parameters, batch, scale, dx, ffn, gradients.unit(unit))?;
             self.ffn_weight_grad(layer, batch, &work, gradients.unit(unit));
             drop(work);
             self.note("grad.", layer, "attn_residual", &dmiddle);

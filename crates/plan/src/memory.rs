@@ -25,6 +25,10 @@ pub struct StepShape {
     pub slot_rows: usize,
     /// Which activations are kept.
     pub kept: KeptActivations,
+    /// The most rows that a rank's experts receive in a layer; balanced routing if there is no bound.
+    pub most_rows: Option<usize>,
+    /// Whether received rows wait in a buffer of arrival before they stand where experts read them.
+    pub staged: bool,
 }
 
 /// What a rank keeps of parameters, gradients and moments.
@@ -222,23 +226,43 @@ impl<'a> Walk<'a> {
         self.unit(unit, tree::roots(slots, grid.slots()).len(), groups * self.model.num_experts)
     }
 
-    /// Activations of `rows` rows while the backward of `unit` runs.
-    fn activations(&self, rows: usize, unit: usize) -> usize {
-        let (model, kept) = (self.model, self.step.kept);
+    /// Activations of `own` rows while the backward of `unit` runs.
+    fn activations(&self, own: usize, unit: usize) -> usize {
+        let (model, step) = (self.model, self.step);
+        let everybody = own * self.fold.dispatch_ranks(self.rank).len() * model.top_k;
+        let received = step.most_rows.map_or(own * model.top_k, |most| most.min(everybody));
+        let rows = Rows { own, received };
         let behind = unit.min(model.num_hidden_layers);
-        let sum: usize = (0..behind).map(|layer| rows * kept_width(model, layer, kept)).sum();
+        let sum: usize = (0..behind).map(|layer| kept(model, layer, rows, step.kept)).sum();
         if unit > model.num_hidden_layers {
-            return sum + rows * 4 * model.hidden_size;
+            return sum + own * 4 * model.hidden_size;
         }
-        let again = match kept {
-            KeptActivations::LayerInputs => rows * kept_width(model, unit - 1, KeptActivations::All),
+        let again = match step.kept {
+            KeptActivations::LayerInputs => kept(model, unit - 1, rows, KeptActivations::All),
             _ => 0,
         };
-        sum + again + rows * temporary_width(model, unit - 1)
+        sum + again + temporary(model, unit - 1, rows, step)
     }
 }
 
-/// Elements a row that layer `layer` keeps for its backward.
+/// Rows of a wave on one rank: its own tokens, and what its experts receive in a layer.
+#[derive(Clone, Copy)]
+struct Rows {
+    own: usize,
+    received: usize,
+}
+
+/// Elements that layer `layer` keeps for its backward.
+fn kept(model: &ModelConfig, layer: usize, rows: Rows, kept: KeptActivations) -> usize {
+    let routed = match kept {
+        KeptActivations::LayerInputs => 0,
+        _ if !model.is_moe(layer) => 0,
+        _ => rows.received * (model.hidden_size + 2 * model.moe_intermediate_size),
+    };
+    rows.own * kept_width(model, layer, kept) + routed
+}
+
+/// Elements a row of its own that layer `layer` keeps for its backward.
 fn kept_width(model: &ModelConfig, layer: usize, kept: KeptActivations) -> usize {
     let (d, qkv) = (model.hidden_size, model.qkv_width());
     if kept == KeptActivations::LayerInputs {
@@ -256,22 +280,32 @@ fn kept_width(model: &ModelConfig, layer: usize, kept: KeptActivations) -> usize
         true => {
             // Routing tables and row weights are words of the same size as an element.
             let tables = 5 * model.top_k + model.num_experts;
-            model.top_k * (d + 2 * model.moe_intermediate_size) + 2 * model.shared_width() + tables
+            2 * model.shared_width() + tables
         }
     };
     attention + d + 1 + normed + ffn
 }
 
-/// Elements a row of the largest set of temporary tensors in the backward of layer `layer`.
-fn temporary_width(model: &ModelConfig, layer: usize) -> usize {
+/// Elements of the largest set of temporary tensors in the backward of layer `layer`.
+fn temporary(model: &ModelConfig, layer: usize, rows: Rows, step: StepShape) -> usize {
     let (d, qkv) = (model.hidden_size, model.qkv_width());
     let query_width = model.num_attention_heads * model.head_dim;
-    let attention = 4 * d + 3 * qkv + query_width;
+    let attention = rows.own * (4 * d + 3 * qkv + query_width);
     let ffn = match model.is_moe(layer) {
-        false => 4 * d + model.intermediate_size,
+        false => rows.own * (4 * d + model.intermediate_size),
         true => {
-            let routed = model.top_k * (3 * d + model.moe_intermediate_size);
-            routed + 5 * d + model.shared_width() + model.num_experts
+            let own = model.top_k * d + 5 * d + model.shared_width() + model.num_experts;
+            let staged = if step.staged { d } else { 0 };
+            let routed = rows.received * (2 * d + model.moe_intermediate_size + staged);
+            // Rounds keep nothing, so they bring inputs and gradients, and compute hidden products again.
+            let rounds = match step.most_rows {
+                None => 0,
+                Some(_) => {
+                    let again = 2 * d + 2 * model.moe_intermediate_size;
+                    rows.own * 2 * model.top_k * d + rows.received * again
+                }
+            };
+            rows.own * own + routed + rounds
         }
     };
     attention.max(ffn)

@@ -146,7 +146,7 @@ fn expert_runs() -> Vec<FfnRun> {
     let run = |expert: usize| {
         let start = expert * 3 * size;
         let rows = bound(expert)..bound(expert + 1);
-        FfnRun { rows, w13: start, w2: start + 2 * size, dw13: start, dw2: start + 2 * size }
+        FfnRun { out: rows.start, rows, w13: start, w2: start + 2 * size, dw13: start, dw2: start + 2 * size }
     };
     (0..EXPERTS).map(run).collect()
 }

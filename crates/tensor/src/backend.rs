@@ -107,8 +107,10 @@ pub struct AttentionShape<'a> {
 /// A run of rows that goes through one feed-forward network (an expert, or a dense FFN for the rows of one slot).
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct FfnRun {
-    /// The rows of the inputs and outputs.
+    /// The rows of the inputs, of hidden values and of row weights.
     pub rows: Range<usize>,
+    /// The first row of the results (`y`, `dx`): they may stand elsewhere, since they leave on their own.
+    pub out: usize,
     /// Offset in the weight buffer of `w13` `[d_model, 2 * ffn]` (gate columns, then up columns).
     pub w13: usize,
     /// Offset in the weight buffer of `w2` `[ffn, d_model]`.
@@ -152,6 +154,29 @@ pub struct RouterShape {
     /// Rows of a sequence: the balance loss is sequence-wise.
     pub sequence: usize,
 }
+
+/// How rows travel between tokens and experts. What is not `F32` rounds them, also where they stay on their rank.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum Wire {
+    /// As they are.
+    #[default]
+    F32,
+    /// Rounded to bfloat16 (to nearest, ties to even), half the bytes.
+    Bf16,
+}
+
+impl Wire {
+    /// Elements of a buffer that a row of `d` values takes on the wire: with [`Wire::Bf16`] two values share one.
+    pub fn width(self, d: usize) -> usize {
+        match self {
+            Self::F32 => d,
+            Self::Bf16 => d.div_ceil(2),
+        }
+    }
+}
+
+/// An index that stands for no row; see [`Backend::combine_rows`].
+pub const NO_ROW: u32 = u32::MAX;
 
 /// What the router decided for `rows` tokens.
 #[derive(Debug, Clone, Default, PartialEq)]
@@ -410,7 +435,8 @@ pub trait Backend: Clone + Send + Sync + 'static {
     fn gather_rows(&self, src: Ref<'_, Self>, d: usize, index: &[u32], dst: Mut<'_, Self>);
     /// The combine: `out[row] = base[row] + (shared[row] + sum over expert nodes ascending of (sum over the row's experts on
     /// that node, ascending, of src[index[row, choice]]))`. `experts`, `index` `[rows, top_k]`, `node_size` experts a
-    /// node; a missing `base` or `shared` adds nothing.
+    /// node; a missing `base` or `shared` adds nothing, and so does a choice at [`NO_ROW`], whose row is part of an earlier
+    /// choice's. A node's sum is rounded as `wire` rounds.
     fn combine_rows(
         &self,
         src: Ref<'_, Self>,
@@ -419,10 +445,16 @@ pub trait Backend: Clone + Send + Sync + 'static {
         index: &[u32],
         top_k: usize,
         node_size: usize,
+        wire: Wire,
         shared: Option<Ref<'_, Self>>,
         base: Option<Ref<'_, Self>>,
         out: Mut<'_, Self>,
     );
+
+    /// Rounds rows of `d` values to bfloat16, two values in one element of `dst`: rows of `d.div_ceil(2)`.
+    fn to_bf16(&self, src: Ref<'_, Self>, d: usize, dst: Mut<'_, Self>);
+    /// The inverse of [`Backend::to_bf16`]: `dst` has rows of `d` values.
+    fn from_bf16(&self, src: Ref<'_, Self>, d: usize, dst: Mut<'_, Self>);
 
     /// Output head fused with cross-entropy; logits exist for a tile of tokens at a time. `x` `[rows, d]`, `table`
     /// `[vocab, d]`, `targets` `[rows]` ([`IGNORE`] is skipped). Returns the sum of the losses in nats: blocks of

@@ -78,6 +78,16 @@ pub enum ReduceEvery {
     Microbatch,
 }
 
+/// What rows are rounded to on their way to experts and back, also where they stay on their rank.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum WireConfig {
+    /// Nothing.
+    F32,
+    /// bfloat16.
+    Bf16,
+}
+
 /// `[train]`
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
@@ -102,6 +112,8 @@ pub struct TrainConfig {
     pub reduce_every: ReduceEvery,
     /// Rows of one expert weight-gradient product.
     pub expert_row_block: usize,
+    /// What rows are rounded to on their way to experts and back.
+    pub dispatch_wire: WireConfig,
 }
 
 impl Default for TrainConfig {
@@ -117,6 +129,7 @@ impl Default for TrainConfig {
             recompute: RecomputeConfig::Selective,
             reduce_every: ReduceEvery::Step,
             expert_row_block: 256,
+            dispatch_wire: WireConfig::F32,
         }
     }
 }
@@ -129,16 +142,39 @@ pub struct LayoutConfig {
     /// 2020).
     pub zero: usize,
     /// Whether communication runs beside computation: the next unit's parameters are gathered, and a unit's gradient is
-    /// reduced, while others compute.
+    /// reduced, while others compute; rows move to and from experts meanwhile.
     pub overlap: bool,
     /// Whether gradients are joined inside a node before they cross to others, where ranks are on several.
     pub hierarchical_reduce: bool,
+    /// How rows travel to their experts.
+    pub dispatch: DispatchConfig,
+    /// Exchanges that a wave's tokens are cut into, so that they overlap with the experts' products.
+    pub dispatch_chunks: usize,
+    /// The most rows of others' tokens that a rank holds at once in a layer; 0 for no bound.
+    pub dispatch_rows: usize,
 }
 
 impl Default for LayoutConfig {
     fn default() -> Self {
-        Self { zero: 1, overlap: true, hierarchical_reduce: true }
+        Self {
+            zero: 1,
+            overlap: true,
+            hierarchical_reduce: true,
+            dispatch: DispatchConfig::Flat,
+            dispatch_chunks: 1,
+            dispatch_rows: 0,
+        }
     }
+}
+
+/// How rows travel to their experts.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum DispatchConfig {
+    /// Straight to the rank that holds the expert.
+    Flat,
+    /// Once to each node, forwarded inside it, results summed there.
+    Hierarchical,
 }
 
 /// `[optimizer]`: AdamW.
@@ -432,7 +468,15 @@ impl RunConfig {
              train.accumulate=1 or layout.zero=1",
             train.accumulate
         );
-        check(zero == 1 || joined, "layout.zero", zero, &rule)
+        check(zero == 1 || joined, "layout.zero", zero, &rule)?;
+        let LayoutConfig { dispatch_chunks: chunks, dispatch_rows: rows, .. } = self.layout;
+        let most = self.train.micro_batch * self.train.sequence_length;
+        let rule = format!("must be between 1 and the {most} tokens of a slot in one accumulation step");
+        check((1..=most).contains(&chunks), "layout.dispatch_chunks", chunks, &rule)?;
+        let block = self.train.expert_row_block;
+        let rule =
+            format!("must be 0 (no bound) or at least train.expert_row_block = {block}, which travels whole");
+        check(rows == 0 || rows >= block, "layout.dispatch_rows", rows, &rule)
     }
 
     fn validate_optimizer(&self) -> Result<(), ConfigError> {

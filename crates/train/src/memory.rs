@@ -5,7 +5,7 @@ use unisono_mesh::Fold;
 use unisono_mesh::{ExpertPlacement, tree};
 use unisono_plan::{KeptActivations, Layout, MemoryEstimate, StateShape, StepShape};
 
-use crate::config::{LayoutConfig, RecomputeConfig, ReduceEvery, RunConfig};
+use crate::config::{LayoutConfig, RecomputeConfig, ReduceEvery, RunConfig, WireConfig};
 use crate::error::TrainError;
 use crate::shards::{ShardedSegment, Shards};
 use crate::system::{available_memory, readable};
@@ -25,6 +25,8 @@ pub fn estimate_all(config: &RunConfig, fold: &Fold) -> Vec<MemoryEstimate> {
     let shards = Shards::new(&layout, &ExpertPlacement::new(*fold, config.model.num_experts), fold);
     let step = StepShape {
         slot_rows: config.train.micro_batch * config.train.sequence_length,
+        most_rows: (config.layout.dispatch_rows > 0).then_some(config.layout.dispatch_rows),
+        staged: config.layout.dispatch_chunks > 1 || config.train.dispatch_wire != WireConfig::F32,
         kept: match config.train.recompute {
             RecomputeConfig::None => KeptActivations::All,
             RecomputeConfig::Selective => KeptActivations::Products,

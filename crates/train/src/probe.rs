@@ -35,7 +35,7 @@ pub fn probe<B: Backend>(backend: &B) -> String {
     let shape = FfnShape { d_model: 32, ffn: 48, row_block: 16 };
     let (x, weights) = (upload(&numbers(20 * 32, 7)), upload(&numbers(3 * 32 * 48, 8)));
     let (mut gu, mut y) = (backend.alloc(20 * 96), backend.alloc(20 * 32));
-    let run = FfnRun { rows: 0..20, w13: 0, w2: 2 * 32 * 48, dw13: 0, dw2: 0 };
+    let run = FfnRun { rows: 0..20, out: 0, w13: 0, w2: 2 * 32 * 48, dw13: 0, dw2: 0 };
     backend.ffn(shape, &[run], x.all(), weights.all(), None, gu.all_mut(), y.all_mut());
     add(&gu);
     add(&y);

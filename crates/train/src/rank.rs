@@ -9,12 +9,13 @@ use unisono_comm::{CommError, Communicator, Ledger};
 use unisono_data::Dataset;
 use unisono_mesh::{Fold, tree};
 use unisono_model::{
-    Lane, LossScale, Profile, Recompute, SlotLosses, Transformer, initialize_expert, initialize_unit,
+    DispatchOptions, Lane, LossScale, Profile, Recompute, SlotLosses, Transformer, initialize_expert,
+    initialize_unit,
 };
 use unisono_plan::Layout;
-use unisono_tensor::{Backend, Buffer};
+use unisono_tensor::{Backend, Buffer, Wire};
 
-use crate::config::{RecomputeConfig, ReduceEvery, RunConfig};
+use crate::config::{DispatchConfig, RecomputeConfig, ReduceEvery, RunConfig, WireConfig};
 use crate::error::TrainError;
 use crate::feed::{Fed, Feed};
 use crate::optimizer::{ShardedAdamW, adamw_step};
@@ -51,7 +52,8 @@ pub struct Progress {
     pub tokens: u64,
 }
 
-/// Something that goes wrong, for tests of the numerics contract, of non-finite numbers and of the watchdog.
+/// Something that goes wrong, for tests of the numerics contract, of non-finite numbers, of skewed routing and of the
+/// watchdog.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub enum Fault {
     /// One element of the joined gradient moves by one unit in the last place at this step.
@@ -60,6 +62,11 @@ pub enum Fault {
         step: u64,
         /// Which element of rank 0's shard, counting those that are not zero.
         element: usize,
+    },
+    /// The balance bias of an expert is raised before the first step so far that every token chooses it.
+    CrowdExpert {
+        /// The expert.
+        expert: usize,
     },
     /// One element of the joined gradient becomes NaN at this step.
     PoisonGradient {
@@ -115,6 +122,7 @@ impl<'a, B: Backend> RankState<'a, B> {
             config.train.sequence_length,
             recompute,
             config.train.expert_row_block,
+            dispatch_options(config),
             profile.clone(),
         );
         let (layout, held) = (model.layout(), model.held_experts());
@@ -160,6 +168,14 @@ impl<'a, B: Backend> RankState<'a, B> {
 
     /// Plants a fault; for tests.
     pub fn plant(&mut self, fault: Fault) {
+        if let Fault::CrowdExpert { expert } = fault {
+            for layer in self.model.layout().moe_layers() {
+                let unit = Layout::layer_unit(layer);
+                let mut bias = self.parameters.bias(unit).to_vec();
+                bias[expert] += 1e3;
+                self.parameters.set_bias(unit, bias);
+            }
+        }
         self.fault = Some(fault);
         if let Fault::Stall { step, rank, kind } = fault
             && rank == self.comm.rank()
@@ -461,6 +477,19 @@ impl<'a, B: Backend> RankState<'a, B> {
             }
             element -= values.iter().filter(|value| **value != 0.0).count();
         }
+    }
+}
+
+fn dispatch_options(config: &RunConfig) -> DispatchOptions {
+    DispatchOptions {
+        hierarchical: config.layout.dispatch == DispatchConfig::Hierarchical,
+        chunks: config.layout.dispatch_chunks,
+        rows: config.layout.dispatch_rows,
+        overlap: config.layout.overlap,
+        wire: match config.train.dispatch_wire {
+            WireConfig::F32 => Wire::F32,
+            WireConfig::Bf16 => Wire::Bf16,
+        },
     }
 }
 

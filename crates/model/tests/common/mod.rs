@@ -9,8 +9,8 @@ use safetensors::SafeTensors;
 use unisono_comm::{CommError, run_ranks};
 use unisono_mesh::{Fold, Grid};
 use unisono_model::{
-    Batch, GradientSink, LossScale, ParameterSource, Profile, Recompute, Transformer, UnitGradients,
-    UnitParameters,
+    Batch, DispatchOptions, GradientSink, LossScale, ParameterSource, Profile, Recompute, Transformer,
+    UnitGradients, UnitParameters,
 };
 use unisono_plan::ModelConfig;
 use unisono_tensor::{Backend, Cpu, IGNORE};
@@ -131,7 +131,9 @@ pub fn run(case: &str, recompute: Recompute, body: impl Fn(Case) -> Result<(), C
         let group = comm.subgroup("experts", &[0])?;
         let (profile, length) = (Profile::new(Instant::now()), reference.sequence_length);
         let (backend, config) = (Cpu::new(2), reference.model.clone());
-        let mut model = Transformer::new(backend, config, fold, 0, group, length, recompute, 256, profile);
+        let options = DispatchOptions::default();
+        let mut model =
+            Transformer::new(backend, config, fold, 0, group, length, recompute, 256, options, profile);
         model.keep_activations();
         let units = (0..model.layout().units()).map(|unit| unit_parameters(&reference, &model, unit));
         let (parameters, batch) = (Parameters(units.collect()), batch(&reference));

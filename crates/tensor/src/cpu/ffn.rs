@@ -43,7 +43,7 @@ pub(super) fn ffn(
         let (w13, w2) = run_weights(shape, run, weights);
         let m = rows.len();
         // SAFETY: rows of different tasks are disjoint: within a run by their cut, between runs by `check_rows`.
-        let (gu, y) = unsafe { (gu.range(scaled(&rows, 2 * f)), y.range(scaled(&rows, d))) };
+        let (gu, y) = unsafe { (gu.range(scaled(&rows, 2 * f)), y.range(scaled(&results(run, &rows), d))) };
         let x = Matrix::rows(&x[scaled(&rows, d)], d);
         gemm(Dims { m, n: 2 * f, k: d }, x, Matrix::rows(w13, 2 * f), MatrixMut::rows(gu, 2 * f), false);
         let mut h = Scratch::take(m * f);
@@ -82,7 +82,8 @@ pub(super) fn ffn_backward(
         let m = rows.len();
         // SAFETY: rows of different tasks are disjoint: within a run by their cut, between runs by `check_rows`.
         let (gu, h, dx) = unsafe {
-            (gu.range(scaled(&rows, 2 * f)), h.range(scaled(&rows, f)), dx.range(scaled(&rows, d)))
+            let dx = dx.range(scaled(&results(run, &rows), d));
+            (gu.range(scaled(&rows, 2 * f)), h.range(scaled(&rows, f)), dx)
         };
         // SAFETY: as above.
         let drow_weight = drow_weight.map(|all| unsafe { all.range(rows.clone()) });
@@ -285,18 +286,29 @@ fn scaled(rows: &Range<usize>, width: usize) -> Range<usize> {
     rows.start * width..rows.end * width
 }
 
+/// Where the results of `rows` of a run stand.
+fn results(run: &FfnRun, rows: &Range<usize>) -> Range<usize> {
+    let start = run.out + rows.start - run.rows.start;
+    start..start + rows.len()
+}
+
 fn run_weights<'a>(shape: FfnShape, run: &FfnRun, weights: &'a [f32]) -> (&'a [f32], &'a [f32]) {
     let len = shape.d_model * shape.ffn;
     (&weights[run.w13..run.w13 + 2 * len], &weights[run.w2..run.w2 + len])
 }
 
-/// Runs must follow each other: tasks of different runs write their rows at the same time.
+/// Runs and their results must follow each other: tasks of different runs write their rows at the same time.
 fn check_rows(runs: &[FfnRun]) {
     for pair in runs.windows(2) {
         let (first, second) = (&pair[0].rows, &pair[1].rows);
         assert!(
             first.start <= first.end && first.end <= second.start && second.start <= second.end,
             "rows of feed-forward runs must ascend and not overlap: {first:?} comes before {second:?}"
+        );
+        let (first, second) = (pair[0].out + first.len(), pair[1].out);
+        assert!(
+            first <= second,
+            "results of feed-forward runs must ascend and not overlap: those before row {first} come before row {second}"
         );
     }
 }

@@ -6,6 +6,7 @@ use crate::backend::*;
 use crate::buffer::{HostBuffer, Pool};
 
 mod attention;
+mod bf16;
 mod elementwise;
 mod ffn;
 mod gemm;
@@ -229,11 +230,19 @@ impl Backend for Cpu {
         index: &[u32],
         top_k: usize,
         node_size: usize,
+        wire: Wire,
         shared: Option<&[f32]>,
         base: Option<&[f32]>,
         out: &mut [f32],
     ) {
-        rows::combine_rows(self.threads(), src, d, experts, index, top_k, node_size, shared, base, out)
+        let choices = rows::Choices { experts, index, node_size };
+        rows::combine_rows(self.threads(), src, d, choices, top_k, wire, shared, base, out)
+    }
+    fn to_bf16(&self, src: &[f32], d: usize, dst: &mut [f32]) {
+        bf16::pack(self.threads(), src, d, dst)
+    }
+    fn from_bf16(&self, src: &[f32], d: usize, dst: &mut [f32]) {
+        bf16::unpack(self.threads(), src, d, dst)
     }
     fn head_loss(
         &self,

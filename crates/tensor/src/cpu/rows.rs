@@ -1,7 +1,9 @@
 //! Kernels that move whole rows: lookup, scatter, gather and combine.
 
+use super::bf16;
 use super::parallel::{DisjointMut, Threads};
 use super::simd::vectorized;
+use crate::backend::{NO_ROW, Wire};
 
 /// Elements of a task.
 const TASK: usize = 16 * 1024;
@@ -57,24 +59,24 @@ pub(super) fn gather_rows(threads: &Threads, src: &[f32], d: usize, index: &[u32
 
 /// One row's choices: experts, and where their outputs stand.
 #[derive(Clone, Copy)]
-struct Choices<'a> {
-    experts: &'a [u32],
-    index: &'a [u32],
-    node_size: usize,
+pub(super) struct Choices<'a> {
+    pub experts: &'a [u32],
+    pub index: &'a [u32],
+    pub node_size: usize,
 }
 
 pub(super) fn combine_rows(
     threads: &Threads,
     src: &[f32],
     d: usize,
-    experts: &[u32],
-    index: &[u32],
+    choices: Choices<'_>,
     top_k: usize,
-    node_size: usize,
+    wire: Wire,
     shared: Option<&[f32]>,
     base: Option<&[f32]>,
     out: &mut [f32],
 ) {
+    let Choices { experts, index, node_size } = choices;
     assert!(top_k > 0 && node_size > 0, "combine_rows: top_k {top_k}, node_size {node_size}");
     let pairs = out.len() / d.max(1) * top_k;
     assert_eq!([experts.len(), index.len()], [pairs; 2], "combine_rows: rows of {top_k} choices");
@@ -90,7 +92,7 @@ pub(super) fn combine_rows(
             let [shared, base] = [shared, base].map(|addend| addend.map(|a| &a[row * d..(row + 1) * d]));
             vectorized(
                 #[inline(always)]
-                || combine_row(src, choices, shared, base, out),
+                || combine_row(src, choices, wire, shared, base, out),
             );
         }
     });
@@ -100,6 +102,7 @@ pub(super) fn combine_rows(
 fn combine_row(
     src: &[f32],
     choices: Choices<'_>,
+    wire: Wire,
     shared: Option<&[f32]>,
     base: Option<&[f32]>,
     out: &mut [f32],
@@ -109,7 +112,7 @@ fn combine_row(
         let width = COLUMNS.min(d - start);
         let columns = start..start + width;
         let mut routed = [0f32; COLUMNS];
-        sum_by_node(src, d, choices, start, width, &mut routed);
+        sum_by_node(src, d, choices, wire, start, width, &mut routed);
         let out = &mut out[columns.clone()];
         let routed = &routed[..width];
         match shared {
@@ -130,12 +133,14 @@ fn add_into(out: &mut [f32], a: &[f32], b: &[f32]) {
 }
 
 /// Sums columns `start..start + width` of a row's expert outputs: experts of a node ascending, then nodes ascending. A
-/// sum starts with its first addend, as it does where a node's sum arrives over a wire.
+/// sum starts with its first addend, as it does where a node's sum arrives over a wire. The first choice of a node has a
+/// row.
 #[inline(always)]
 fn sum_by_node(
     src: &[f32],
     d: usize,
     choices: Choices<'_>,
+    wire: Wire,
     start: usize,
     width: usize,
     total: &mut [f32; COLUMNS],
@@ -148,9 +153,14 @@ fn sum_by_node(
         sum[..width].copy_from_slice(&row_of(src, d, choices.index[choice])[start..start + width]);
         choice += 1;
         while choice < choices.experts.len() && node_of(choice) == node {
-            let row = &row_of(src, d, choices.index[choice])[start..start + width];
-            sum.iter_mut().zip(row).for_each(|(s, v)| *s += v);
+            if choices.index[choice] != NO_ROW {
+                let row = &row_of(src, d, choices.index[choice])[start..start + width];
+                sum.iter_mut().zip(row).for_each(|(s, v)| *s += v);
+            }
             choice += 1;
+        }
+        if wire == Wire::Bf16 {
+            sum.iter_mut().for_each(|s| *s = bf16::round(*s));
         }
         if first_node {
             *total = sum;

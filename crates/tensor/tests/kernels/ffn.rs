@@ -37,6 +37,7 @@ impl Case {
         let count = rows[RUNS - 1].end;
         // Gradients in another order than weights, with gaps: offsets must be taken from the run.
         let run = |(i, rows): (usize, Range<usize>)| FfnRun {
+            out: rows.start,
             rows,
             w13: i * 3 * WEIGHTS + 5,
             w2: i * 3 * WEIGHTS + 5 + 2 * WEIGHTS,

@@ -1,0 +1,135 @@
+//! Expert parallelism: the exchanges that bring rows to their experts and their conjugates that bring results back.
+//!
+//! Dispatch and combine are conjugate: the backward of the one is the other with gradients. However rows travel, in one
+//! exchange or in chunks, straight or through a node, at once or in rounds under a bound, they are computed on and summed
+//! in the same order. A group of one rank takes the same path.
+
+mod chunk;
+mod exchange;
+mod group;
+mod order;
+mod rounds;
+#[cfg(test)]
+mod tests;
+
+use std::ops::Range;
+
+use unisono_comm::{CommError, Part};
+use unisono_tensor::Routing;
+
+use crate::batch::Batch;
+use chunk::{Chunk, Plan};
+pub(crate) use exchange::{Combining, Dispatching, Rounds, Wiring};
+use group::Census;
+pub(crate) use group::DispatchGroup;
+pub use group::DispatchOptions;
+use order::Order;
+pub(crate) use rounds::Round;
+
+/// The names of the exchanges in the ledger.
+mod kind {
+    /// Rows on their way to their experts (and gradients on the same way): across nodes, if there are any.
+    pub const DISPATCH: &str = "dispatch";
+    /// Rows on their way inside a node, those that came across nodes included.
+    pub const DISPATCH_INSIDE: &str = "dispatch_inside";
+    /// Results on their way back; across nodes, if there are any.
+    pub const COMBINE: &str = "combine";
+    /// Results on their way inside a node, to where they are summed before they cross.
+    pub const COMBINE_INSIDE: &str = "combine_inside";
+    /// How many rows will come.
+    pub const COUNTS: &str = "dispatch_counts";
+    /// The choices of tokens that cross.
+    pub const CHOICES: &str = "dispatch_choices";
+    /// The weights of rows, and their gradients.
+    pub const WEIGHTS: &str = "dispatch_weights";
+}
+
+/// Where every row of one layer's routing goes, on both ends.
+#[derive(Debug, Clone)]
+pub(crate) struct Route {
+    /// The token row behind each row sent.
+    pub tokens: Vec<u32>,
+    /// `[rows, top_k]` which returned row each choice is; [`unisono_tensor::NO_ROW`] for one that an earlier choice's row contains.
+    pub places: Vec<u32>,
+    /// The runs of received rows, one an instance of this rank's wave.
+    pub runs: Vec<Range<usize>>,
+    /// The exchanges; empty if rows travel in rounds.
+    pub chunks: Vec<Chunk>,
+    /// The rounds in which rows travel that would not fit the bound together.
+    pub rounds: Option<Vec<Round>>,
+    /// Rows that come back to this rank.
+    returned_rows: usize,
+    /// Whether rows cross between nodes on a way of their own.
+    crosses: bool,
+    top_k: usize,
+    order: Order,
+}
+
+impl Route {
+    /// Plans the exchanges of one layer: gathers how many rows each slot has for each expert, then orders.
+    ///
+    /// # Errors
+    /// If an exchange of counts fails.
+    pub fn new(
+        group: &DispatchGroup<'_>,
+        routing: &Routing,
+        batch: &Batch,
+        top_k: usize,
+        row_block: usize,
+    ) -> Result<Self, CommError> {
+        let census = Census::take(group, routing, batch, top_k)?;
+        let order = Order::new(group, &census, routing, batch, top_k);
+        let crosses = group.nodes.len() > 1;
+        let runs = order.runs.clone();
+        if !rounds::fits(group, &census) {
+            let rounds = rounds::cut(group, &census, &order, row_block);
+            let (tokens, places) = (order.tokens.clone(), order.places.clone());
+            let returned_rows = tokens.len();
+            let chunks = Vec::new();
+            return Ok(Self {
+                tokens,
+                places,
+                runs,
+                chunks,
+                rounds: Some(rounds),
+                returned_rows,
+                crosses,
+                top_k,
+                order,
+            });
+        }
+        let Plan { tokens, places, chunks, returned_rows } =
+            Plan::new(group, &census, routing, batch, top_k, &runs)?;
+        Ok(Self { tokens, places, runs, chunks, rounds: None, returned_rows, crosses, top_k, order })
+    }
+
+    /// Rows that this rank's experts receive.
+    pub fn received_rows(&self) -> usize {
+        self.runs.last().map_or(0, |run| run.end)
+    }
+
+    /// Puts per-choice values `[rows, top_k]` into the order in which single values travel.
+    pub fn in_sent_order(&self, values: &[f32], sent: &mut [f32]) {
+        self.order.places.iter().zip(values).for_each(|(place, value)| sent[*place as usize] = *value);
+    }
+
+    /// The inverse of [`Route::in_sent_order`].
+    pub fn in_choice_order(&self, sent: &[f32], values: &mut [f32]) {
+        self.order.places.iter().zip(values).for_each(|(place, value)| *value = sent[*place as usize]);
+    }
+}
+
+/// Ranges of elements, from ranges of rows of `width`; empty ones are left out.
+fn scaled(rows: &[Range<usize>], width: usize) -> Vec<Range<usize>> {
+    let filled = rows.iter().filter(|range| !range.is_empty());
+    filled.map(|range| range.start * width..range.end * width).collect()
+}
+
+/// The parts of `buffer` that hold `rows` of `width`.
+fn parts<S: AsRef<[f32]> + Send + Sync + 'static>(
+    buffer: &std::sync::Arc<S>,
+    rows: &[Range<usize>],
+    width: usize,
+) -> Vec<Part<f32>> {
+    scaled(rows, width).into_iter().map(|range| Part::new(std::sync::Arc::clone(buffer), range)).collect()
+}
