@@ -452,9 +452,9 @@ pub trait Backend: Clone + Send + Sync + 'static {
     );
 
     /// Rounds rows of `d` values to bfloat16, two values in one element of `dst`: rows of `d.div_ceil(2)`.
-    fn to_bf16(&self, src: Ref<'_, Self>, d: usize, dst: Mut<'_, Self>);
-    /// The inverse of [`Backend::to_bf16`]: `dst` has rows of `d` values.
-    fn from_bf16(&self, src: Ref<'_, Self>, d: usize, dst: Mut<'_, Self>);
+    fn pack_bf16(&self, src: Ref<'_, Self>, d: usize, dst: Mut<'_, Self>);
+    /// The inverse of [`Backend::pack_bf16`]: `dst` has rows of `d` values.
+    fn unpack_bf16(&self, src: Ref<'_, Self>, d: usize, dst: Mut<'_, Self>);
 
     /// Output head fused with cross-entropy; logits exist for a tile of tokens at a time. `x` `[rows, d]`, `table`
     /// `[vocab, d]`, `targets` `[rows]` ([`IGNORE`] is skipped). Returns the sum of the losses in nats: blocks of

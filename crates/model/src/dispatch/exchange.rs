@@ -35,7 +35,7 @@ impl<B: Backend> Wiring<'_, B> {
             Wire::F32 => rows,
             Wire::Bf16 => {
                 let mut packed = self.backend.alloc(rows.len() / self.d * self.width());
-                self.backend.to_bf16(rows.all(), self.d, packed.all_mut());
+                self.backend.pack_bf16(rows.all(), self.d, packed.all_mut());
                 packed
             }
         }
@@ -47,7 +47,7 @@ impl<B: Backend> Wiring<'_, B> {
             Wire::F32 => rows,
             Wire::Bf16 => {
                 let mut values = self.backend.alloc(rows.len() / self.width() * self.d);
-                self.backend.from_bf16(rows.all(), self.d, values.all_mut());
+                self.backend.unpack_bf16(rows.all(), self.d, values.all_mut());
                 values
             }
         }
@@ -61,7 +61,7 @@ impl<B: Backend> Wiring<'_, B> {
             Wire::F32 => self.backend.gather_rows(rows.all(), width, index, sent.all_mut()),
             Wire::Bf16 => {
                 let mut packed = self.backend.alloc(rows.len() / self.d * width);
-                self.backend.to_bf16(rows.all(), self.d, packed.all_mut());
+                self.backend.pack_bf16(rows.all(), self.d, packed.all_mut());
                 self.backend.gather_rows(packed.all(), width, index, sent.all_mut());
             }
         }
@@ -171,7 +171,7 @@ impl<'a, B: Backend> Dispatching<'a, B> {
             let to = all.slice_mut(rows.start * d..rows.end * d);
             match self.wiring.wire {
                 Wire::F32 => backend.copy(from, to),
-                Wire::Bf16 => backend.from_bf16(from, d, to),
+                Wire::Bf16 => backend.unpack_bf16(from, d, to),
             }
         }
         Ok(())
@@ -249,7 +249,7 @@ impl<'a, B: Backend> Combining<'a, B> {
             Wire::F32 => sum(&gathered),
             Wire::Bf16 => {
                 let mut values = backend.alloc(gathered.len() / width * d);
-                backend.from_bf16(gathered.all(), d, values.all_mut());
+                backend.unpack_bf16(gathered.all(), d, values.all_mut());
                 sum(&values);
             }
         }

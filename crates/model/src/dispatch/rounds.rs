@@ -71,7 +71,7 @@ fn loads(rows: &[usize], block: usize, most: usize) -> Vec<Load> {
     let mut free = 0;
     for (instance, rows) in rows.iter().enumerate() {
         for start in (0..*rows).step_by(block) {
-            let end = rows.min(&(start + block)).to_owned();
+            let end = (start + block).min(*rows);
             if end - start > free || loads.is_empty() {
                 loads.push(Vec::new());
                 free = most;

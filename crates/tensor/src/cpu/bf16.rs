@@ -30,7 +30,7 @@ pub(super) fn pack(threads: &Threads, src: &[f32], d: usize, dst: &mut [f32]) {
                 for (src, dst) in src[task * rows * d..].chunks_exact(d).zip(dst.chunks_exact_mut(width)) {
                     let (pairs, last) = src.as_chunks::<2>();
                     for (pair, dst) in pairs.iter().zip(dst.iter_mut()) {
-                        *dst = f32::from_bits(bits(pair[0]) | bits(pair[1]) << 16);
+                        *dst = f32::from_bits(bits(pair[0]) | (bits(pair[1]) << 16));
                     }
                     if let [last] = last {
                         dst[width - 1] = f32::from_bits(bits(*last));

@@ -238,10 +238,10 @@ impl Backend for Cpu {
         let choices = rows::Choices { experts, index, node_size };
         rows::combine_rows(self.threads(), src, d, choices, top_k, wire, shared, base, out)
     }
-    fn to_bf16(&self, src: &[f32], d: usize, dst: &mut [f32]) {
+    fn pack_bf16(&self, src: &[f32], d: usize, dst: &mut [f32]) {
         bf16::pack(self.threads(), src, d, dst)
     }
-    fn from_bf16(&self, src: &[f32], d: usize, dst: &mut [f32]) {
+    fn unpack_bf16(&self, src: &[f32], d: usize, dst: &mut [f32]) {
         bf16::unpack(self.threads(), src, d, dst)
     }
     fn head_loss(

@@ -45,7 +45,7 @@ fn nearest_bf16(value: f32) -> f32 {
     let above = f32::from_bits((value.to_bits() & 0xFFFF_0000) + 0x1_0000);
     let (low, high) =
         ((f64::from(value) - f64::from(below)).abs(), (f64::from(above) - f64::from(value)).abs());
-    let even = below.to_bits() >> 16 & 1 == 0;
+    let even = (below.to_bits() >> 16) & 1 == 0;
     if below == value || low < high || (low == high && even) { below } else { above }
 }
 
@@ -63,9 +63,9 @@ fn bf16_rounds_to_nearest_and_packs_two_values_in_one_element() {
         src.iter_mut().zip(special).for_each(|(value, special)| *value = special);
         let out = on_any_threads(|cpu| {
             let mut packed = poison(rows * Wire::Bf16.width(d));
-            cpu.to_bf16(&src, d, &mut packed);
+            cpu.pack_bf16(&src, d, &mut packed);
             let mut out = poison(rows * d);
-            cpu.from_bf16(&packed, d, &mut out);
+            cpu.unpack_bf16(&packed, d, &mut out);
             bits(&out)
         });
         let want: Vec<f32> = src.iter().map(|&value| nearest_bf16(value)).collect();
@@ -73,8 +73,8 @@ fn bf16_rounds_to_nearest_and_packs_two_values_in_one_element() {
     }
     let cpu = Cpu::new(1);
     let (mut packed, mut out) = (vec![0.0], vec![0.0; 2]);
-    cpu.to_bf16(&[f32::NAN, -f32::NAN], 2, &mut packed);
-    cpu.from_bf16(&packed, 2, &mut out);
+    cpu.pack_bf16(&[f32::NAN, -f32::NAN], 2, &mut packed);
+    cpu.unpack_bf16(&packed, 2, &mut out);
     assert!(out.iter().all(|value| value.is_nan()));
 }
 
