@@ -102,7 +102,7 @@ impl<B: Backend> ShardedParameters<B> {
                 Store::Shards {
                     shards: (0..layout.units()).map(|u| Arc::new(backend.hand_to_host(zeros(u)))).collect(),
                     gathered: RefCell::new(Gathered {
-                        used: vec![Weak::new(); layout.units()],
+                        used: std::iter::repeat_with(Weak::new).take(layout.units()).collect(),
                         coming: None,
                     }),
                     overlap: config.overlap,

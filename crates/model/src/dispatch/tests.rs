@@ -167,7 +167,7 @@ fn a_row_crosses_to_a_node_once_and_its_results_come_back_as_one() {
     for (nodes, chunks) in CASES {
         for most_groups in [1, 2, 4] {
             let count = nodes.len();
-            let case = Case { nodes: nodes, options: hierarchical(chunks), most_groups, expert_nodes: count };
+            let case = Case { nodes, options: hierarchical(chunks), most_groups, expert_nodes: count };
             let expected = (visits(count, most_groups) * D * 4) as u64;
             assert_eq!(run(&case), [expected; 2], "{nodes:?}, {chunks} chunks, {most_groups} groups");
         }
@@ -190,7 +190,7 @@ fn nodes_that_cut_expert_nodes_give_the_same_sums() {
     const NODES: [&[usize]; 5] = [&[3, 5], &[1, 6, 1], &[8], &[1, 3], &[7, 1]];
     for nodes in NODES {
         for (chunks, expert_nodes) in [(1, 2), (4, 4), (2, 1), (5, 16)] {
-            run(&Case { nodes: nodes, options: hierarchical(chunks), most_groups: 4, expert_nodes });
+            run(&Case { nodes, options: hierarchical(chunks), most_groups: 4, expert_nodes });
         }
     }
 }

@@ -59,7 +59,8 @@ fn bf16_rounds_to_nearest_and_packs_two_values_in_one_element() {
         let mut rng = Rng::new(d as u64);
         let rows = 300;
         let mut src = rng.values(rows * d);
-        let special = [0.0, -0.0, 1.00390625, 1.01171875, f32::INFINITY, 3e-39, f32::MIN_POSITIVE];
+        let special =
+            [0.0, -0.0, 1.0 + 1.0 / 256.0, 1.0 + 3.0 / 256.0, f32::INFINITY, 3e-39, f32::MIN_POSITIVE];
         src.iter_mut().zip(special).for_each(|(value, special)| *value = special);
         let out = on_any_threads(|cpu| {
             let mut packed = poison(rows * Wire::Bf16.width(d));
