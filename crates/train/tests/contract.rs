@@ -243,10 +243,12 @@ fn without_accumulation_both_orders_of_joining_are_one() {
 #[test]
 fn one_ulp_in_one_gradient_is_noticed() {
     let folder = tempfile::tempdir().expect("a temporary folder");
-    let config = config(8, 2, 8);
+    let mut config = config(8, 2, 8);
+    // A clip coefficient would round the last place away for some elements.
+    config.train.clip_norm = 0.0;
     let reference = reference(&config, folder.path());
     let mut options = RunOptions::new(folder.path().join("nudged"), 2, 1);
     options.fault = Some(Fault::NudgeGradient { step: 1, element: 1000 });
     let nudged = run(&config, &options);
-    assert_ne!(nudged.hashes, reference.hashes);
+    assert!(nudged.hashes != reference.hashes, "a gradient moved by one ulp left every tensor as it was");
 }
