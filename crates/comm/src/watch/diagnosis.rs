@@ -228,7 +228,9 @@ fn awaited(pilots: &BTreeMap<usize, Pilot<'_>>, waiting: &[Waiting]) -> Vec<Culp
 }
 
 fn late(rank: usize, pilots: &BTreeMap<usize, Pilot<'_>>, waiting: &[Waiting]) -> Culprit {
-    let first = waiting.iter().find(|waiting| waiting.for_ranks.contains(&rank));
+    // Who waits for the fewest is the closest to the cause; others wait for those that wait.
+    let first = waiting.iter().filter(|waiting| waiting.for_ranks.contains(&rank));
+    let first = first.min_by_key(|waiting| waiting.for_ranks.len());
     let Some(pilot) = pilots.get(&rank) else {
         let step = first.map_or(0, |waiting| waiting.call.step);
         return Culprit { rank, step, last_call: None, verdict: Verdict::Silent };
