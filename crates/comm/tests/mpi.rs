@@ -130,8 +130,8 @@ fn be_a_rank() -> ExitCode {
     std::panic::set_hook(Box::new(|_| {}));
     let outcome = ranks.run(|comm| (scenario.body)(&comm));
     let failed = match outcome {
-        Ok(()) => ranks.leave().err().and_then(|error| match error {
-            CommError::Failed(failure) => Some(failure),
+        Ok(()) => ranks.leave().err().map(|error| match error {
+            CommError::Failed(failure) => failure,
             other => panic!("{other}"),
         }),
         Err(error) => Some(error.failure),

@@ -1,4 +1,4 @@
-//! A run as one value: what a TOML file says, and the checks that make it a [`Run`](crate::Run).
+//! A run as one value: what a TOML file says, and the checks that make it one that can be run.
 
 use std::path::PathBuf;
 use std::time::Duration;
