@@ -136,13 +136,16 @@ fn checkpoints_are_listed_and_checked() {
     let shards = fs::read_dir(folder.path().join("a/checkpoints/step-000006")).unwrap();
     let mut shards: Vec<_> = shards.map(|entry| entry.unwrap().path()).collect();
     shards.sort();
-    let shard = shards.into_iter().find(|path| path.ends_with("unit000-dense-000-of-002.safetensors")).unwrap();
+    let shard =
+        shards.into_iter().find(|path| path.ends_with("unit000-dense-000-of-002.safetensors")).unwrap();
     let mut bytes = fs::read(&shard).unwrap();
     let middle = bytes.len() / 2;
     bytes[middle] ^= 1;
     fs::write(&shard, bytes).unwrap();
     let bad = run(folder.path(), 3, &["checkpoint", "verify", "a"]);
-    for part in ["unit000-dense-000-of-002.safetensors is corrupt at byte ", "optimizer.", "use an earlier step"] {
+    for part in
+        ["unit000-dense-000-of-002.safetensors is corrupt at byte ", "optimizer.", "use an earlier step"]
+    {
         assert!(bad.err.contains(part), "no {part:?} in {}", bad.err);
     }
     assert!(bad.out.starts_with("step 3:"), "{}", bad.out);
