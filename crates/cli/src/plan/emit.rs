@@ -4,20 +4,24 @@ use unisono_plan::{
     Attention, ModelConfig, Parallelism, Pattern, Precision, Recomputation, Routing, Sharding,
 };
 use unisono_train::RunConfig;
-use unisono_train::config::RecomputeConfig;
+use unisono_train::config::{DispatchConfig, RecomputeConfig, ReduceEvery, WireConfig};
 
 use super::answer::Answer;
 use crate::error::CliError;
 
 /// The config of the chosen layout. `model` is the config's own model where the question came from one.
 pub fn config(answer: &Answer, model: Option<ModelConfig>) -> Result<String, CliError> {
-    let missing = missing(answer);
+    let mut missing = missing_of_layout(answer);
+    missing.extend(missing_of_model(answer));
     if !missing.is_empty() {
         let list: Vec<String> = missing.iter().map(|feature| format!("  - {feature}")).collect();
+        let remedy = match missing_of_model(answer).is_empty() {
+            true => format!("nearest: --precision f32 --wire bf16 --layout \"{}\"", nearest(answer)),
+            false => "no layout of this model runs until it has".to_string(),
+        };
         return Err(CliError::usage(format!(
-            "the engine cannot run this plan yet; it lacks\n{}\nnearest: --precision f32 --layout \"{}\"",
-            list.join("\n"),
-            nearest(answer)
+            "the engine cannot run this plan yet; it lacks\n{}\n{remedy}",
+            list.join("\n")
         )));
     }
     let (layout, training) = (&answer.chosen.layout, &answer.training);
@@ -32,6 +36,10 @@ pub fn config(answer: &Answer, model: Option<ModelConfig>) -> Result<String, Cli
     config.train.micro_batch = layout.micro_batch;
     config.train.accumulate = layout.micro_batches(training);
     config.train.steps = answer.outlook.steps as u64;
+    if training.wire == Precision::Bf16 && layout.expert > 1 {
+        config.train.dispatch_wire = WireConfig::Bf16;
+    }
+    lay_out(answer, &mut config);
     config.train.recompute = match layout.recompute {
         Recomputation::None => RecomputeConfig::None,
         Recomputation::Modules(_) => RecomputeConfig::Selective,
@@ -39,7 +47,8 @@ pub fn config(answer: &Answer, model: Option<ModelConfig>) -> Result<String, Cli
     };
     let toml = config.to_toml().map_err(|error| CliError::usage(error.to_string()))?;
     let head = format!(
-        "# unisono plan: {} on {} {}, {layout}; predicted step {:.3} s.\n# mpirun -n {} unisono train THIS_FILE\n\n",
+        "# unisono plan: {} on {} {}, {layout}; predicted step {:.3} s.\n\
+         # Score function, balance, optimizer and data are defaults where a plan does not know them.\n# mpirun -n {} unisono train THIS_FILE\n\n",
         answer.model.name,
         answer.cluster.gpus,
         answer.cluster.gpu.name,
@@ -51,38 +60,65 @@ pub fn config(answer: &Answer, model: Option<ModelConfig>) -> Result<String, Cli
     Ok(head + &toml)
 }
 
-/// What the plan asks for and the engine does not have.
-fn missing(answer: &Answer) -> Vec<String> {
-    let (layout, training, model) = (&answer.chosen.layout, &answer.training, &answer.model);
-    let mut out = Vec::new();
-    let mut lacks = |missing: bool, what: String| {
-        if missing {
-            out.push(what);
-        }
+/// Sharding and dispatch.
+fn lay_out(answer: &Answer, config: &mut RunConfig) {
+    let (layout, dispatch) = (&answer.chosen.layout, answer.training.dispatch);
+    config.layout.zero = match layout.sharding {
+        Sharding::None | Sharding::Zero1 => 1,
+        Sharding::Zero2 => 2,
+        Sharding::Zero3 => 3,
     };
-    lacks(layout.tensor > 1, format!("tensor parallelism (tp{})", layout.tensor));
-    lacks(
-        layout.pipeline > 1,
-        format!("pipeline parallelism (pp{}, {})", layout.pipeline, layout.schedule.name()),
-    );
-    lacks(layout.context > 1, format!("context parallelism (cp{})", layout.context));
-    lacks(
-        layout.expert_tensor > 1,
-        format!("tensor parallelism within experts (etp{})", layout.expert_tensor),
-    );
-    lacks(layout.sharding == Sharding::Zero3, "sharded parameters (zero3)".into());
-    lacks(training.compute != Precision::F32, format!("products in {}", training.compute));
-    lacks(matches!(model.attention, Attention::Latent { .. }), "latent attention (MLA)".into());
-    lacks(model.window.is_some(), "sliding-window attention".into());
-    lacks(model.state_space.is_some(), "state-space layers".into());
-    lacks(model.mtp_layers > 0, "multi-token prediction".into());
-    lacks(!model.gated, "feed-forward networks without a gate".into());
-    lacks(model.parallel_blocks, "parallel attention and feed-forward blocks".into());
-    lacks(model.moe.is_some_and(|moe| moe.latent.is_some()), "experts in a latent space".into());
+    if config.layout.zero > 1 && config.train.accumulate > 1 {
+        config.train.reduce_every = ReduceEvery::Microbatch;
+    }
+    config.layout.overlap = dispatch.overlapped;
+    let servers = layout.expert.div_ceil(answer.cluster.per_server);
+    if dispatch.deduplicated && servers > 1 && config.model.num_experts.is_multiple_of(servers) {
+        config.grid.expert_nodes = servers;
+        config.layout.dispatch = DispatchConfig::Hierarchical;
+    }
+}
+
+/// What of layout and training the engine does not have.
+fn missing_of_layout(answer: &Answer) -> Vec<String> {
+    let (layout, training) = (&answer.chosen.layout, &answer.training);
+    let wire = layout.expert > 1 && !matches!(training.wire, Precision::F32 | Precision::Bf16);
+    let pipeline = format!("pipeline parallelism (pp{}, {})", layout.pipeline, layout.schedule.name());
+    let features = [
+        (layout.tensor > 1, format!("tensor parallelism (tp{})", layout.tensor)),
+        (layout.pipeline > 1, pipeline),
+        (layout.context > 1, format!("context parallelism (cp{})", layout.context)),
+        (
+            layout.expert_tensor > 1,
+            format!("tensor parallelism within experts (etp{})", layout.expert_tensor),
+        ),
+        (layout.sharding == Sharding::None, "replicas that share out nothing (zero0)".into()),
+        (training.compute != Precision::F32, format!("products in {}", training.compute)),
+        (wire, format!("rows to experts in {}", training.wire)),
+        (training.routing != Routing::Balanced, "a prescribed skew of routing".into()),
+    ];
+    lacking(features)
+}
+
+/// What of the model the engine does not have.
+fn missing_of_model(answer: &Answer) -> Vec<String> {
+    let model = &answer.model;
     let every_layer = matches!(model.pattern, Pattern::Uniform { moe_every: 0 | 1, .. });
-    lacks(!every_layer && model.state_space.is_none(), "MoE in only some of the layers".into());
-    lacks(training.routing != Routing::Balanced, "a prescribed skew of routing".into());
-    out
+    let features = [
+        (matches!(model.attention, Attention::Latent { .. }), "latent attention (MLA)".into()),
+        (model.window.is_some(), "sliding-window attention".into()),
+        (model.state_space.is_some(), "state-space layers".into()),
+        (model.mtp_layers > 0, "multi-token prediction".into()),
+        (!model.gated, "feed-forward networks without a gate".into()),
+        (model.parallel_blocks, "parallel attention and feed-forward blocks".into()),
+        (model.moe.is_some_and(|moe| moe.latent.is_some()), "experts in a latent space".into()),
+        (!every_layer && model.state_space.is_none(), "MoE in only some of the layers".into()),
+    ];
+    lacking(features)
+}
+
+fn lacking<const N: usize>(features: [(bool, String); N]) -> Vec<String> {
+    features.into_iter().filter(|(lacks, _)| *lacks).map(|(_, what)| what).collect()
 }
 
 /// A layout of the engine's axes alone, on as many GPUs.

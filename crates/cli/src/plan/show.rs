@@ -44,8 +44,12 @@ pub fn print(answer: &Answer, rows: usize) {
 /// Model, cluster and training in two lines.
 pub fn header(answer: &Answer) -> String {
     let (model, cluster, training) = (&answer.model, &answer.cluster, &answer.training);
+    let network = match &cluster.levels[1..] {
+        [] => String::new(),
+        [.., outer] => format!(", {} GB/s {}", (outer.bytes_per_s / 1e9).round(), outer.name),
+    };
     format!(
-        "{}: {} parameters, {} active. {} {}, {} GB/s {} within {}, {} GB/s network.\n{} tokens, {} x {} a step, products \
+        "{}: {} parameters, {} active. {} {}, {} GB/s {} within {}{network}.\n{} tokens, {} x {} a step, products \
          in {}, rows to experts in {}.",
         model.name,
         short(model.parameters() as u64),
@@ -55,7 +59,6 @@ pub fn header(answer: &Answer) -> String {
         (cluster.levels[0].bytes_per_s / 1e9).round(),
         cluster.levels[0].name,
         cluster.nvlink_domain(),
-        (cluster.levels[cluster.levels.len() - 1].bytes_per_s / 1e9).round(),
         tokens(training.tokens),
         grouped(training.global_batch as u64),
         grouped(training.sequence as u64),

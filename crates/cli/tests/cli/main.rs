@@ -4,6 +4,7 @@ mod common;
 mod data;
 mod doctor;
 mod mistakes;
+mod plan;
 mod signals;
 mod train;
 mod verify;

@@ -1,0 +1,70 @@
+//! `unisono plan`
+
+use std::fs;
+
+use serde_json::Value;
+use tempfile::tempdir;
+
+use crate::common::{TINY, dataset, run};
+
+/// DeepSeek-V3 on the cluster it was trained on.
+const DEEPSEEK: [&str; 8] = [
+    "plan",
+    "DeepSeek-V3",
+    "h800x2048",
+    "--batch",
+    "15360",
+    "--json",
+    "--layout",
+    "pp16 vp2 ep64 dp128 dualpipev",
+];
+
+#[test]
+fn a_plan_is_one_json_object_whose_parts_add_up() {
+    let folder = tempdir().unwrap();
+    let plan: Value = serde_json::from_str(&run(folder.path(), 0, &DEEPSEEK).out).unwrap();
+    let parts = plan["breakdown_s"].as_object().unwrap().values();
+    let sum: f64 = parts.filter_map(Value::as_f64).sum();
+    let step_s = plan["chosen"]["step_s"].as_f64().unwrap();
+    assert!((sum / step_s - 1.0).abs() < 1e-9, "{sum} {step_s}");
+    assert_eq!(plan["memory_bytes_by_pipeline_rank"].as_array().map(Vec::len), Some(16));
+    assert_eq!(plan["measured"]["products"], "borrowed from H100 in bf16");
+}
+
+#[test]
+fn what_a_plan_emits_trains_and_what_the_engine_lacks_is_named() {
+    let folder = tempdir().unwrap();
+    let ask = ["plan", TINY, "h100x2", "--precision", "f32", "--sequence", "32", "--batch", "8"];
+    let files =
+        ["--layout", "ep2 dp2", "--emit", "plan.toml", "--report", "plan.html", "--trace", "trace.json"];
+    run(folder.path(), 0, &[&ask[..], &files].concat());
+    let read = |name: &str| fs::read_to_string(folder.path().join(name)).unwrap();
+    let page = read("plan.html");
+    assert!(page.starts_with("<!doctype html>") && page.ends_with("</html>\n"));
+    assert!(!page.contains("src=") && !page.contains("@import"), "the page needs other files");
+    let trace: Value = serde_json::from_str(&read("trace.json")).unwrap();
+    assert!(trace["traceEvents"].as_array().is_some_and(|events| events.len() > 4));
+    let data = format!("data.path={}", dataset().display());
+    let train = ["train", "plan.toml", "--ranks", "2", "--run", "run", "--set", &data];
+    run(folder.path(), 0, &[&train[..], &["--set", "train.steps=1", "--set", "sample.tokens=0"]].concat());
+    let refused = run(folder.path(), 2, &[&DEEPSEEK[..], &["--emit", "no.toml"]].concat());
+    for lacking in ["pipeline parallelism (pp16, dualpipev)", "latent attention (MLA)", "products in bf16"] {
+        assert!(refused.err.contains(lacking), "{}", refused.err);
+    }
+    assert!(!folder.path().join("no.toml").exists());
+}
+
+#[test]
+fn the_impossible_names_the_nearest_possible() {
+    let folder = tempdir().unwrap();
+    let cases: [(&[&str], &str); 4] = [
+        (&["plan", "deepseek-v4", "h800x8"], "nearest: DeepSeek-V3"),
+        (&["plan", "DeepSeek-V3", "h900x8"], "nearest: H"),
+        (&["plan", "Llama-3.1-8B", "h100x64", "--layout", "tp3 dp16"], "nearest: 2"),
+        (&["plan", "DeepSeek-V3", "h800x8"], "256 GPUs with a batch of"),
+    ];
+    for (arguments, expected) in cases {
+        let done = run(folder.path(), 2, arguments);
+        assert!(done.err.contains(expected), "{arguments:?}: {}", done.err);
+    }
+}
