@@ -138,7 +138,7 @@ fn nearest(answer: &Answer) -> Parallelism {
     }
 }
 
-/// The architecture as the engine's own description; only what [`missing`] let through.
+/// The architecture as the engine's own description; only what passed the check for missing features.
 fn engine_model(answer: &Answer) -> Result<ModelConfig, CliError> {
     let model = &answer.model;
     let Attention::Grouped { heads, kv_heads, head_dim } = model.attention else {
