@@ -133,7 +133,7 @@ impl Reducer {
 
     /// Sums every segment over all ranks along the tree and writes this rank's shards, concatenated in the order of the
     /// segments, to the start of `out`. `roots[segment]` are the partial sums of the maximal subtrees of the leaves
-    /// this rank holds ([`tree::roots`]), in index order; each part is the whole segment, at least up to the end of
+    /// this rank holds ([`unisono_mesh::tree::roots`]), in index order; each part is the whole segment, at least up to the end of
     /// its last shard.
     ///
     /// # Errors
