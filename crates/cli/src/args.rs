@@ -231,9 +231,10 @@ pub struct Doctor {
 pub struct Verify {
     /// TOML file [default: the built-in config]
     pub config: Option<PathBuf>,
-    /// Ranks to check against one; must divide the grid's slots
+    /// Ranks to check against one; must divide the grid's slots [default: as many as there are cores, or as a launcher
+    /// has started]
     #[arg(long, value_name = "N", value_parser = count())]
-    pub ranks: usize,
+    pub ranks: Option<usize>,
     /// Compute threads of each rank [default: cores / ranks]
     #[arg(long, value_name = "N", value_parser = count())]
     pub threads: Option<usize>,
@@ -243,7 +244,7 @@ pub struct Verify {
     /// Steps to train, with one rank and with N
     #[arg(long, value_name = "N", default_value_t = 3, value_parser = clap::value_parser!(u64).range(1..))]
     pub steps: u64,
-    /// Folder for both runs, kept afterwards [default: a temporary one, kept if they differ]
+    /// Folder for both runs, seen by all ranks, kept afterwards [default: a temporary one, kept if they differ]
     #[arg(long, value_name = "DIR")]
     pub run: Option<PathBuf>,
     /// Override one key of the config; may be given again

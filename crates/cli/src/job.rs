@@ -4,6 +4,7 @@ use unisono_comm::Place;
 use unisono_comm::mpi::launched;
 
 use crate::error::CliError;
+use crate::layout::{ranks_and_threads, threads_each};
 
 /// This process's part of a job.
 pub struct Job {
@@ -23,11 +24,30 @@ impl Job {
 
     /// Whether this process speaks for the job.
     pub fn leads(&self) -> bool {
-        match &self.place {
-            Place::Threads => true,
-            #[cfg(feature = "mpi")]
-            Place::Mpi(ranks) => ranks.rank() == 0,
+        self.place.leads()
+    }
+
+    /// Ranks and compute threads of each, where the launcher and the arguments leave them open; neither changes a number.
+    ///
+    /// # Errors
+    /// If the arguments ask for other ranks than the launcher has started.
+    pub fn ranks_and_threads(
+        &self,
+        slots: usize,
+        ranks: Option<usize>,
+        threads: Option<usize>,
+        nodes: &[usize],
+    ) -> Result<(usize, usize), CliError> {
+        if let Some(started) = self.ranks()
+            && (!nodes.is_empty() || ranks.is_some_and(|asked| asked != started))
+        {
+            return Err(CliError::usage(format!(
+                "--ranks and --nodes are for ranks as threads: here the launcher has started {started} ranks, and MPI \
+                 says where"
+            )));
         }
+        let (ranks, each) = ranks_and_threads(slots, self.ranks().or(ranks), threads);
+        Ok((ranks, if threads.is_none() { threads_each(self.place.ranks_here(ranks)) } else { each }))
     }
 
     /// How many ranks the launcher has started; none if that is up to this process.

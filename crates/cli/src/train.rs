@@ -13,7 +13,7 @@ use crate::args::Train;
 use crate::config;
 use crate::error::{BUG, CliError, DONE, REQUEUE};
 use crate::job::Job;
-use crate::layout::{cores, ranks_and_threads, threads_each};
+use crate::layout::cores;
 use crate::screen::{Screen, complain, say};
 use crate::signals::Signals;
 use crate::style::{Paint, WIDTH, program, quoted};
@@ -79,13 +79,6 @@ pub fn abandon(failure: &Failure) {
 
 /// One checked value from the raw arguments.
 fn resolve(args: Train, job: &Job) -> Result<(RunConfig, RunOptions), CliError> {
-    if let Some(ranks) = job.ranks()
-        && (!args.nodes.is_empty() || args.ranks.is_some_and(|asked| asked != ranks))
-    {
-        return Err(CliError::usage(format!(
-            "--ranks and --nodes are for ranks as threads: here the launcher has started {ranks} ranks, and MPI says where"
-        )));
-    }
     let mut overrides = args.set;
     overrides.extend(args.steps.map(|steps| format!("train.steps={steps}")));
     let folder = match (args.run, args.resume) {
@@ -97,11 +90,8 @@ fn resolve(args: Train, job: &Job) -> Result<(RunConfig, RunOptions), CliError> 
         (None, true) => config_of_run(&folder, &overrides)?,
         (path, _) => config::load(path.as_deref(), &overrides)?,
     };
-    let (ranks, mut threads) =
-        ranks_and_threads(config.grid.slots(), job.ranks().or(args.ranks), args.threads);
-    if args.threads.is_none() {
-        threads = threads_each(job.place.ranks_here(ranks));
-    }
+    let (ranks, threads) =
+        job.ranks_and_threads(config.grid.slots(), args.ranks, args.threads, &args.nodes)?;
     // Each process would name it by its own clock.
     let folder = PathBuf::from(job.told_by_first(folder.display().to_string())?);
     let mut options = RunOptions::new(folder, ranks, threads);

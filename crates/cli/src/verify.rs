@@ -8,7 +8,7 @@ use unisono_train::{Comparison, Event, Observer, RunOptions, verify};
 use crate::args::Verify;
 use crate::config;
 use crate::error::{CliError, DIFFERENT, DONE};
-use crate::layout::ranks_and_threads;
+use crate::job::Job;
 use crate::screen::{Screen, say};
 use crate::style::{program, quoted};
 use crate::train::abandon;
@@ -55,12 +55,12 @@ impl Observer for Progress {
 }
 
 /// Where both runs go; gone with this value unless it is kept.
-struct Place {
+struct Runs {
     folder: PathBuf,
     kept: bool,
 }
 
-impl Place {
+impl Runs {
     fn new(named: Option<PathBuf>) -> Result<Self, CliError> {
         let Some(folder) = named else {
             let name = format!("unisono-verify-{}", std::process::id());
@@ -72,11 +72,15 @@ impl Place {
                 folder.display()
             )));
         }
-        Ok(Self { folder, kept: true })
+        Ok(Self::kept(folder))
+    }
+
+    fn kept(folder: PathBuf) -> Self {
+        Self { folder, kept: true }
     }
 }
 
-impl Drop for Place {
+impl Drop for Runs {
     fn drop(&mut self) {
         if !self.kept {
             // A temporary folder that stays is no reason to fail.
@@ -87,18 +91,28 @@ impl Drop for Place {
 
 /// `unisono verify`
 pub fn run(args: Verify) -> Result<u8, CliError> {
+    let job = Job::join()?;
+    let outcome = check(args, &job);
+    job.end(outcome)
+}
+
+fn check(args: Verify, job: &Job) -> Result<u8, CliError> {
     let config = config::load(args.config.as_deref(), &args.set)?;
-    let (ranks, threads) = ranks_and_threads(config.grid.slots(), Some(args.ranks), args.threads);
-    let mut place = Place::new(args.run)?;
-    let mut options = RunOptions::new(&place.folder, ranks, threads);
-    (options.nodes, options.abandon) = (args.nodes, abandon);
+    let (ranks, threads) =
+        job.ranks_and_threads(config.grid.slots(), args.ranks, args.threads, &args.nodes)?;
+    let mut runs = if job.leads() { Runs::new(args.run)? } else { Runs::kept(PathBuf::new()) };
+    let folder = PathBuf::from(job.told_by_first(runs.folder.display().to_string())?);
+    let mut options = RunOptions::new(&folder, ranks, threads);
+    (options.nodes, options.abandon, options.place) = (args.nodes, abandon, job.place.clone());
     let progress = Progress { screen: Screen::new(BAR), steps: args.steps, runs: AtomicU64::new(0) };
-    progress.screen.wait("reading the data");
+    if job.leads() {
+        progress.screen.wait("reading the data");
+    }
     let outcome = verify(&config, args.steps, &options, &progress);
     progress.screen.finish();
-    let comparison = outcome?;
-    place.kept |= !comparison.is_equal();
-    say(&verdict(&comparison, &place.folder, place.kept));
+    let Some(comparison) = outcome? else { return Ok(DONE) };
+    runs.kept |= !comparison.is_equal();
+    say(&verdict(&comparison, &folder, runs.kept));
     Ok(if comparison.is_equal() { DONE } else { DIFFERENT })
 }
 

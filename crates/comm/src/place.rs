@@ -30,6 +30,15 @@ impl Place {
         }
     }
 
+    /// Whether rank 0 is in this process.
+    pub fn leads(&self) -> bool {
+        match self {
+            Self::Threads => true,
+            #[cfg(feature = "mpi")]
+            Self::Mpi(ranks) => ranks.rank() == 0,
+        }
+    }
+
     /// How many of a run's `ranks` share this machine's memory.
     pub fn ranks_here(&self, ranks: usize) -> usize {
         match self {

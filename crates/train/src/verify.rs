@@ -2,6 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
+use unisono_comm::Place;
 use unisono_data::Dataset;
 use unisono_mesh::Fold;
 
@@ -24,7 +25,8 @@ pub fn verified_folder(folder: &Path) -> PathBuf {
 
 /// Trains `steps` steps of `config` twice, below `options.folder`: with one rank, everything folded onto it and the default
 /// `[layout]`, and as `options` and the config's `[layout]` say. Says what differs: losses, gradient norm and routing
-/// counts of every step; parameters, both moments and balance bias after every step; the last checkpoint, by element.
+/// counts of every step; parameters, both moments and balance bias after every step; the last checkpoint, by element. Only
+/// the process of rank 0 makes the reference run and compares; others get None.
 ///
 /// # Errors
 /// If one of the two does not fit into memory or cannot be trained.
@@ -33,12 +35,16 @@ pub fn verify(
     steps: u64,
     options: &RunOptions,
     observer: &dyn Observer,
-) -> Result<Comparison, TrainError> {
+) -> Result<Option<Comparison>, TrainError> {
     config.validate()?;
-    for (config, ranks) in [(&reference(config), 1), (config, options.ranks)] {
+    let fits = |config: &RunConfig, ranks: usize, place: &Place| {
         let fold = Fold::new(config.grid, ranks)?;
-        check_fits(config, &fold, &estimate(config, &fold), &options.place)?;
+        check_fits(config, &fold, &estimate(config, &fold), place)
+    };
+    if options.place.leads() {
+        fits(&reference(config), 1, &Place::Threads)?;
     }
+    fits(config, options.ranks, &options.place)?;
     let dataset = open_dataset(config, options.ranks * options.threads)?;
     verify_on(config, steps, options, &dataset, observer)
 }
@@ -53,15 +59,19 @@ pub fn verify_on(
     options: &RunOptions,
     dataset: &Dataset,
     observer: &dyn Observer,
-) -> Result<Comparison, TrainError> {
+) -> Result<Option<Comparison>, TrainError> {
     let config = watched(config, steps);
     let folder = &options.folder;
-    let mut alone = RunOptions::new(reference_folder(folder), 1, options.ranks * options.threads);
+    let leads = options.place.leads();
+    let threads = options.place.ranks_here(options.ranks) * options.threads;
+    let mut alone = RunOptions::new(reference_folder(folder), 1, threads);
     (alone.stop_after, alone.abandon) = (Some(steps), options.abandon);
-    train_on(&reference(&config), &alone, dataset, observer)?;
+    if leads {
+        train_on(&reference(&config), &alone, dataset, observer)?;
+    }
     let together = RunOptions { folder: verified_folder(folder), stop_after: Some(steps), ..options.clone() };
     train_on(&config, &together, dataset, observer)?;
-    Comparison::new(&alone.folder, &together.folder)
+    leads.then(|| Comparison::new(&alone.folder, &together.folder)).transpose()
 }
 
 /// The same computation, laid out as nothing asks for more.

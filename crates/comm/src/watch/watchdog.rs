@@ -1,7 +1,7 @@
 //! The watchdog: a thread a process that ends a run in which a rank keeps others waiting for too long, and says which.
 
-use std::fs::{self, OpenOptions};
-use std::io::ErrorKind;
+use std::fs;
+use std::io::Read;
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
@@ -146,7 +146,7 @@ impl<F: Fn(&Failure)> Watch<F> {
 
     fn is_asked(&self) -> bool {
         let Some((folder, run)) = self.deck.place() else { return false };
-        !self.is_alone() && request(&folder, &run).exists()
+        !self.is_alone() && is_asked_in(&folder, &run)
     }
 
     /// A rank has waited for `waited`; None if another process has found that.
@@ -208,15 +208,22 @@ impl<F: Fn(&Failure)> Watch<F> {
     }
 }
 
-/// The file by which records of this start of the run are asked for.
-fn request(folder: &Path, run: &Identity) -> std::path::PathBuf {
-    folder.join(format!("{ASKED}-{}", run.epoch))
+/// What stands in the file by which records of this start of the run are asked for.
+fn request(run: &Identity) -> String {
+    format!("{} {}", run.run_id, run.epoch)
 }
 
+/// Several processes may ask at once: they write the same.
 fn ask(folder: &Path, run: &Identity) -> std::io::Result<()> {
     fs::create_dir_all(folder)?;
-    match OpenOptions::new().write(true).create_new(true).open(request(folder, run)) {
-        Err(error) if error.kind() == ErrorKind::AlreadyExists => Ok(()),
-        outcome => outcome.map(drop),
-    }
+    fs::write(folder.join(ASKED), request(run))
+}
+
+/// Whether records of this start are asked for. One of an earlier start asks for nothing.
+fn is_asked_in(folder: &Path, run: &Identity) -> bool {
+    let expected = request(run);
+    let mut found = Vec::new();
+    let file = fs::File::open(folder.join(ASKED));
+    let read = file.and_then(|file| file.take(1 + expected.len() as u64).read_to_end(&mut found));
+    read.is_ok() && found == expected.as_bytes()
 }

@@ -9,6 +9,7 @@ fn a_layout_that_keeps_the_contract_is_found_identical() {
     let folder = tempfile::tempdir().expect("a temporary folder");
     let options = RunOptions::new(folder.path(), 4, 1);
     let comparison = verify_on(&config(), 2, &options, dataset(), &Quiet).expect("both runs succeed");
+    let comparison = comparison.expect("rank 0 is here");
     assert!(comparison.is_equal(), "{}", comparison.render());
     assert_eq!((comparison.steps, comparison.hashed, &comparison.checkpoints[..]), (2, 2, &[2][..]));
 }
@@ -23,6 +24,7 @@ fn a_planted_fault_fails_the_check_and_the_tensor_is_named() {
     // A clip, or a second step, could round the nudge away.
     config.train.clip_norm = 0.0;
     let comparison = verify_on(&config, 1, &options, dataset(), &Quiet).expect("both runs succeed");
+    let comparison = comparison.expect("rank 0 is here");
     assert!(!comparison.is_equal());
     assert_eq!(comparison.first_step(), Some(1));
     let text = comparison.render();
