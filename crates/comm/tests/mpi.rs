@@ -62,8 +62,8 @@ const SCENARIOS: &[Scenario] = &[
         body: an_early_return,
         says: &[
             "rank 2 returned while other ranks wait for it",
-            // Rank 0 or 1, whichever came first; the other may still be on its way ("for ranks 1, 2").
-            "waits in all_gather (call 6 on group 'world', step 4) for rank",
+            // Rank 0, rank 1 or both; one of them may still be on its way ("for ranks 1, 2").
+            " in all_gather (call 6 on group 'world', step 4) for rank",
         ],
     },
 ];
@@ -96,12 +96,20 @@ fn start_all() -> ExitCode {
     if bad == 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE }
 }
 
+/// Lets Open MPI's `mpirun` run as root, with more ranks than cores; others need no leave.
+const OPEN_MPI: [(&str, &str); 3] = [
+    ("OMPI_ALLOW_RUN_AS_ROOT", "1"),
+    ("OMPI_ALLOW_RUN_AS_ROOT_CONFIRM", "1"),
+    ("OMPI_MCA_rmaps_base_oversubscribe", "1"),
+];
+
 fn start(scenario: &Scenario, ranks: usize, sizes: &str) -> Result<(), String> {
     let program = std::env::current_exe().map_err(|error| error.to_string())?;
     let output = Command::new("timeout")
-        .args(["60", "mpirun", "--allow-run-as-root", "--oversubscribe", "-n", &ranks.to_string()])
+        .args(["60", "mpirun", "-n", &ranks.to_string()])
         .arg(program)
         .args([scenario.name, sizes])
+        .envs(OPEN_MPI)
         .stdin(Stdio::null())
         .output()
         .map_err(|error| error.to_string())?;

@@ -19,8 +19,8 @@ use crate::ledger::LinkClass;
 use crate::part::Piece;
 use crate::transport::{Call, CallKey, Done, GroupId};
 
-/// How long headers that do not match are collected before somebody is blamed.
-const GATHER_EVIDENCE: Duration = Duration::from_millis(30);
+/// How long the headers of a call that do not match are waited for before somebody is blamed by those that have come.
+const GATHER_EVIDENCE: Duration = Duration::from_secs(1);
 
 /// This process's side of the job.
 pub(super) struct Engine {
@@ -482,7 +482,7 @@ impl State {
         }
         let now = Instant::now();
         if let Some((key, due)) = self.conflict
-            && now >= due
+            && (now >= due || self.sides.get(&key).is_none_or(Side::all_told))
         {
             self.conflict = None;
             if let Some((rank, detail, weight)) = self.sides.get(&key).and_then(Side::judge) {

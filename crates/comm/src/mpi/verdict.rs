@@ -10,9 +10,9 @@ use std::time::{Duration, Instant};
 use crate::error::{CommError, Failure};
 
 /// How long rank 0 waits for surer reports.
-const HEARING: Duration = Duration::from_millis(150);
+const HEARING: Duration = Duration::from_millis(400);
 /// How long a rank waits for the verdict.
-const PATIENCE: Duration = Duration::from_millis(800);
+const PATIENCE: Duration = Duration::from_secs(2);
 
 /// The weight of a report that needs no other.
 pub(super) const CERTAIN: u32 = u32::MAX;
