@@ -76,6 +76,9 @@ pub struct Train {
     /// Write trace.json, which opens in Perfetto
     #[arg(long)]
     pub trace: bool,
+    /// File of `unisono bench local`, by which the step is predicted [default: local.toml, if there is one]
+    #[arg(long, value_name = "FILE")]
+    pub machine: Option<PathBuf>,
     /// Override one key of the config; may be given again
     #[arg(long, value_name = "a.b=c")]
     pub set: Vec<String>,

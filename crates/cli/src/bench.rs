@@ -12,6 +12,7 @@ use unisono_train::config::{EvaluationConfig, LayoutConfig, ReduceEvery, TrainCo
 use unisono_train::overlap::{OverlapBench, bench_overlap};
 
 use crate::bench_collectives::{self, Collectives};
+use crate::bench_local::{self, Layouts, Local};
 use crate::error::{CliError, DONE};
 use crate::layout::cores;
 use crate::screen::say;
@@ -32,6 +33,10 @@ pub enum Bench {
     Collectives(Collectives),
     /// How much of the gathers of ZeRO-3 hides behind computation, on a pretended link between ranks
     Overlap(Overlap),
+    /// This machine for the planner: `unisono plan CONFIG local` and `unisono train` predict steps from what it finds
+    Local(Local),
+    /// Steps of a config on every layout, predicted next to measured
+    Layouts(Layouts),
 }
 
 /// Sizes of the step, named as in `scripts/torch_moe.py`.
@@ -151,6 +156,8 @@ pub fn run(args: Bench) -> Result<u8, CliError> {
         Bench::Baseline(args) => baseline(&args),
         Bench::Collectives(args) => bench_collectives::run(&args),
         Bench::Overlap(args) => overlap(&args),
+        Bench::Local(args) => bench_local::local(&args),
+        Bench::Layouts(args) => bench_local::layouts(&args),
     }
 }
 

@@ -119,7 +119,7 @@ fn fresh_folder(base: &Path, name: &str) -> PathBuf {
 
 /// Bytes that ranks sent to other ranks, in calls of the given kinds.
 fn sent(ledger: &Ledger, kinds: &[&str]) -> u64 {
-    let rows = ledger.rows.iter().filter(|row| row.link != unisono_comm::LinkClass::SameRank);
+    let rows = ledger.rows.iter().filter(|row| row.link != unisono_mesh::LinkClass::SameRank);
     rows.filter(|row| kinds.contains(&row.kind.as_str())).map(|row| row.bytes_sent).sum()
 }
 

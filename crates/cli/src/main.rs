@@ -3,6 +3,7 @@
 mod args;
 mod bench;
 mod bench_collectives;
+mod bench_local;
 mod checkpoint;
 mod compare;
 mod config;
@@ -14,6 +15,7 @@ mod eval;
 mod generate;
 mod job;
 mod layout;
+mod machine;
 mod plan;
 mod plot;
 mod screen;

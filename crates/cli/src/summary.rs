@@ -1,6 +1,9 @@
 //! What a finished run has to show.
 
-use unisono_comm::{Ledger, LinkClass};
+use std::collections::BTreeMap;
+
+use unisono_comm::Ledger;
+use unisono_mesh::LinkClass;
 use unisono_train::system::readable;
 use unisono_train::{RunConfig, Started, Summary};
 
@@ -13,6 +16,7 @@ pub fn render(summary: &Summary, started: &Started, config: &RunConfig, paint: P
         return lines.join("\n") + "\n";
     }
     let sections = [
+        ("Predicted and measured (training steps, all ranks)", agreement(summary, paint)),
         ("What moved (all ranks)", traffic(&summary.ledger)),
         ("Time by phase (mean rank)", phases(summary)),
         (
@@ -60,6 +64,45 @@ fn outcome(summary: &Summary, started: &Started, paint: Paint) -> Vec<String> {
             "  {} steps were skipped for numbers that are not finite",
             summary.skipped_steps
         )));
+    }
+    lines
+}
+
+/// Step time, memory and bytes by kind of call, as the planner said and as they were.
+fn agreement(summary: &Summary, paint: Paint) -> Vec<String> {
+    let off =
+        |predicted: f64, measured: f64| format!("{:+.0}%", 100.0 * (measured / predicted.max(1e-12) - 1.0));
+    let mut rows = vec![["", "predicted", "measured", ""].map(String::from).to_vec()];
+    let time = &summary.step_time;
+    let (said, by) = match time.predicted_s {
+        Some(seconds) => (duration(seconds), off(seconds, time.measured_s)),
+        None => ("-".into(), String::new()),
+    };
+    rows.push(vec!["step, median".into(), said, duration(time.measured_s), by]);
+    if let Some(most) = summary.memory.iter().max_by_key(|record| record.measured) {
+        let by = off(most.estimated as f64, most.measured as f64);
+        let [said, measured] = [most.estimated, most.measured].map(readable);
+        rows.push(vec!["memory, largest rank".into(), said, measured, by]);
+    }
+    let mut kinds: BTreeMap<&str, [u64; 2]> = BTreeMap::new();
+    for record in &summary.step_traffic {
+        let sums = kinds.entry(&record.kind).or_default();
+        sums[0] += record.predicted.bytes_sent;
+        sums[1] += record.measured.bytes_sent;
+    }
+    for (kind, [said, measured]) in kinds {
+        let by = if said == measured {
+            "exact".into()
+        } else {
+            format!("{} bytes", measured as i128 - said as i128)
+        };
+        rows.push(vec![kind.replace('_', " "), readable(said), readable(measured), by]);
+    }
+    let mut lines = table(&rows, 1);
+    if time.predicted_s.is_none() {
+        lines.push(
+            paint.faint("  `unisono bench local` measures this machine; then the step is predicted, too"),
+        );
     }
     lines
 }

@@ -14,6 +14,7 @@ use crate::config;
 use crate::error::{BUG, CliError, DONE, REQUEUE};
 use crate::job::Job;
 use crate::layout::cores;
+use crate::machine;
 use crate::screen::{Screen, complain, say};
 use crate::signals::Signals;
 use crate::style::{Paint, WIDTH, program, quoted};
@@ -97,6 +98,11 @@ fn resolve(args: Train, job: &Job) -> Result<(RunConfig, RunOptions), CliError> 
     let mut options = RunOptions::new(folder, ranks, threads);
     (options.resume, options.trace, options.nodes) = (args.resume, args.trace, args.nodes);
     (options.abandon, options.place) = (abandon, job.place.clone());
+    if job.ranks().is_none()
+        && let Some(machine) = machine::load(args.machine.as_deref())?
+    {
+        options.predicted_step_s = Some(machine::price(&machine, &config, ranks, threads)?.step_s);
+    }
     Ok((config, options))
 }
 

@@ -177,8 +177,12 @@ fn introduction(started: &Started, config: &RunConfig) -> Vec<String> {
             },
         ),
         memory_line(started),
-        format!("run     {}", started.folder.display()),
     ]);
+    lines.extend(started.predicted_step_s.map(|seconds| {
+        let rate = grouped((started.tokens_per_step as f64 / seconds) as u64);
+        format!("step    ~{}, {rate} tokens/s, by what `unisono bench local` measured", duration(seconds))
+    }));
+    lines.push(format!("run     {}", started.folder.display()));
     if started.from_step > 0 {
         lines.push(format!("resume  from the checkpoint of step {}", started.from_step));
     }

@@ -7,10 +7,11 @@ use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
 use bytemuck::Pod;
+use unisono_mesh::LinkClass;
 
 use crate::error::{CallSite, CommError};
 use crate::flight::{CallState, FlightEntry, Message, wall_clock_us};
-use crate::ledger::{Book, Ledger, LinkClass, Volume};
+use crate::ledger::{Book, Ledger, Volume};
 use crate::part::Part;
 use crate::pending::{Pending, Take, disown, own};
 use crate::transport::{Call, CallKey, GroupId, Landing, Piece, Transport};

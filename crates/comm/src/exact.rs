@@ -9,12 +9,13 @@ use std::ops::Range;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use bytemuck::Pod;
+use unisono_mesh::reduction::Source;
 
 use crate::communicator::{Communicator, kind};
 use crate::error::CommError;
 use crate::part::Part;
 use crate::pending::Pending;
-use crate::reduce_route::{Cut, Job, Layout, Route, Source, Stage};
+use crate::reduce_route::{Cut, Job, Layout, Route, Stage};
 use crate::transport::{Combine, Landing};
 use crate::tree_sum::Real;
 
@@ -95,7 +96,7 @@ impl ReducePlan {
         }
         let me = comm.rank();
         let roots = self.segments.iter().zip(&layouts).map(|(segment, layout)| {
-            (layout.roots_of[me], segment.shards.iter().map(|shard| shard.end).max().unwrap_or(0))
+            (layout.roots_of()[me], segment.shards.iter().map(|shard| shard.end).max().unwrap_or(0))
         });
         let bucket = (comm.bucket_bytes() / size_of::<f32>()).max(1);
         Ok(Reducer {
@@ -328,15 +329,15 @@ impl Communicator {
             return Err(refuse(format!("{given} held ranges, but the group has {size} ranks")));
         }
         let layout = Layout::new(items, held, &vec![0; self.size()]).map_err(refuse)?;
-        let count = layout.roots_of[self.rank()];
+        let count = layout.roots_of()[self.rank()];
         if roots.len() != count * width {
             let given = roots.len();
             return Err(refuse(format!(
                 "{given} values, but this rank has {count} roots of {width} elements"
             )));
         }
-        let (all, ranges) = self.gather_known(&layout.roots_of, width, roots)?;
-        let view = layout.view(0);
+        let (all, ranges) = self.gather_known(layout.roots_of(), width, roots)?;
+        let (addends, tree) = layout.view(0);
         let of = |source: &Source| match *source {
             Source::Root { rank, root } => {
                 let start = ranges[rank].start + root * width;
@@ -344,9 +345,9 @@ impl Communicator {
             }
             Source::Joined { .. } => None,
         };
-        let sources: Vec<&[T]> = view.sources.iter().filter_map(of).collect();
+        let sources: Vec<&[T]> = addends.iter().filter_map(of).collect();
         let mut out = vec![T::zeroed(); width];
-        view.tree.run(&sources, &mut out, &mut Vec::new());
+        tree.run(&sources, &mut out, &mut Vec::new());
         Ok(out)
     }
 

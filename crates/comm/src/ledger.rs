@@ -5,23 +5,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
-
-/// What lies between two ranks.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-pub enum LinkClass {
-    /// Nothing: a rank and itself.
-    SameRank,
-    /// The memory of one node.
-    SameNode,
-    /// A network.
-    OtherNode,
-}
-
-impl LinkClass {
-    /// All classes, nearest first.
-    pub const ALL: [Self; 3] = [Self::SameRank, Self::SameNode, Self::OtherNode];
-}
+use unisono_mesh::LinkClass;
 
 /// What one kind of call on one group moved over one class of links.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]

@@ -39,7 +39,7 @@ pub use error::{CallSite, Cause, CommError, Failure, RunError, Waiting};
 pub use exact::{PendingReduce, ReducePlan, Reducer, Segment};
 pub use flight::{CallState, FlightEntry, FlightRecorder, Message};
 pub use gather::{GatherPlan, GatherSegment, Gatherer};
-pub use ledger::{Ledger, LinkClass, RankTraffic, Row};
+pub use ledger::{Ledger, RankTraffic, Row};
 pub use part::Part;
 pub use pending::Pending;
 pub use place::Place;

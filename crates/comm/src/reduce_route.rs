@@ -1,13 +1,11 @@
 //! Who sends what to whom in a reduce-scatter, and what is added where: worked out once, as pure arithmetic.
 //!
-//! A receiver adds the roots of the ranks on its own node, and what other nodes send. In a hierarchical plan a node sends the
-//! roots of the maximal subtrees of what its ranks hold *together*: those that no rank holds alone are joined inside the
-//! node first, by one of the ranks that hold a part. Both follow the one tree, so nodes may be cut anywhere.
+//! Whose roots a receiver adds, [`Reduction`] says; here they become pieces in buckets.
 
 use std::ops::Range;
 use std::sync::Arc;
 
-use unisono_mesh::tree;
+use unisono_mesh::reduction::{NodeRoot, Reduction, Source};
 
 use crate::exact::Segment;
 use crate::tree_sum::TreeSum;
@@ -55,143 +53,37 @@ pub(crate) struct Job {
     pub tree: Arc<TreeSum>,
 }
 
-/// The roots of a segment: whose they are and how they are added.
+/// The roots of a segment, and the trees by which they are added.
 #[derive(Clone)]
 pub(crate) struct Layout {
-    /// How many roots each rank contributes.
-    pub roots_of: Vec<usize>,
-    /// By node: the roots of what its ranks hold together.
-    nodes: Vec<Vec<NodeRoot>>,
-    /// By the receiver's node: what it adds.
-    views: Vec<View>,
-}
-
-/// A root of what a node's ranks hold together.
-#[derive(Clone)]
-struct NodeRoot {
-    range: Range<usize>,
-    /// The ranks' roots it is made of, (rank, root), in the order of the leaves.
-    sources: Vec<(usize, usize)>,
-    tree: Arc<TreeSum>,
-}
-
-/// What the receivers on one node add, in the order of the leaves.
-#[derive(Clone)]
-pub(crate) struct View {
-    pub sources: Vec<Source>,
-    pub tree: Arc<TreeSum>,
-}
-
-/// What a receiver adds.
-#[derive(Clone, Copy)]
-pub(crate) enum Source {
-    /// A rank's root.
-    Root { rank: usize, root: usize },
-    /// A joined root of a node.
-    Joined { node: usize, index: usize },
+    reduction: Reduction,
+    /// `[node][root of the node]`
+    node_trees: Vec<Vec<Arc<TreeSum>>>,
+    /// `[node of the receiver]`
+    view_trees: Vec<Arc<TreeSum>>,
 }
 
 impl Layout {
     /// The roots of a sum over `items` leaves of which rank r, on node `node_of[r]`, holds `held[r]`.
     pub fn new(items: usize, held: &[Range<usize>], node_of: &[usize]) -> Result<Self, String> {
-        let all = checked_roots(items, held)?;
-        let mut roots_of = vec![0; held.len()];
-        for (_, rank, _) in &all {
-            roots_of[*rank] += 1;
-        }
-        let count = node_of.iter().max().map_or(1, |last| last + 1);
-        let nodes: Vec<Vec<NodeRoot>> = (0..count)
-            .map(|node| {
-                let of_node = all.iter().filter(|(_, rank, _)| node_of[*rank] == node).cloned();
-                node_roots(items, &of_node.collect::<Vec<_>>())
-            })
-            .collect();
-        let views = (0..count).map(|node| View::new(items, &all, &nodes, node_of, node)).collect();
-        Ok(Self { roots_of, nodes, views })
+        let reduction = Reduction::new(items, held, node_of)?;
+        // The tree below a node is that over as many items.
+        let tree = |root: &NodeRoot| Arc::new(TreeSum::over(root.range.len(), &root.parts));
+        let node_trees = reduction.nodes.iter().map(|roots| roots.iter().map(tree).collect()).collect();
+        let view_trees =
+            reduction.views.iter().map(|view| Arc::new(TreeSum::over(items, &view.ranges))).collect();
+        Ok(Self { reduction, node_trees, view_trees })
     }
 
-    /// What a receiver on `node` adds.
-    pub fn view(&self, node: usize) -> &View {
-        &self.views[node]
+    /// `[rank]` how many roots it contributes.
+    pub fn roots_of(&self) -> &[usize] {
+        &self.reduction.roots_of
     }
 
-    /// Whether anything is joined inside a node for others.
-    fn joins(&self) -> bool {
-        let joined = |view: &View| view.sources.iter().any(|source| matches!(source, Source::Joined { .. }));
-        self.views.iter().any(joined)
+    /// What a receiver on `node` adds, and how.
+    pub fn view(&self, node: usize) -> (&[Source], &Arc<TreeSum>) {
+        (&self.reduction.views[node].sources, &self.view_trees[node])
     }
-}
-
-impl View {
-    fn new(
-        items: usize,
-        all: &[(Range<usize>, usize, usize)],
-        nodes: &[Vec<NodeRoot>],
-        node_of: &[usize],
-        own: usize,
-    ) -> Self {
-        let near = all.iter().filter(|(_, rank, _)| node_of[*rank] == own);
-        let mut list: Vec<(Range<usize>, Source)> = near
-            .map(|(range, rank, root)| (range.clone(), Source::Root { rank: *rank, root: *root }))
-            .collect();
-        for (node, roots) in nodes.iter().enumerate().filter(|(node, _)| *node != own) {
-            list.extend(roots.iter().enumerate().map(|(index, joined)| {
-                let source = match joined.sources[..] {
-                    [(rank, root)] => Source::Root { rank, root },
-                    _ => Source::Joined { node, index },
-                };
-                (joined.range.clone(), source)
-            }));
-        }
-        list.sort_unstable_by_key(|(range, _)| range.start);
-        let ranges: Vec<Range<usize>> = list.iter().map(|(range, _)| range.clone()).collect();
-        let sources = list.into_iter().map(|(_, source)| source).collect();
-        Self { sources, tree: Arc::new(TreeSum::over(items, &ranges)) }
-    }
-}
-
-/// All roots, (leaves, rank, root), in the order of the leaves.
-fn checked_roots(items: usize, held: &[Range<usize>]) -> Result<Vec<(Range<usize>, usize, usize)>, String> {
-    let mut all = Vec::new();
-    for (rank, range) in held.iter().enumerate() {
-        if range.end > items {
-            return Err(format!("rank {rank} holds {range:?} of {items} items"));
-        }
-        let roots = tree::roots(range.clone(), items);
-        all.extend(roots.into_iter().enumerate().map(|(root, node)| (node, rank, root)));
-    }
-    all.sort_unstable_by_key(|(node, ..)| node.start);
-    let mut end = 0;
-    for (node, rank, _) in &all {
-        if node.start != end {
-            let what = if node.start > end { "held by nobody" } else { "held twice" };
-            let (from, to) = (end.min(node.start), end.max(node.start));
-            return Err(format!("items {from}..{to} of {items} are {what} (at rank {rank})"));
-        }
-        end = node.end;
-    }
-    if end != items || items == 0 {
-        return Err(format!("items {end}..{items} are held by nobody; a sum needs at least one item"));
-    }
-    Ok(all)
-}
-
-/// The maximal subtrees of what a node's ranks hold together; `roots` are theirs, in the order of the leaves.
-fn node_roots(items: usize, roots: &[(Range<usize>, usize, usize)]) -> Vec<NodeRoot> {
-    let mut found = Vec::new();
-    for run in roots.chunk_by(|left, right| left.0.end == right.0.start) {
-        let (Some(first), Some(last)) = (run.first(), run.last()) else { continue };
-        for range in tree::roots(first.0.start..last.0.end, items) {
-            let inside = run.iter().filter(|(node, ..)| range.start <= node.start && node.end <= range.end);
-            let parts: Vec<Range<usize>> =
-                inside.clone().map(|(n, ..)| n.start - range.start..n.end - range.start).collect();
-            let sources = inside.map(|(_, rank, root)| (*rank, *root)).collect();
-            // The tree below a node is that over as many items.
-            let tree = Arc::new(TreeSum::over(range.len(), &parts));
-            found.push(NodeRoot { range, sources, tree });
-        }
-    }
-    found
 }
 
 impl Route {
@@ -223,7 +115,7 @@ impl Route {
                 before += shard.len();
             }
         }
-        let inner = layouts.iter().any(Layout::joins);
+        let inner = layouts.iter().any(|layout| layout.reduction.joins());
         Self {
             inner: inner.then(|| Stage::of(draft.inner, size)),
             joined_len: draft.joined_len,
@@ -294,13 +186,14 @@ impl Draft<'_> {
         range: Range<usize>,
         at: usize,
     ) {
-        let view = layout.view(self.node_of[to]);
+        let (addends, tree) = layout.view(self.node_of[to]);
         let mut sources = Vec::new();
-        for source in &view.sources {
+        for source in addends {
             let (from, cut) = match *source {
                 Source::Root { rank, root } => (rank, Cut::Root { segment, root, range: range.clone() }),
                 Source::Joined { node, index } => {
-                    self.join(number, segment, &layout.nodes[node][index], to, &range)
+                    let root = &layout.reduction.nodes[node][index];
+                    self.join(number, segment, (root, &layout.node_trees[node][index]), to, &range)
                 }
             };
             if from == self.me {
@@ -311,7 +204,7 @@ impl Draft<'_> {
             }
         }
         if to == self.me {
-            let tree = Arc::clone(&view.tree);
+            let tree = Arc::clone(tree);
             self.outer[number].jobs.push(Job { out: at..at + range.len(), sources, tree });
         }
     }
@@ -321,13 +214,11 @@ impl Draft<'_> {
         &mut self,
         number: usize,
         segment: usize,
-        joined: &NodeRoot,
+        (joined, tree): (&NodeRoot, &Arc<TreeSum>),
         to: usize,
         range: &Range<usize>,
     ) -> (usize, Cut) {
-        // Receivers of a node take turns, so that the ranks that could do it share the work.
-        let turn = self.node_of[..to].iter().filter(|node| **node == self.node_of[to]).count();
-        let (relay, _) = joined.sources[turn % joined.sources.len()];
+        let relay = joined.relay(to, self.node_of);
         let mut sources = Vec::new();
         for &(rank, root) in &joined.sources {
             if rank == self.me {
@@ -340,7 +231,7 @@ impl Draft<'_> {
         let out = self.joined_len..self.joined_len + range.len();
         if relay == self.me {
             self.joined_len = out.end;
-            self.inner[number].jobs.push(Job { out: out.clone(), sources, tree: Arc::clone(&joined.tree) });
+            self.inner[number].jobs.push(Job { out: out.clone(), sources, tree: Arc::clone(tree) });
         }
         (relay, Cut::Joined(out))
     }

@@ -116,7 +116,7 @@ pub struct Done {
     pub landing: Landing,
     /// How long the rank waited in it.
     pub wait: Duration,
-    /// How long the rank copied and added for it, by [`LinkClass`](crate::LinkClass).
+    /// How long the rank copied and added for it, by [`LinkClass`](unisono_mesh::LinkClass).
     pub moving: [Duration; 3],
 }
 

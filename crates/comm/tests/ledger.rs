@@ -6,9 +6,9 @@ use std::sync::Arc;
 
 use common::{gather_one, within_seconds};
 use unisono_comm::{
-    CommError, GatherPlan, GatherSegment, Ledger, LinkClass, Part, ReducePlan, Row, Segment, ThreadRanks,
-    run_ranks,
+    CommError, GatherPlan, GatherSegment, Ledger, Part, ReducePlan, Row, Segment, ThreadRanks, run_ranks,
 };
+use unisono_mesh::LinkClass;
 
 fn row<'a>(ledger: &'a Ledger, kind: &str, group: &str, link: LinkClass) -> &'a Row {
     let found = ledger.rows.iter().find(|row| row.kind == kind && row.group == group && row.link == link);

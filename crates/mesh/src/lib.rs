@@ -6,9 +6,12 @@
 mod experts;
 mod fold;
 mod grid;
+mod link;
+pub mod reduction;
 pub mod shard;
 pub mod tree;
 
 pub use experts::{ExpertPlacement, Instance};
 pub use fold::Fold;
 pub use grid::{Grid, MeshError, Slot};
+pub use link::LinkClass;

@@ -14,7 +14,6 @@ mod transformer;
 
 pub use batch::{Batch, LossScale, SlotLosses};
 pub use decode::{Cache, Decoder};
-pub use dispatch::DispatchOptions;
 pub use parameters::{
     GradientSink, ParameterSource, UnitGradients, UnitParameters, initialize_expert, initialize_unit,
 };

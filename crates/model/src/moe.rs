@@ -3,11 +3,12 @@
 use std::ops::Range;
 
 use unisono_comm::{CommError, Pending};
+use unisono_plan::dispatch::{Census, DispatchGroup};
 use unisono_plan::{Layout, TensorSpec};
 use unisono_tensor::{Backend, Buffer, FfnRun, FfnShape, RouterShape, Routing};
 
 use crate::batch::{Batch, LossScale};
-use crate::dispatch::{Combining, DispatchGroup, DispatchOptions, Dispatching, Route, Wiring};
+use crate::dispatch::{Combining, Dispatching, Route, Wave, Wiring, wire};
 use crate::feed_forward::FeedForwardWeights;
 use crate::parameters::{UnitGradients, UnitParameters};
 use crate::transformer::{Recompute, Transformer};
@@ -23,6 +24,13 @@ pub(crate) struct MoeSaved<B: Backend> {
     /// None where rows come in rounds and are not kept.
     received: Option<Received<B>>,
     shared_gu: Option<B::Buf>,
+}
+
+impl<B: Backend> MoeSaved<B> {
+    /// How many rows there were for whom.
+    pub fn census(&self) -> &Census {
+        &self.route.census
+    }
 }
 
 /// What experts keep of the rows they received.
@@ -68,22 +76,26 @@ impl<B: Backend> Transformer<B> {
     }
 
     fn route(&self, routing: &Routing, batch: &Batch) -> Result<Route, CommError> {
+        let (comm, first) = (&self.dispatch, self.dispatch.world_rank(0));
+        let node_of = |rank: usize| if self.shape.hierarchical { comm.node(rank - first) } else { 0 };
         let (fold, placement) = (self.fold, self.placement);
-        let group = DispatchGroup::new(&self.dispatch, fold, placement, batch.slots.clone(), self.options);
-        Route::new(&group, routing, batch, self.model.top_k, self.expert_row_block)
+        let rank = comm.world_rank(comm.rank());
+        let group = DispatchGroup::new(fold, placement, rank, batch.slots.clone(), node_of);
+        let wave = Wave { comm, group, shape: self.shape };
+        Route::new(&wave, routing, batch, self.model.top_k)
     }
 
     pub(crate) fn wiring(&self) -> Wiring<'_, B> {
         let (comm, backend) = (&self.dispatch, &self.backend);
-        let DispatchOptions { wire, overlap, .. } = self.options;
-        Wiring { comm, backend, d: self.model.hidden_size, wire, overlap }
+        let wire = wire(&self.shape);
+        Wiring { comm, backend, d: self.model.hidden_size, wire, overlap: self.overlap }
     }
 
     pub(crate) fn expert_shape(&self) -> FfnShape {
         FfnShape {
             d_model: self.model.hidden_size,
             ffn: self.model.moe_intermediate_size,
-            row_block: self.expert_row_block,
+            row_block: self.shape.row_block,
         }
     }
 
@@ -243,7 +255,7 @@ impl<B: Backend> Transformer<B> {
             places,
             top_k,
             node,
-            self.options.wire,
+            wire(&self.shape),
             shared,
             Some(base),
             y.all_mut(),

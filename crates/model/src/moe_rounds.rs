@@ -4,10 +4,11 @@
 //! of other ranks' tokens is then one round's, in any layer.
 
 use unisono_comm::CommError;
+use unisono_plan::dispatch::Round;
 use unisono_tensor::{Backend, Buffer, Routing};
 
 use crate::batch::Batch;
-use crate::dispatch::{Round, Rounds, Route};
+use crate::dispatch::{Rounds, Route};
 use crate::moe::Received;
 use crate::parameters::{UnitGradients, UnitParameters};
 use crate::transformer::Transformer;

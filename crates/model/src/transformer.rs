@@ -6,12 +6,12 @@ use std::ops::Range;
 
 use unisono_comm::{CommError, Communicator};
 use unisono_mesh::{ExpertPlacement, Fold};
+use unisono_plan::dispatch::{Census, DispatchShape};
 use unisono_plan::{Layout, ModelConfig, ScoreFunction, TensorSpec};
 use unisono_tensor::{Backend, Buffer, Dims, HeadGradients, Heads, Product, RouterShape};
 
 use crate::attention::AttentionSaved;
 use crate::batch::{Batch, LossScale, SlotLosses};
-use crate::dispatch::DispatchOptions;
 use crate::feed_forward::FeedForwardWeights;
 use crate::moe::{MoeSaved, MoeWeights};
 use crate::parameters::{GradientSink, ParameterSource, UnitGradients, UnitParameters};
@@ -38,6 +38,8 @@ pub struct Outcome {
     pub losses: Vec<SlotLosses>,
     /// `[MoE layer][expert]` how many choices fell on each expert.
     pub counts: Vec<Vec<u64>>,
+    /// `[MoE layer]` how many rows there were for whom, among the ranks that exchange tokens.
+    pub census: Vec<Census>,
 }
 
 /// The model on one rank of a fold.
@@ -54,8 +56,9 @@ pub struct Transformer<B: Backend> {
     /// `[max_positions, head_dim]` cosines and sines.
     pub(crate) rope: B::Buf,
     pub(crate) dispatch: Communicator,
-    pub(crate) expert_row_block: usize,
-    pub(crate) options: DispatchOptions,
+    pub(crate) shape: DispatchShape,
+    /// Whether exchanges are under way while others compute; otherwise each is waited for.
+    pub(crate) overlap: bool,
     pub(crate) profile: Profile,
     recompute: Recompute,
     activations: Option<RefCell<Activations>>,
@@ -88,8 +91,7 @@ impl<B: Backend> Transformer<B> {
     /// The model on the rank that `dispatch` speaks for.
     ///
     /// `dispatch` is the group of ranks that exchange tokens, [`Fold::dispatch_ranks`]; `rank` is the world rank,
-    /// `max_positions` the longest sequence, `expert_row_block` the rows of one expert weight-gradient product,
-    /// `options` how tokens travel.
+    /// `max_positions` the longest sequence, `shape` says how tokens travel, `overlap` whether exchanges are under way while others compute.
     pub fn new(
         backend: B,
         model: ModelConfig,
@@ -98,8 +100,8 @@ impl<B: Backend> Transformer<B> {
         dispatch: Communicator,
         max_positions: usize,
         recompute: Recompute,
-        expert_row_block: usize,
-        options: DispatchOptions,
+        shape: DispatchShape,
+        overlap: bool,
         profile: Profile,
     ) -> Self {
         let placement = ExpertPlacement::new(fold, model.num_experts);
@@ -133,8 +135,8 @@ impl<B: Backend> Transformer<B> {
             router,
             rope,
             dispatch,
-            expert_row_block,
-            options,
+            shape,
+            overlap,
             profile,
             recompute,
             activations: None,
@@ -433,6 +435,7 @@ impl<B: Backend> Transformer<B> {
             counts.iter_mut().zip(sequence).for_each(|(sum, count)| *sum += u64::from(*count));
         }
         outcome.counts.push(counts);
+        outcome.census.push(moe.census().clone());
         for (index, losses) in outcome.losses.iter_mut().enumerate() {
             for sequence in index * batch.sequences..(index + 1) * batch.sequences {
                 losses.balance += moe.routing.balance_loss[sequence];
@@ -448,7 +451,7 @@ impl<B: Backend> Transformer<B> {
     /// If an exchange fails.
     pub fn evaluate(&self, parameters: &dyn ParameterSource<B>, batch: &Batch) -> Result<Outcome, CommError> {
         let mut outcome =
-            Outcome { losses: vec![SlotLosses::default(); batch.slots.len()], counts: Vec::new() };
+            Outcome { losses: vec![SlotLosses::default(); batch.slots.len()], ..Outcome::default() };
         let (x, _) = self.forward(parameters, batch, None, &mut outcome)?;
         let (last, table) = self.head_parameters(parameters, None)?;
         self.profile.compute("head", || {
@@ -478,7 +481,7 @@ impl<B: Backend> Transformer<B> {
         gradients: &mut dyn GradientSink<B>,
     ) -> Result<Outcome, CommError> {
         let mut outcome =
-            Outcome { losses: vec![SlotLosses::default(); batch.slots.len()], counts: Vec::new() };
+            Outcome { losses: vec![SlotLosses::default(); batch.slots.len()], ..Outcome::default() };
         let (x, mut saved) = self.forward(parameters, batch, Some(self.recompute), &mut outcome)?;
         let last = self.layout.head_unit() - 1;
         let weights = self.head_parameters(parameters, Some(last))?;

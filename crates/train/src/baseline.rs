@@ -12,7 +12,7 @@ use unisono_comm::{CommError, Communicator, Ledger, Part, ThreadRanks};
 use unisono_data::Dataset;
 use unisono_mesh::{Fold, Grid};
 use unisono_model::Profile;
-use unisono_plan::Layout;
+use unisono_plan::{Layout, SegmentKind};
 use unisono_tensor::{Backend, Buffer, Cpu};
 
 use crate::config::RunConfig;
@@ -20,7 +20,6 @@ use crate::error::TrainError;
 use crate::optimizer::adamw_step;
 use crate::rank::RankState;
 use crate::run::root_cause;
-use crate::shards::SegmentKind;
 
 /// How gradients and parameters are synchronised.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]

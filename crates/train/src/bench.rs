@@ -211,7 +211,7 @@ pub fn bench_products(
     Ok(ProductsMeasured { gflops: total / seconds / 1e9, shapes: measured })
 }
 
-fn time_product(shape: &ProductShape, comm: &Communicator) -> Result<f64, TrainError> {
+pub(crate) fn time_product(shape: &ProductShape, comm: &Communicator) -> Result<f64, TrainError> {
     let backend = Cpu::new(1);
     let Dims { m, n, k } = shape.dims;
     let filled = |len: usize| {

@@ -6,14 +6,13 @@ use std::path::Path;
 use serde::{Deserialize, Serialize};
 use unisono_checkpoint::{Committed, Dtype, Error, Piece, Reader, SaveId, ShardReport, ShardWriter, Writer};
 use unisono_mesh::shard::overlap;
-use unisono_plan::{Layout, TensorSpec};
+use unisono_plan::{Layout, SegmentKind, TensorSpec};
 use unisono_tensor::{Backend, Buffer};
 
 use crate::config::RunConfig;
 use crate::error::TrainError;
 use crate::optimizer::PlacedPiece;
 use crate::rank::{Progress, RankState};
-use crate::shards::SegmentKind;
 
 /// The small state beside the tensors.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]

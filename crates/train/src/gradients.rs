@@ -7,10 +7,8 @@ use std::sync::Arc;
 use unisono_comm::Part;
 use unisono_mesh::{ExpertPlacement, Fold, Instance, tree::Joiner};
 use unisono_model::UnitGradients;
-use unisono_plan::Layout;
+use unisono_plan::{Layout, SegmentKind, ShardedSegment};
 use unisono_tensor::{Backend, Buffer};
-
-use crate::shards::{SegmentKind, ShardedSegment};
 
 /// A partial sum: a tree node and where it lies.
 type Root<H> = (Range<usize>, Arc<H>, usize);

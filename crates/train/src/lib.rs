@@ -1,15 +1,18 @@
 //! Runs training: steps over ranks, the sharded optimizer, metrics, checkpoints, evaluation and generation.
 
+mod agreement;
 pub mod baseline;
 pub mod bench;
 mod checkpointing;
 mod comparison;
 pub mod config;
+mod engine_layout;
 mod error;
 mod feed;
 mod generate;
 mod gradients;
 mod hashes;
+mod local;
 mod memory;
 mod norm;
 mod optimizer;
@@ -22,19 +25,21 @@ mod reduction;
 mod run;
 pub mod run_folder;
 mod schedule;
-mod shards;
 mod survey;
 pub mod system;
 mod tensorboard;
 mod trace;
 mod verify;
 
+pub use agreement::{Moved, StepTimeRecord, TrafficRecord};
 pub use checkpointing::Extra;
 pub use comparison::{Comparison, Found};
 pub use config::{ConfigError, RunConfig};
+pub use engine_layout::engine_layout;
 pub use error::TrainError;
 pub use generate::{GenerateOptions, checkpoint_config, evaluate, generate};
 pub use hashes::StepHashes;
+pub use local::{measure_machine, step_rows};
 pub use memory::{check_fits, dense_roots, estimate, estimate_all};
 pub use probe::probe;
 pub use rank::{Fault, Progress, RankState, max_over_mean};

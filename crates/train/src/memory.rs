@@ -3,11 +3,11 @@
 use unisono_comm::Place;
 use unisono_mesh::Fold;
 use unisono_mesh::{ExpertPlacement, tree};
-use unisono_plan::{KeptActivations, Layout, MemoryEstimate, StateShape, StepShape};
+use unisono_plan::{Layout, MemoryEstimate, ShardedSegment, Shards, StateShape, StepShape};
 
-use crate::config::{LayoutConfig, RecomputeConfig, ReduceEvery, RunConfig, WireConfig};
+use crate::config::{LayoutConfig, RecomputeConfig, ReduceEvery, RunConfig};
+use crate::engine_layout::{dispatch_shape, kept_activations};
 use crate::error::TrainError;
-use crate::shards::{ShardedSegment, Shards};
 use crate::system::{available_memory, readable};
 
 /// What a process needs besides its ranks: the corpus and its tokenizer, code, stacks.
@@ -26,18 +26,12 @@ pub fn estimate_all(config: &RunConfig, fold: &Fold) -> Vec<MemoryEstimate> {
     let step = StepShape {
         slot_rows: config.train.micro_batch * config.train.sequence_length,
         most_rows: (config.layout.dispatch_rows > 0).then_some(config.layout.dispatch_rows),
-        staged: config.layout.dispatch_chunks > 1 || config.train.dispatch_wire != WireConfig::F32,
-        kept: match config.train.recompute {
-            RecomputeConfig::None => KeptActivations::All,
-            RecomputeConfig::Selective => KeptActivations::Products,
-            RecomputeConfig::Full => KeptActivations::LayerInputs,
-        },
+        staged: dispatch_shape(config).staged(),
+        kept: kept_activations(config),
     };
     let LayoutConfig { zero, overlap, .. } = config.layout;
     let rank_estimate = |rank: usize| {
-        let shared = |segment: &&ShardedSegment| {
-            zero < 3 && (0..fold.ranks()).filter(|rank| segment.is_held(*rank)).count() > 1
-        };
+        let shared = |segment: &&ShardedSegment| zero < 3 && segment.is_shared();
         let states = StateShape {
             zero,
             turns: config.train.accumulate,

@@ -4,8 +4,7 @@ use std::ops::Range;
 
 use unisono_comm::{CommError, Communicator};
 use unisono_mesh::tree::{Joiner, roots};
-
-use crate::shards::Shards;
+use unisono_plan::Shards;
 
 /// Sums per-chunk values over all ranks along the tree over all chunks. `values` are this rank's, in
 /// the order of [`Shards::owned_chunks`].

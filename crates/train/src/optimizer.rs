@@ -6,13 +6,12 @@ use std::rc::Rc;
 
 use unisono_comm::{CommError, Communicator};
 use unisono_model::Profile;
-use unisono_plan::Layout;
+use unisono_plan::{Layout, Piece, SegmentKind, Shards};
 use unisono_tensor::{AdamW, Backend, Buffer};
 
 use crate::config::OptimizerConfig;
 use crate::norm::sum_over_chunks;
 use crate::parameters::ShardedParameters;
-use crate::shards::{Piece, SegmentKind, Shards};
 
 /// One rank's share of the optimizer.
 pub struct ShardedAdamW<B: Backend> {

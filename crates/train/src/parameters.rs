@@ -7,13 +7,12 @@ use std::ops::Range;
 use std::rc::{Rc, Weak};
 use std::sync::Arc;
 
-use unisono_comm::{CommError, Communicator, Gatherer, Part, Pending};
+use unisono_comm::{CommError, Communicator, GatherPlan, GatherSegment, Gatherer, Part, Pending};
 use unisono_model::{ParameterSource, Profile, UnitParameters};
-use unisono_plan::Layout;
+use unisono_plan::{Layout, Piece, SegmentKind, ShardedSegment, Shards};
 use unisono_tensor::{Backend, Buffer};
 
 use crate::config::LayoutConfig;
-use crate::shards::{Piece, SegmentKind, ShardedSegment, Shards};
 
 /// A rank's parameters.
 pub struct ShardedParameters<B: Backend> {
@@ -75,9 +74,7 @@ impl<B: Backend> ShardedParameters<B> {
     ) -> Result<Self, CommError> {
         let (rank, in_shards) = (comm.rank(), config.zero >= 3);
         // Whole units keep what only one rank holds where it is; shards are always copied together.
-        let moves = |segment: &ShardedSegment| {
-            in_shards || (0..comm.size()).filter(|rank| segment.is_held(*rank)).count() > 1
-        };
+        let moves = |segment: &ShardedSegment| in_shards || segment.is_shared();
         let mut units = Vec::with_capacity(layout.units());
         for unit in 0..layout.units() {
             let place = |kind| place_in_unit(layout, held, unit, kind);
@@ -87,7 +84,7 @@ impl<B: Backend> ShardedParameters<B> {
                 start + shard.start..start + shard.end
             });
             units.push(UnitPlan {
-                gatherer: shards.gather_plan(unit, moves, place).compile(comm)?,
+                gatherer: gather_plan(shards, unit, moves, place).compile(comm)?,
                 len: layout.unit_len(unit) + experts * layout.expert_len(),
                 sent: sent.collect(),
             });
@@ -263,6 +260,23 @@ fn start_gather_whole<B: Backend>(
     }
     let send = Part::whole(Arc::new(backend.hand_to_host(send)));
     plan.gatherer.start_all_gather(send, backend.hand_to_host(whole))
+}
+
+/// The all-gather of those of a unit's segments that are `chosen`. `offset` says where a segment lies in this rank's
+/// receive buffer (any value if the rank does not hold it).
+fn gather_plan(
+    shards: &Shards,
+    unit: usize,
+    chosen: impl Fn(&ShardedSegment) -> bool,
+    offset: impl Fn(SegmentKind) -> usize,
+) -> GatherPlan {
+    let segments = shards.of_unit(unit).iter().filter(|segment| chosen(segment));
+    let segments = segments.map(|segment| GatherSegment {
+        shards: segment.shards.clone(),
+        wanted: (0..segment.held.len()).map(|rank| segment.is_held(rank)).collect(),
+        offset: offset(segment.kind),
+    });
+    GatherPlan { segments: segments.collect() }
 }
 
 /// Where a segment starts in its whole unit: dense tensors, then the experts the rank holds.

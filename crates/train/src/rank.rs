@@ -9,13 +9,15 @@ use unisono_comm::{CommError, Communicator, Ledger};
 use unisono_data::Dataset;
 use unisono_mesh::{Fold, tree};
 use unisono_model::{
-    DispatchOptions, Lane, LossScale, Profile, Recompute, SlotLosses, Transformer, initialize_expert,
-    initialize_unit,
+    Lane, LossScale, Profile, Recompute, SlotLosses, Transformer, initialize_expert, initialize_unit,
 };
-use unisono_plan::Layout;
-use unisono_tensor::{Backend, Buffer, Wire};
+use unisono_plan::dispatch::Census;
+use unisono_plan::engine::{Traffic, TrafficPlan};
+use unisono_plan::{Layout, SegmentKind, Shards};
+use unisono_tensor::{Backend, Buffer};
 
-use crate::config::{DispatchConfig, RecomputeConfig, ReduceEvery, RunConfig, WireConfig};
+use crate::config::{RecomputeConfig, ReduceEvery, RunConfig};
+use crate::engine_layout::{dispatch_shape, engine_layout};
 use crate::error::TrainError;
 use crate::feed::{Fed, Feed};
 use crate::optimizer::{ShardedAdamW, adamw_step};
@@ -23,7 +25,6 @@ use crate::parameters::ShardedParameters;
 use crate::record::{StepRecord, ValidationRecord};
 use crate::reduction::{GradientReducer, StepGradients, passes};
 use crate::schedule::learning_rate;
-use crate::shards::{SegmentKind, Shards};
 
 /// A rank of a run.
 pub struct RankState<'a, B: Backend> {
@@ -39,6 +40,9 @@ pub struct RankState<'a, B: Backend> {
     dataset: &'a Dataset,
     feed: Feed<'a>,
     fault: Option<Fault>,
+    traffic: TrafficPlan,
+    predicted: Traffic,
+    moved: Ledger,
 }
 
 /// What changes from step to step besides tensors; the small state of a checkpoint.
@@ -91,6 +95,8 @@ struct Sums {
     slots: Vec<(SlotLosses, u64, u64)>,
     /// `[MoE layer][expert]`
     counts: Vec<Vec<u64>>,
+    /// `[pass][MoE layer]`
+    census: Vec<Vec<Census>>,
     data_s: f64,
 }
 
@@ -121,8 +127,8 @@ impl<'a, B: Backend> RankState<'a, B> {
             comm.subgroup("experts", &members)?,
             config.train.sequence_length,
             recompute,
-            config.train.expert_row_block,
-            dispatch_options(config),
+            dispatch_shape(config),
+            config.layout.overlap,
             profile.clone(),
         );
         let (layout, held) = (model.layout(), model.held_experts());
@@ -149,6 +155,8 @@ impl<'a, B: Backend> RankState<'a, B> {
         )?;
         let optimizer = ShardedAdamW::new(backend, layout, shards, &parameters, comm.clone());
         let feed = Feed::new(dataset, config)?;
+        let layout = engine_layout(config, &fold, |rank| comm.node(rank));
+        let traffic = TrafficPlan::new(layout, comm.rank());
         let progress = Progress::default();
         Ok(Self {
             config,
@@ -163,6 +171,9 @@ impl<'a, B: Backend> RankState<'a, B> {
             dataset,
             feed,
             fault: None,
+            traffic,
+            predicted: Traffic::default(),
+            moved: Ledger::default(),
         })
     }
 
@@ -214,6 +225,12 @@ impl<'a, B: Backend> RankState<'a, B> {
         self.states_bytes
     }
 
+    /// What this rank's steps moved so far, as the planner says from the layout and the routing counts, and as the ledger
+    /// counts it.
+    pub fn traffic(&self) -> (&Traffic, &Ledger) {
+        (&self.predicted, &self.moved)
+    }
+
     /// Runs the next step on all ranks. Every rank returns the same record but for times.
     ///
     /// # Errors
@@ -252,6 +269,8 @@ impl<'a, B: Backend> RankState<'a, B> {
         let moved = self.comm.ledger().since(&traffic);
         let seconds = begin.elapsed().as_secs_f64();
         let times = self.times(&moved, busy.as_secs_f64(), seconds)?;
+        self.traffic.step(&sums.census, finite, &mut self.predicted);
+        self.moved.merge(&self.comm.ledger().since(&traffic));
         Ok(self.record(step, totals, norm, rate, !finite, seconds, times, sums.data_s))
     }
 
@@ -278,6 +297,7 @@ impl<'a, B: Backend> RankState<'a, B> {
                 slot.2 += fed.target_bytes[index];
             }
             add_counts(&mut sums.counts, &outcome.counts);
+            sums.census.push(outcome.census);
             if pass.completes && pass.last_wave {
                 reduce(&mut gradients)?;
             }
@@ -477,19 +497,6 @@ impl<'a, B: Backend> RankState<'a, B> {
             }
             element -= values.iter().filter(|value| **value != 0.0).count();
         }
-    }
-}
-
-fn dispatch_options(config: &RunConfig) -> DispatchOptions {
-    DispatchOptions {
-        hierarchical: config.layout.dispatch == DispatchConfig::Hierarchical,
-        chunks: config.layout.dispatch_chunks,
-        rows: config.layout.dispatch_rows,
-        overlap: config.layout.overlap,
-        wire: match config.train.dispatch_wire {
-            WireConfig::F32 => Wire::F32,
-            WireConfig::Bf16 => Wire::Bf16,
-        },
     }
 }
 

@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use serde::{Deserialize, Serialize};
 use unisono_comm::Ledger;
 
+use crate::agreement::{StepTimeRecord, TrafficRecord};
 use crate::survey::WorldRecord;
 
 /// One step, as `metrics.jsonl` has it. Numbers of the computation (all but times and bytes) do not depend on the layout.
@@ -114,6 +115,8 @@ pub struct Started {
     pub tokens_per_step: usize,
     /// Training tokens of the dataset.
     pub train_tokens: u64,
+    /// Seconds that a step is predicted to take, where the machine has been measured.
+    pub predicted_step_s: Option<f64>,
     /// Estimated memory: `(what, bytes)` of the rank that needs most.
     pub memory: Vec<(&'static str, u64)>,
     /// Hash of the kernels' results on fixed inputs.
@@ -144,6 +147,12 @@ pub struct Summary {
     pub validation: Option<ValidationRecord>,
     /// What moved, all ranks.
     pub ledger: Ledger,
+    /// Seconds of a step, as predicted and measured.
+    #[serde(default)]
+    pub step_time: StepTimeRecord,
+    /// What training steps moved, as predicted and counted.
+    #[serde(default)]
+    pub step_traffic: Vec<TrafficRecord>,
     /// `(lane, phase, seconds)` of the mean rank.
     pub phases: Vec<(String, String, f64)>,
     /// `[MoE layer][expert]` routed rows of this start.

@@ -5,15 +5,14 @@ use std::collections::VecDeque;
 use std::ops::Range;
 use std::rc::Rc;
 
-use unisono_comm::{CommError, Communicator, Part, PendingReduce, Reducer};
+use unisono_comm::{CommError, Communicator, Part, PendingReduce, ReducePlan, Reducer, Segment};
 use unisono_mesh::{ExpertPlacement, Fold};
 use unisono_model::{GradientSink, Profile, UnitGradients};
-use unisono_plan::Layout;
+use unisono_plan::{Layout, SegmentKind, Shards};
 use unisono_tensor::{Backend, Buffer};
 
 use crate::config::LayoutConfig;
 use crate::gradients::GradientFold;
-use crate::shards::{SegmentKind, Shards};
 
 /// How a rank's gradients become shards.
 pub struct GradientReducer<B: Backend> {
@@ -59,6 +58,16 @@ pub fn passes(waves: &[Range<usize>], turns: usize, every_turn: bool) -> Vec<Pas
     }
 }
 
+/// The reduce-scatter of a unit's gradients.
+fn reduce_plan(shards: &Shards, unit: usize) -> ReducePlan {
+    let segments = shards.of_unit(unit).iter().map(|segment| Segment {
+        items: segment.items,
+        held: segment.held.clone(),
+        shards: segment.shards.clone(),
+    });
+    ReducePlan { segments: segments.collect() }
+}
+
 impl<B: Backend> GradientReducer<B> {
     /// The reducer of the rank that `comm` (the world) speaks for.
     ///
@@ -75,8 +84,8 @@ impl<B: Backend> GradientReducer<B> {
         profile: Profile,
     ) -> Result<Self, CommError> {
         let reducers = (0..shards.units()).map(|unit| match config.hierarchical_reduce {
-            true => shards.reduce_plan(unit).compile_hierarchical(comm),
-            false => shards.reduce_plan(unit).compile(comm),
+            true => reduce_plan(&shards, unit).compile_hierarchical(comm),
+            false => reduce_plan(&shards, unit).compile(comm),
         });
         let stages = match (0..comm.size()).any(|rank| comm.node(rank) != comm.node(0)) {
             true if config.hierarchical_reduce => 2,

@@ -17,8 +17,10 @@ use unisono_data::{Dataset, Part, Verify};
 use unisono_mesh::Fold;
 use unisono_model::{Lane, Profile};
 use unisono_plan::Layout;
+use unisono_plan::engine::CallTraffic;
 use unisono_tensor::{Backend, Cpu};
 
+use crate::agreement::{StepTimeRecord, compare};
 use crate::checkpointing::Extra;
 use crate::config::{OnNonFinite, RunConfig};
 use crate::error::TrainError;
@@ -61,6 +63,8 @@ pub struct RunOptions {
     pub abandon: fn(&Failure),
     /// Where the ranks live.
     pub place: Place,
+    /// Seconds that a step is predicted to take, for the summary.
+    pub predicted_step_s: Option<f64>,
 }
 
 impl RunOptions {
@@ -79,6 +83,7 @@ impl RunOptions {
             deck: FlightDeck::default(),
             abandon: |_| {},
             place: Place::Threads,
+            predicted_step_s: None,
         }
     }
 
@@ -152,6 +157,9 @@ struct Contribution {
     phases: Vec<(String, String, f64)>,
     memory: MemoryRecord,
     peak_rss: Option<u64>,
+    /// Of training steps, as predicted and as counted.
+    predicted: Vec<CallTraffic>,
+    moved: Ledger,
 }
 
 /// Trains `config` as `options` say.
@@ -349,6 +357,7 @@ fn run_rank(shared: &Shared<'_>, comm: Communicator) -> Result<Summary, TrainErr
         validation: None,
         last: None,
         expert_load: Vec::new(),
+        step_s: Vec::new(),
         skipped: 0,
     };
     let stopped = run.steps()?;
@@ -360,7 +369,10 @@ fn run_rank(shared: &Shared<'_>, comm: Communicator) -> Result<Summary, TrainErr
     let phase = |(lane, name, time): (Lane, &str, Duration)| {
         (lane.name().to_string(), name.to_string(), time.as_secs_f64())
     };
+    let (predicted, moved) = run.state.traffic();
     let contribution = Contribution {
+        predicted: predicted.rows(),
+        moved: moved.clone(),
         ledger: run.comm.ledger().since(&traffic),
         phases: profile.phases().into_iter().map(phase).collect(),
         memory,
@@ -401,6 +413,7 @@ impl Shared<'_> {
             parameters: layout.parameters(self.config.model.top_k),
             tokens_per_step: self.config.tokens_per_step(),
             train_tokens: self.dataset.tokens(Part::Train),
+            predicted_step_s: self.options.predicted_step_s,
             memory: self.memory.clone(),
             probe,
             world,
@@ -428,6 +441,7 @@ struct RankRun<'a, 'b> {
     validation: Option<ValidationRecord>,
     last: Option<StepRecord>,
     expert_load: Vec<Vec<u64>>,
+    step_s: Vec<f64>,
     skipped: u64,
 }
 
@@ -482,6 +496,7 @@ impl RankRun<'_, '_> {
 
     fn one_step(&mut self) -> Result<(), TrainError> {
         let record = self.during(Activity::Step, |run| run.state.step())?;
+        self.step_s.push(record.step_s);
         let config = self.shared.config;
         if config.log.hashes_every > 0 && record.step.is_multiple_of(config.log.hashes_every) {
             let hashes = self.state.hashes()?;
@@ -622,10 +637,11 @@ impl RankRun<'_, '_> {
             .map(|text| serde_json::from_slice(text))
             .collect::<Result<_, _>>()
             .map_err(unreadable)?;
-        let mut ledger = Ledger::default();
+        let (mut ledger, mut moved) = (Ledger::default(), Ledger::default());
         let mut phases: Vec<(String, String, f64)> = Vec::new();
         for one in &all {
             ledger.merge(&one.ledger);
+            moved.merge(&one.moved);
             for (lane, name, seconds) in &one.phases {
                 let seconds = seconds / all.len() as f64;
                 match phases.iter_mut().find(|(l, n, _)| (l, n) == (lane, name)) {
@@ -635,6 +651,7 @@ impl RankRun<'_, '_> {
             }
         }
         phases.sort_by(|a, b| b.2.total_cmp(&a.2));
+        let predicted: Vec<CallTraffic> = all.iter().flat_map(|one| one.predicted.iter().cloned()).collect();
         let progress = self.state.progress();
         let summary = Summary {
             epoch: self.orders.identity.epoch,
@@ -645,6 +662,8 @@ impl RankRun<'_, '_> {
             last_loss: self.last.as_ref().map_or(f64::NAN, |record| record.loss),
             validation: self.validation.clone(),
             ledger,
+            step_time: StepTimeRecord::new(self.shared.options.predicted_step_s, &self.step_s),
+            step_traffic: compare(&predicted, &moved),
             phases,
             expert_load: self.expert_load.clone(),
             memory: all.iter().map(|one| one.memory).collect(),

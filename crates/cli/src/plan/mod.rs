@@ -5,6 +5,7 @@ mod compare;
 mod emit;
 mod explain;
 mod json;
+mod local;
 mod question;
 mod report;
 mod show;
@@ -38,7 +39,7 @@ struct Ask {
     /// A built-in name (see --models), a Hugging Face config.json or its folder, or a config of unisono (.toml)
     #[arg(required_unless_present_any = ["models", "gpus"])]
     model: Option<String>,
-    /// GPU and count, such as h800x2048, or a TOML file
+    /// GPU and count, such as h800x2048, a TOML file, or `local`: this machine as `unisono bench local` measured it
     #[arg(required_unless_present_any = ["models", "gpus"])]
     cluster: Option<String>,
     #[command(flatten)]
@@ -64,6 +65,9 @@ struct Ask {
     /// Write a page with timeline, memory, Pareto front and bytes
     #[arg(long, value_name = "FILE.html")]
     report: Option<PathBuf>,
+    /// With `local`: file of `unisono bench local` [default: local.toml]
+    #[arg(long, value_name = "FILE")]
+    machine: Option<PathBuf>,
     /// List the built-in models
     #[arg(long, exclusive = true)]
     models: bool,
@@ -96,6 +100,22 @@ fn ask(args: &Ask) -> Result<u8, CliError> {
         return Ok(DONE);
     }
     let text = |value: &Option<String>| value.clone().unwrap_or_default();
+    if args.cluster.as_deref() == Some(local::LOCAL) {
+        let gpu_only = [
+            ("--layout", args.layout.is_some()),
+            ("--explain", args.explain),
+            ("--emit", args.emit.is_some()),
+            ("--trace", args.trace.is_some()),
+            ("--report", args.report.is_some()),
+        ];
+        if let Some((option, _)) = gpu_only.iter().find(|(_, given)| *given) {
+            return Err(CliError::usage(format!(
+                "{option} is for clusters; `local` prices every layout of a config"
+            )));
+        }
+        let path = args.model.as_ref().map(Path::new).unwrap_or(Path::new(""));
+        return local::run(path, args.machine.as_deref(), args.rows, args.json);
+    }
     let (model, config) = question::model(&text(&args.model))?;
     let cluster = question::cluster(&text(&args.cluster))?;
     let training = args.training.training(&cluster)?;

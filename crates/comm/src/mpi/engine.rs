@@ -6,6 +6,8 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
+use unisono_mesh::LinkClass;
+
 use super::calls::{Active, Side, key_of};
 use super::incoming::{Frame, Incoming, Place, Pool, Stream};
 use super::outgoing::{Block, blocks, chunks};
@@ -15,7 +17,6 @@ use super::verdict::{CERTAIN, Verdict};
 use super::wire::{CONTROL_BYTES, Header, INLINE_BYTES, Key, Message, fingerprint};
 use crate::error::{CallSite, Cause, CommError, Failure, Waiting};
 use crate::flight::FlightRecorder;
-use crate::ledger::LinkClass;
 use crate::part::Piece;
 use crate::transport::{Call, CallKey, Done, GroupId};
 
@@ -115,11 +116,7 @@ impl Engine {
     }
 
     pub fn link(&self, rank: usize) -> LinkClass {
-        match rank {
-            rank if rank == self.rank => LinkClass::SameRank,
-            rank if self.nodes[rank] == self.nodes[self.rank] => LinkClass::SameNode,
-            _ => LinkClass::OtherNode,
-        }
+        LinkClass::between(self.rank, rank, &self.nodes)
     }
 
     /// A failure of this rank, as it stands.

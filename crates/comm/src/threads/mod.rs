@@ -10,11 +10,11 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 pub use launch::{ThreadRanks, run_ranks};
+use unisono_mesh::LinkClass;
 
 use crate::copying::copy_stream;
 use crate::error::{Cause, CommError, Failure};
 use crate::flight::FlightRecorder;
-use crate::ledger::LinkClass;
 use crate::transport::{Call, CallKey, Done, GroupId, Landing, Ticket, Transport};
 use board::Sends;
 use world::World;
@@ -194,11 +194,7 @@ impl ThreadTransport {
     }
 
     fn link(&self, member: usize) -> LinkClass {
-        match member {
-            member if member == self.rank => LinkClass::SameRank,
-            member if self.node(member) == self.node(self.rank) => LinkClass::SameNode,
-            _ => LinkClass::OtherNode,
-        }
+        LinkClass::between(self.rank, member, &self.world.nodes)
     }
 
     /// For tests of determinism: takes what is ready late, in another order, or only a part of it.

@@ -8,10 +8,10 @@ use std::sync::Arc;
 
 use unisono_comm::{CommError, Part};
 use unisono_mesh::Instance;
+use unisono_plan::dispatch::{Census, DispatchGroup, kind, part_of};
 use unisono_tensor::{NO_ROW, Routing};
 
-use super::group::{Census, DispatchGroup, part_of};
-use super::kind;
+use super::group::Wave;
 use crate::batch::Batch;
 
 /// Which buffer rows are sent from within a node.
@@ -85,8 +85,8 @@ pub(crate) struct Plan {
 }
 
 /// What the building of a plan reads and writes.
-struct Builder<'a, 'g> {
-    group: &'a DispatchGroup<'g>,
+struct Builder<'a> {
+    group: &'a DispatchGroup,
     census: &'a Census,
     routing: &'a Routing,
     slot_rows: usize,
@@ -104,26 +104,29 @@ impl Plan {
     /// # Errors
     /// If the exchange of choices fails.
     pub fn new(
-        group: &DispatchGroup<'_>,
-        census: &Census,
+        wave: &Wave<'_>,
+        census: &mut Census,
         routing: &Routing,
         batch: &Batch,
         top_k: usize,
         runs: &[Range<usize>],
     ) -> Result<Self, CommError> {
+        let group = &wave.group;
+        let far = far_rows(group, routing, batch, top_k, wave.shape.chunks);
+        let arrived = exchange_choices(wave, census, &far, routing, top_k)?;
+        let census = &*census;
         let mut builder = Builder {
             group,
             census,
             routing,
             slot_rows: batch.slot_rows(),
             top_k,
-            far: far_rows(group, routing, batch, top_k),
+            far,
             tokens: Vec::with_capacity(routing.experts.len()),
             places: vec![NO_ROW; routing.experts.len()],
             returned: 0,
         };
-        let arrived = builder.exchange_choices()?;
-        let parts = group.options.chunks;
+        let parts = wave.shape.chunks;
         let mut chunks: Vec<Chunk> = Vec::with_capacity(parts);
         // Rows of a slot that earlier parts hold, `[own instance][slot]`, as first rows of the layer.
         let mut filled = first_rows(group, census, runs);
@@ -139,20 +142,74 @@ impl Plan {
     }
 }
 
-fn far_rows(group: &DispatchGroup<'_>, routing: &Routing, batch: &Batch, top_k: usize) -> Vec<Vec<Vec<u32>>> {
-    let mut far = vec![vec![Vec::new(); group.options.chunks]; group.nodes.len()];
-    if group.nodes.len() > 1 {
+/// `[node][part]` token rows that cross, ascending.
+fn far_rows(
+    group: &DispatchGroup,
+    routing: &Routing,
+    batch: &Batch,
+    top_k: usize,
+    parts: usize,
+) -> Vec<Vec<Vec<u32>>> {
+    let mut far = vec![vec![Vec::new(); parts]; group.nodes.len()];
+    if group.crosses() {
         for (row, chosen) in routing.experts.chunks_exact(top_k).enumerate() {
             let (index, token) = (row / batch.slot_rows(), row % batch.slot_rows());
-            let part = part_of(token, batch.slot_rows(), group.options.chunks);
+            let part = part_of(token, batch.slot_rows(), parts);
             group.far_nodes(group.slots.start + index, chosen, |node| far[node][part].push(row as u32));
         }
     }
     far
 }
 
+/// Tells every carrier the choices of the tokens that cross to it: `[source]`, by (part, slot, token). Counts the sums that
+/// will come back.
+///
+/// # Errors
+/// If the exchange fails.
+fn exchange_choices(
+    wave: &Wave<'_>,
+    census: &mut Census,
+    far: &[Vec<Vec<u32>>],
+    routing: &Routing,
+    k: usize,
+) -> Result<Vec<Vec<u32>>, CommError> {
+    let group = &wave.group;
+    if !group.crosses() {
+        return Ok(vec![Vec::new(); group.size()]);
+    }
+    let mut sends = vec![Vec::new(); group.size()];
+    for node in group.others() {
+        let rows = far[node].iter().flatten().map(|row| *row as usize);
+        let choices: Vec<u32> =
+            rows.flat_map(|row| routing.experts[row * k..(row + 1) * k].iter().copied()).collect();
+        census.count_sums(group, group.me(), node, &choices, k);
+        sends[group.carrier(group.me(), node)].push(Part::whole(Arc::new(choices)));
+    }
+    let mut next = 0;
+    let mut ranges = vec![Vec::new(); group.size()];
+    let carried = group.carried_by(group.me()).into_iter().filter(|source| *source != group.me());
+    for source in carried.clone() {
+        let rows: usize = (0..census.parts()).map(|part| crossing(group, census, source, part)).sum();
+        ranges[source].push(next..next + rows * k);
+        next += rows * k;
+    }
+    let all = wave.comm.exchange(kind::CHOICES, sends, vec![0u32; next], ranges.clone())?;
+    let mut arrived = vec![Vec::new(); group.size()];
+    for source in carried {
+        arrived[source] =
+            ranges[source].iter().flat_map(|range| all[range.clone()].iter().copied()).collect();
+        census.count_sums(group, source, group.here(), &arrived[source], k);
+    }
+    Ok(arrived)
+}
+
+/// Tokens of `source` that cross to this rank's node in one part.
+fn crossing(group: &DispatchGroup, census: &Census, source: usize, part: usize) -> usize {
+    group.slots_of(source).map(|slot| census.crossing(slot, part, group.here())).sum()
+}
+
 /// `[own instance][slot of the group]` the first row of the layer that a slot's rows take.
-fn first_rows(group: &DispatchGroup<'_>, census: &Census, runs: &[Range<usize>]) -> Vec<Vec<usize>> {
+fn first_rows(group: &DispatchGroup, census: &Census, runs: &[Range<usize>]) -> Vec<Vec<usize>> {
     let of = |(instance, run): (&Instance, &Range<usize>)| {
         let mut next = run.start;
         let slots = group.peers().flat_map(|peer| group.slots_in(peer, instance.group));
@@ -166,68 +223,27 @@ fn first_rows(group: &DispatchGroup<'_>, census: &Census, runs: &[Range<usize>])
     group.instances[group.me()].iter().zip(runs).map(of).collect()
 }
 
-impl Builder<'_, '_> {
-    /// Tells every carrier the choices of the tokens that cross to it: `[source]`, by (part, slot, token).
-    fn exchange_choices(&self) -> Result<Vec<Vec<u32>>, CommError> {
-        let (group, k) = (self.group, self.top_k);
-        if group.nodes.len() == 1 {
-            return Ok(vec![Vec::new(); group.comm.size()]);
-        }
-        let mut sends = vec![Vec::new(); group.comm.size()];
-        for (node, parts) in self.far.iter().enumerate().filter(|(node, _)| *node != group.here()) {
-            let rows = parts.iter().flatten().map(|row| *row as usize);
-            let choices: Vec<u32> =
-                rows.flat_map(|row| self.routing.experts[row * k..(row + 1) * k].iter().copied()).collect();
-            sends[group.carrier(group.me(), node)].push(Part::whole(Arc::new(choices)));
-        }
-        let mut next = 0;
-        let mut ranges = vec![Vec::new(); group.comm.size()];
-        for source in group.carried_by(group.me()).into_iter().filter(|source| *source != group.me()) {
-            let parts = 0..group.options.chunks;
-            let rows: usize = parts.map(|part| self.crossing(source, part)).sum();
-            ranges[source].push(next..next + rows * k);
-            next += rows * k;
-        }
-        let all = group.comm.exchange(kind::CHOICES, sends, vec![0u32; next], ranges.clone())?;
-        Ok(ranges
-            .into_iter()
-            .map(|list| list.first().map_or(Vec::new(), |r| all[r.clone()].to_vec()))
-            .collect())
-    }
-
-    /// Tokens of `source` that cross to this rank's node in one part.
-    fn crossing(&self, source: usize, part: usize) -> usize {
-        let slots = self.group.slots_of(source);
-        slots.map(|slot| self.census.crossing(slot, part, self.group.here())).sum()
-    }
-
-    /// Rows of `source` for an instance in one part.
-    fn rows_in(&self, source: usize, part: usize, instance: &Instance) -> usize {
-        let slots = self.group.slots_in(source, instance.group);
-        slots.map(|slot| self.census.rows_in(slot, part, instance.expert)).sum()
-    }
-
+impl Builder<'_> {
     /// Own rows that cross, then those that stay in the node, whose tokens [`Builder::place_own`] fills in; and what comes
     /// back, in the other order.
     fn own_side(&mut self, part: usize) -> Chunk {
         let group = self.group;
-        let none = vec![Vec::new(); group.comm.size()];
+        let none = vec![Vec::new(); group.size()];
         let mut chunk = Chunk { across: none.clone(), returned: none, ..Chunk::default() };
-        let far = (0..group.nodes.len()).filter(|node| *node != group.here());
-        for node in far.clone() {
+        for node in group.others() {
             let start = self.tokens.len();
             self.tokens.extend_from_slice(&self.far[node][part]);
             chunk.across[group.carrier(group.me(), node)].push(start..self.tokens.len());
         }
         let start = self.tokens.len();
         let mine = group.nodes[group.here()].iter().flat_map(|peer| &group.instances[*peer]);
-        let rows: usize = mine.map(|instance| self.rows_in(group.me(), part, instance)).sum();
+        let rows: usize = mine.map(|instance| self.census.rows_for(group, group.me(), part, instance)).sum();
         self.tokens.resize(start + rows, 0);
         chunk.own = start..start + rows;
         chunk.first_returned = self.returned;
         self.returned += rows;
         chunk.returned[group.me()].push(chunk.first_returned..self.returned);
-        for node in far {
+        for node in group.others() {
             let start = self.returned;
             self.place_far(node, part);
             chunk.returned[group.carrier(group.me(), node)].push(start..self.returned);
@@ -251,15 +267,15 @@ impl Builder<'_, '_> {
     fn carrier_side(&self, part: usize, arrived: &[Vec<u32>], chunk: &mut Chunk) {
         let (group, me) = (self.group, self.group.me());
         let carried = group.carried_by(me);
-        let none = vec![Vec::new(); group.comm.size()];
+        let none = vec![Vec::new(); group.size()];
         (chunk.arrived, chunk.sums_sent) = (none.clone(), none);
-        chunk.inside = vec![Vec::new(); group.comm.size()];
-        let mut cursors = Cursors::new(group, group.comm.size());
+        chunk.inside = vec![Vec::new(); group.size()];
+        let mut cursors = Cursors::new(group, group.size());
         let (mut own, mut forwarded) = (chunk.own.start, 0);
         for &peer in &group.nodes[group.here()] {
             for instance in &group.instances[peer] {
                 for &source in &carried {
-                    let rows = self.rows_in(source, part, instance);
+                    let rows = self.census.rows_for(group, source, part, instance);
                     let (origin, next) = if source == me {
                         (Origin::Own, &mut own)
                     } else {
@@ -286,7 +302,7 @@ impl Builder<'_, '_> {
         chunk: &mut Chunk,
     ) {
         let (group, k) = (self.group, self.top_k);
-        let before: usize = (0..part).map(|part| self.crossing(source, part)).sum();
+        let before: usize = (0..part).map(|part| crossing(group, self.census, source, part)).sum();
         let mut tokens = choices[before * k..].chunks_exact(k);
         let (first, first_sum) = (chunk.arrived_rows, chunk.sums.len() / k);
         for slot in group.slots_of(source) {
@@ -319,7 +335,7 @@ impl Builder<'_, '_> {
     /// What this rank's experts receive.
     fn expert_side(&self, part: usize, filled: &mut [Vec<usize>], chunk: &mut Chunk) {
         let group = self.group;
-        chunk.received = vec![Vec::new(); group.comm.size()];
+        chunk.received = vec![Vec::new(); group.size()];
         let mut next = 0;
         for (index, instance) in group.instances[group.me()].iter().enumerate() {
             let mut filled = filled[index].iter_mut();
@@ -380,9 +396,9 @@ struct Cursors {
 }
 
 impl Cursors {
-    fn new(group: &DispatchGroup<'_>, keys: usize) -> Self {
+    fn new(group: &DispatchGroup, keys: usize) -> Self {
         let first_group = group.group_of(group.slots_of(0).start);
-        let last_group = group.group_of(group.slots_of(group.comm.size() - 1).end - 1);
+        let last_group = group.group_of(group.slots_of(group.size() - 1).end - 1);
         let experts = group.experts();
         Self { first_group, experts, keys, next: vec![0; (last_group + 1 - first_group) * experts * keys] }
     }

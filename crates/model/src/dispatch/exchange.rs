@@ -5,10 +5,11 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use unisono_comm::{CommError, Communicator, Part, Pending};
+use unisono_plan::dispatch::{Round, kind};
 use unisono_tensor::{Backend, Buffer, Wire};
 
 use super::chunk::{Chunk, Origin};
-use super::{Round, Route, kind, parts, scaled};
+use super::{Route, parts, scaled};
 
 /// One call under way whose rows fill a buffer of their own.
 type Moving<B> = Pending<<B as Backend>::Host>;
@@ -341,9 +342,9 @@ impl Route {
         recv: R,
     ) -> Result<Pending<R>, CommError> {
         let values = Arc::new(values);
-        let sends = self.order.sent.iter().map(|list| parts(&values, list, 1)).collect();
+        let sends = self.order.ranges.sent.iter().map(|list| parts(&values, list, 1)).collect();
         drop(values);
-        let ranges = self.order.received.iter().map(|list| scaled(list, 1)).collect();
+        let ranges = self.order.ranges.received.iter().map(|list| scaled(list, 1)).collect();
         comm.start_exchange(kind::WEIGHTS, sends, recv, ranges)
     }
 
@@ -358,9 +359,9 @@ impl Route {
         recv: R,
     ) -> Result<Pending<R>, CommError> {
         let values = Arc::new(values);
-        let sends = self.order.received.iter().map(|list| parts(&values, list, 1)).collect();
+        let sends = self.order.ranges.received.iter().map(|list| parts(&values, list, 1)).collect();
         drop(values);
-        let ranges = self.order.sent.iter().map(|list| scaled(list, 1)).collect();
+        let ranges = self.order.ranges.sent.iter().map(|list| scaled(list, 1)).collect();
         comm.start_exchange(kind::WEIGHTS, sends, recv, ranges)
     }
 }

@@ -8,41 +8,20 @@ mod chunk;
 mod exchange;
 mod group;
 mod order;
-mod rounds;
 #[cfg(test)]
 mod tests;
 
 use std::ops::Range;
 
 use unisono_comm::{CommError, Part};
+use unisono_plan::dispatch::{Census, Round, cut, fits};
 use unisono_tensor::Routing;
 
 use crate::batch::Batch;
 use chunk::{Chunk, Plan};
 pub(crate) use exchange::{Combining, Dispatching, Rounds, Wiring};
-use group::Census;
-pub(crate) use group::DispatchGroup;
-pub use group::DispatchOptions;
+pub(crate) use group::{Wave, wire};
 use order::Order;
-pub(crate) use rounds::Round;
-
-/// The names of the exchanges in the ledger.
-mod kind {
-    /// Rows on their way to their experts (and gradients on the same way): across nodes, if there are any.
-    pub const DISPATCH: &str = "dispatch";
-    /// Rows on their way inside a node, those that came across nodes included.
-    pub const DISPATCH_INSIDE: &str = "dispatch_inside";
-    /// Results on their way back; across nodes, if there are any.
-    pub const COMBINE: &str = "combine";
-    /// Results on their way inside a node, to where they are summed before they cross.
-    pub const COMBINE_INSIDE: &str = "combine_inside";
-    /// How many rows will come.
-    pub const COUNTS: &str = "dispatch_counts";
-    /// The choices of tokens that cross.
-    pub const CHOICES: &str = "dispatch_choices";
-    /// The weights of rows, and their gradients.
-    pub const WEIGHTS: &str = "dispatch_weights";
-}
 
 /// Where every row of one layer's routing goes, on both ends.
 #[derive(Debug, Clone)]
@@ -53,6 +32,8 @@ pub(crate) struct Route {
     pub places: Vec<u32>,
     /// The runs of received rows, one an instance of this rank's wave.
     pub runs: Vec<Range<usize>>,
+    /// How many rows there are for whom.
+    pub census: Census,
     /// The exchanges; empty if rows travel in rounds.
     pub chunks: Vec<Chunk>,
     /// The rounds in which rows travel that would not fit the bound together.
@@ -70,19 +51,14 @@ impl Route {
     ///
     /// # Errors
     /// If an exchange of counts fails.
-    pub fn new(
-        group: &DispatchGroup<'_>,
-        routing: &Routing,
-        batch: &Batch,
-        top_k: usize,
-        row_block: usize,
-    ) -> Result<Self, CommError> {
-        let census = Census::take(group, routing, batch, top_k)?;
+    pub fn new(wave: &Wave<'_>, routing: &Routing, batch: &Batch, top_k: usize) -> Result<Self, CommError> {
+        let (group, shape) = (&wave.group, &wave.shape);
+        let mut census = wave.census(routing, batch, top_k)?;
         let order = Order::new(group, &census, routing, batch, top_k);
-        let crosses = group.nodes.len() > 1;
-        let runs = order.runs.clone();
-        if !rounds::fits(group, &census) {
-            let rounds = rounds::cut(group, &census, &order, row_block);
+        let crosses = group.crosses();
+        let runs = order.ranges.runs.clone();
+        if !fits(group, &census, shape) {
+            let rounds = cut(group, &census, &order.ranges, shape);
             let (tokens, places) = (order.tokens.clone(), order.places.clone());
             let returned_rows = tokens.len();
             let chunks = Vec::new();
@@ -90,6 +66,7 @@ impl Route {
                 tokens,
                 places,
                 runs,
+                census,
                 chunks,
                 rounds: Some(rounds),
                 returned_rows,
@@ -99,8 +76,8 @@ impl Route {
             });
         }
         let Plan { tokens, places, chunks, returned_rows } =
-            Plan::new(group, &census, routing, batch, top_k, &runs)?;
-        Ok(Self { tokens, places, runs, chunks, rounds: None, returned_rows, crosses, top_k, order })
+            Plan::new(wave, &mut census, routing, batch, top_k, &runs)?;
+        Ok(Self { tokens, places, runs, census, chunks, rounds: None, returned_rows, crosses, top_k, order })
     }
 
     /// Rows that this rank's experts receive.

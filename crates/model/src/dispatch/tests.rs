@@ -1,8 +1,9 @@
 //! Exchanges alone, on routing that is drawn: every row reaches its expert, every sum is the canonical one, and what
 //! crosses between nodes is counted from the routing.
 
-use unisono_comm::{CommError, Communicator, LinkClass, ThreadRanks};
-use unisono_mesh::{ExpertPlacement, Fold, Grid};
+use unisono_comm::{CommError, Communicator, ThreadRanks};
+use unisono_mesh::{ExpertPlacement, Fold, Grid, LinkClass};
+use unisono_plan::dispatch::{DispatchGroup, DispatchShape, kind};
 use unisono_tensor::{Backend, Buffer, Cpu, Routing, Wire};
 
 use super::*;
@@ -49,7 +50,7 @@ fn expert(expert: usize, value: f32) -> f32 {
 
 struct Case {
     nodes: &'static [usize],
-    options: DispatchOptions,
+    shape: DispatchShape,
     /// Groups of four experts that a token may choose from.
     most_groups: usize,
     expert_nodes: usize,
@@ -73,15 +74,11 @@ fn exchange(case: &Case, comm: Communicator) -> Result<[u64; 2], CommError> {
         (0..batch.rows() * D).map(|at| value(own.start + at / D / TOKENS, at / D % TOKENS, at % D)).collect();
     let mut x = backend.alloc(values.len());
     backend.upload(&values, x.all_mut());
-    let group = DispatchGroup::new(&comm, fold, placement, own.clone(), case.options);
-    let route = Route::new(&group, &routing, &batch, TOP_K, 4)?;
-    let wiring = || Wiring {
-        comm: &comm,
-        backend: &backend,
-        d: D,
-        wire: case.options.wire,
-        overlap: case.options.overlap,
-    };
+    let node_of = |rank: usize| if case.shape.hierarchical { comm.node(rank) } else { 0 };
+    let group = DispatchGroup::new(fold, placement, comm.rank(), own.clone(), node_of);
+    let wave = Wave { comm: &comm, group, shape: case.shape };
+    let route = Route::new(&wave, &routing, &batch, TOP_K)?;
+    let wiring = || Wiring { comm: &comm, backend: &backend, d: D, wire: wire(&case.shape), overlap: true };
     let mut moving = Dispatching::start(wiring(), &route, &x)?;
     let mut back = Combining::new(wiring(), &route);
     let mut received = None;
@@ -90,7 +87,7 @@ fn exchange(case: &Case, comm: Communicator) -> Result<[u64; 2], CommError> {
         let received = received.as_ref().expect("a chunk arrived");
         let mut results = backend.alloc(chunk.rows * D);
         for (index, rows, first) in &chunk.runs {
-            let of = group.instances[comm.rank()][*index].expert;
+            let of = wave.group.instances[comm.rank()][*index].expert;
             for (row, out) in rows.clone().zip(*first..) {
                 for column in 0..D {
                     results[out * D + column] = expert(of, received[row * D + column]);
@@ -110,12 +107,12 @@ fn exchange(case: &Case, comm: Communicator) -> Result<[u64; 2], CommError> {
         places,
         TOP_K,
         node_size,
-        case.options.wire,
+        wire(&case.shape),
         None,
         None,
         y.all_mut(),
     );
-    for (at, got) in y.iter().enumerate().filter(|_| case.options.wire == Wire::F32) {
+    for (at, got) in y.iter().enumerate().filter(|_| !case.shape.half) {
         let chosen = &routing.experts[at / D * TOP_K..(at / D + 1) * TOP_K];
         assert_eq!(got.to_bits(), combined(chosen, values[at], node_size).to_bits(), "element {at}");
     }
@@ -157,8 +154,8 @@ fn visits(nodes: usize, most_groups: usize) -> usize {
     (0..8).map(|slot| choices(slot, most_groups).chunks(TOP_K).map(|c| far(slot, c)).sum::<usize>()).sum()
 }
 
-fn hierarchical(chunks: usize) -> DispatchOptions {
-    DispatchOptions { hierarchical: true, chunks, ..DispatchOptions::default() }
+fn hierarchical(chunks: usize) -> DispatchShape {
+    DispatchShape { hierarchical: true, chunks, row_block: 4, ..DispatchShape::default() }
 }
 
 #[test]
@@ -167,7 +164,7 @@ fn a_row_crosses_to_a_node_once_and_its_results_come_back_as_one() {
     for (nodes, chunks) in CASES {
         for most_groups in [1, 2, 4] {
             let count = nodes.len();
-            let case = Case { nodes, options: hierarchical(chunks), most_groups, expert_nodes: count };
+            let case = Case { nodes, shape: hierarchical(chunks), most_groups, expert_nodes: count };
             let expected = (visits(count, most_groups) * D * 4) as u64;
             assert_eq!(run(&case), [expected; 2], "{nodes:?}, {chunks} chunks, {most_groups} groups");
         }
@@ -178,7 +175,7 @@ fn a_row_crosses_to_a_node_once_and_its_results_come_back_as_one() {
 fn group_limited_routing_caps_the_nodes_that_a_token_visits() {
     let tokens = 8 * TOKENS;
     for most_groups in [1, 2] {
-        let case = Case { nodes: &[2, 2, 2, 2], options: hierarchical(1), most_groups, expert_nodes: 4 };
+        let case = Case { nodes: &[2, 2, 2, 2], shape: hierarchical(1), most_groups, expert_nodes: 4 };
         let [dispatch, combine] = run(&case);
         let most = (tokens * most_groups * D * 4) as u64;
         assert!(dispatch <= most && combine <= most, "{dispatch} and {combine} of at most {most}");
@@ -190,15 +187,15 @@ fn nodes_that_cut_expert_nodes_give_the_same_sums() {
     const NODES: [&[usize]; 5] = [&[3, 5], &[1, 6, 1], &[8], &[1, 3], &[7, 1]];
     for nodes in NODES {
         for (chunks, expert_nodes) in [(1, 2), (4, 4), (2, 1), (5, 16)] {
-            run(&Case { nodes, options: hierarchical(chunks), most_groups: 4, expert_nodes });
+            run(&Case { nodes, shape: hierarchical(chunks), most_groups: 4, expert_nodes });
         }
     }
 }
 
 #[test]
 fn flat_dispatch_sends_a_row_for_every_choice() {
-    let options = DispatchOptions { chunks: 2, ..DispatchOptions::default() };
-    let flat = run(&Case { nodes: &[4, 4], options, most_groups: 2, expert_nodes: 2 });
+    let shape = DispatchShape { chunks: 2, ..DispatchShape::default() };
+    let flat = run(&Case { nodes: &[4, 4], shape, most_groups: 2, expert_nodes: 2 });
     let far: usize = (0..8)
         .map(|slot| choices(slot, 2).iter().filter(|expert| **expert as usize / 8 != slot / 4).count())
         .sum();
@@ -207,13 +204,13 @@ fn flat_dispatch_sends_a_row_for_every_choice() {
 
 #[test]
 fn a_wire_of_half_the_bytes_sends_half_the_bytes() {
-    let case = |wire| Case {
+    let case = |half| Case {
         nodes: &[4, 4],
-        options: DispatchOptions { wire, ..hierarchical(1) },
+        shape: DispatchShape { half, ..hierarchical(1) },
         most_groups: 2,
         expert_nodes: 2,
     };
-    let [full, _] = run(&case(Wire::F32));
+    let [full, _] = run(&case(false));
     let rows = visits(2, 2) as u64;
     assert_eq!(full, rows * D as u64 * 4);
     assert_eq!(full / 2, rows * (Wire::Bf16.width(D) * 4) as u64);

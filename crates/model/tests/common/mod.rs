@@ -9,10 +9,11 @@ use safetensors::SafeTensors;
 use unisono_comm::{CommError, run_ranks};
 use unisono_mesh::{Fold, Grid};
 use unisono_model::{
-    Batch, DispatchOptions, GradientSink, LossScale, ParameterSource, Profile, Recompute, Transformer,
-    UnitGradients, UnitParameters,
+    Batch, GradientSink, LossScale, ParameterSource, Profile, Recompute, Transformer, UnitGradients,
+    UnitParameters,
 };
 use unisono_plan::ModelConfig;
+use unisono_plan::dispatch::DispatchShape;
 use unisono_tensor::{Backend, Cpu, IGNORE};
 
 /// A case: its tensors and its model.
@@ -131,9 +132,9 @@ pub fn run(case: &str, recompute: Recompute, body: impl Fn(Case) -> Result<(), C
         let group = comm.subgroup("experts", &[0])?;
         let (profile, length) = (Profile::new(Instant::now()), reference.sequence_length);
         let (backend, config) = (Cpu::new(2), reference.model.clone());
-        let options = DispatchOptions::default();
+        let shape = DispatchShape::default();
         let mut model =
-            Transformer::new(backend, config, fold, 0, group, length, recompute, 256, options, profile);
+            Transformer::new(backend, config, fold, 0, group, length, recompute, shape, true, profile);
         model.keep_activations();
         let units = (0..model.layout().units()).map(|unit| unit_parameters(&reference, &model, unit));
         let (parameters, batch) = (Parameters(units.collect()), batch(&reference));

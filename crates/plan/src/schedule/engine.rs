@@ -58,6 +58,17 @@ impl EngineStep {
         Schedule { micro_batches: 0, placement: Vec::new(), ranks: vec![list.ops] }
     }
 
+    /// Which pass of the step, in order, is at `site`.
+    pub fn pass_at(&self, site: Site) -> usize {
+        let (wave, turn) = (usize::from(site.wave), site.turn as usize);
+        if self.every_turn { turn * self.waves + wave } else { wave * self.turns + turn }
+    }
+
+    /// The wave that pass `pass` runs.
+    pub fn wave_of(&self, pass: usize) -> usize {
+        if self.every_turn { pass % self.waves } else { pass / self.turns }
+    }
+
     /// `(wave, turn)` in order: turns run inside waves unless each is joined.
     fn passes(&self) -> Vec<(usize, usize)> {
         let (waves, turns) = (self.waves, self.turns);

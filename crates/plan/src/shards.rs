@@ -6,9 +6,9 @@
 
 use std::ops::Range;
 
-use unisono_comm::{GatherPlan, GatherSegment, ReducePlan, Segment};
 use unisono_mesh::{ExpertPlacement, Fold, shard};
-use unisono_plan::{Layout, NORM_CHUNK};
+
+use crate::layout::{Layout, NORM_CHUNK};
 
 /// What a segment is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -48,6 +48,11 @@ impl ShardedSegment {
     /// Whether a rank computes with it.
     pub fn is_held(&self, rank: usize) -> bool {
         !self.held[rank].is_empty()
+    }
+
+    /// Whether more than one rank computes with it.
+    pub fn is_shared(&self) -> bool {
+        self.held.iter().filter(|held| !held.is_empty()).count() > 1
     }
 }
 
@@ -166,33 +171,6 @@ impl Shards {
         }
         ranges
     }
-
-    /// The reduce-scatter of a unit's gradients.
-    pub fn reduce_plan(&self, unit: usize) -> ReducePlan {
-        let segments = self.of_unit(unit).iter().map(|segment| Segment {
-            items: segment.items,
-            held: segment.held.clone(),
-            shards: segment.shards.clone(),
-        });
-        ReducePlan { segments: segments.collect() }
-    }
-
-    /// The all-gather of those of a unit's segments that are `chosen`. `offset` says where a segment lies in this
-    /// rank's receive buffer (any value if the rank does not hold it).
-    pub fn gather_plan(
-        &self,
-        unit: usize,
-        chosen: impl Fn(&ShardedSegment) -> bool,
-        offset: impl Fn(SegmentKind) -> usize,
-    ) -> GatherPlan {
-        let segments = self.of_unit(unit).iter().filter(|segment| chosen(segment));
-        let segments = segments.map(|segment| GatherSegment {
-            shards: segment.shards.clone(),
-            wanted: (0..segment.held.len()).map(|rank| segment.is_held(rank)).collect(),
-            offset: offset(segment.kind),
-        });
-        GatherPlan { segments: segments.collect() }
-    }
 }
 
 /// Cuts `len` elements over `owners` of `ranks` ranks. The first owner is another one from segment to segment, so that
@@ -209,8 +187,8 @@ fn cut(len: usize, owners: &[usize], ranks: usize, turn: usize) -> Vec<Range<usi
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::ModelConfig;
     use unisono_mesh::Grid;
-    use unisono_plan::ModelConfig;
 
     #[test]
     fn every_chunk_is_owned_once_on_every_fold() {

@@ -7,12 +7,14 @@ use std::ops::Range;
 
 use unisono_mesh::Instance;
 
-use super::group::{Census, DispatchGroup};
-use super::order::{Order, rows_from};
+use super::calls::DispatchShape;
+use super::census::Census;
+use super::group::DispatchGroup;
+use super::rows::RowRanges;
 
 /// One round, from this rank's side.
-#[derive(Debug, Clone)]
-pub(crate) struct Round {
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Round {
     /// What is sent, by peer: rows in the canonical order of sending.
     pub sent: Vec<Vec<Range<usize>>>,
     /// What is received, by peer.
@@ -28,40 +30,31 @@ type Load = Vec<(usize, Range<usize>)>;
 
 /// Whether no rank holds more rows of other tokens than the bound allows if all rows of the layer travel together. What
 /// waits in a buffer of arrival and what a rank forwards count too.
-pub(crate) fn fits(group: &DispatchGroup<'_>, census: &Census) -> bool {
-    let options = group.options;
-    let staged = options.chunks > 1 || options.wire != unisono_tensor::Wire::F32;
+pub fn fits(group: &DispatchGroup, census: &Census, shape: &DispatchShape) -> bool {
+    let copies = if shape.staged() { 2 } else { 1 };
     let held = |peer: usize| {
         let received: usize = runs_of(group, census, peer).into_iter().sum();
+        let others = group.carried_by(peer).into_iter().filter(|source| *source != peer);
         let forwarded: usize =
-            group
-                .carried_by(peer)
-                .into_iter()
-                .map(|source| {
-                    if source == peer { 0 } else { carried_rows(group, census, source, group.node_of[peer]) }
-                })
-                .sum();
-        received * if staged { 2 } else { 1 } + forwarded
+            others.map(|source| carried_rows(group, census, source, group.node_of[peer])).sum();
+        received * copies + forwarded
     };
-    options.rows == 0 || group.peers().all(|peer| held(peer) <= options.rows)
+    shape.most_rows == 0 || group.peers().all(|peer| held(peer) <= shape.most_rows)
 }
 
 /// Rows of `source` that arrive for `node` and leave again for its ranks.
-fn carried_rows(group: &DispatchGroup<'_>, census: &Census, source: usize, node: usize) -> usize {
+fn carried_rows(group: &DispatchGroup, census: &Census, source: usize, node: usize) -> usize {
     let crossing = group
         .slots_of(source)
-        .map(|slot| (0..group.options.chunks).map(|part| census.crossing(slot, part, node)).sum::<usize>());
+        .map(|slot| (0..census.parts()).map(|part| census.crossing(slot, part, node)).sum::<usize>());
     let arrived: usize = crossing.sum();
-    let to = |peer: &usize| {
-        let instances = group.instances[*peer].iter();
-        instances.map(|i| rows_from(group, census, source, i.group, i.expert)).sum::<usize>()
-    };
-    arrived + group.nodes[node].iter().map(to).sum::<usize>()
+    let instances = group.nodes[node].iter().flat_map(|peer| &group.instances[*peer]);
+    arrived + instances.map(|instance| census.rows_from(group, source, instance)).sum::<usize>()
 }
 
 /// Rows of each instance of `peer`.
-fn runs_of(group: &DispatchGroup<'_>, census: &Census, peer: usize) -> Vec<usize> {
-    let rows = |i: &Instance| group.peers().map(|p| rows_from(group, census, p, i.group, i.expert)).sum();
+fn runs_of(group: &DispatchGroup, census: &Census, peer: usize) -> Vec<usize> {
+    let rows = |instance: &Instance| group.peers().map(|p| census.rows_from(group, p, instance)).sum();
     group.instances[peer].iter().map(rows).collect()
 }
 
@@ -89,49 +82,48 @@ fn loads(rows: &[usize], block: usize, most: usize) -> Vec<Load> {
 }
 
 /// All rounds; every rank has the same number.
-pub(crate) fn cut(group: &DispatchGroup<'_>, census: &Census, order: &Order, row_block: usize) -> Vec<Round> {
-    let most = group.options.rows;
-    let all: Vec<Vec<Load>> =
-        group.peers().map(|peer| loads(&runs_of(group, census, peer), row_block, most)).collect();
+pub fn cut(group: &DispatchGroup, census: &Census, ranges: &RowRanges, shape: &DispatchShape) -> Vec<Round> {
+    let load = |peer: usize| loads(&runs_of(group, census, peer), shape.row_block, shape.most_rows);
+    let all: Vec<Vec<Load>> = group.peers().map(load).collect();
     let count = all.iter().map(Vec::len).max().unwrap_or(0);
     let none = Load::new();
     (0..count)
         .map(|index| {
             let of = |peer: usize| all[peer].get(index).unwrap_or(&none);
-            let sent = group.peers().map(|peer| sends(group, census, order, peer, of(peer))).collect();
-            receives(group, order, of(group.me()), sent)
+            let sent = group.peers().map(|peer| sends(group, census, ranges, peer, of(peer))).collect();
+            receives(group, ranges, of(group.me()), sent)
         })
         .collect()
 }
 
 /// The rows that this rank sends to `peer` for its load.
 fn sends(
-    group: &DispatchGroup<'_>,
+    group: &DispatchGroup,
     census: &Census,
-    order: &Order,
+    ranges: &RowRanges,
     peer: usize,
     load: &Load,
 ) -> Vec<Range<usize>> {
     let mine = |(index, rows): &(usize, Range<usize>)| {
-        let Instance { group: expert_group, expert } = group.instances[peer][*index];
-        let before: usize = (0..group.me()).map(|p| rows_from(group, census, p, expert_group, expert)).sum();
-        let segment = &order.sent[peer][*index];
+        let instance = &group.instances[peer][*index];
+        let before: usize = (0..group.me()).map(|p| census.rows_from(group, p, instance)).sum();
+        let segment = &ranges.sent[peer][*index];
         within(rows, before..before + segment.len(), segment.start)
     };
     load.iter().map(mine).collect()
 }
 
-fn receives(group: &DispatchGroup<'_>, order: &Order, load: &Load, sent: Vec<Vec<Range<usize>>>) -> Round {
-    let mut received = vec![Vec::new(); group.comm.size()];
+fn receives(group: &DispatchGroup, ranges: &RowRanges, load: &Load, sent: Vec<Vec<Range<usize>>>) -> Round {
+    let mut received = vec![Vec::new(); group.size()];
     let mut runs = Vec::new();
     let mut next = 0;
     for (index, rows) in load {
-        let run = &order.runs[*index];
+        let run = &ranges.runs[*index];
         let start = next;
-        for (peer, ranges) in received.iter_mut().enumerate() {
-            let segment = &order.received[peer][*index];
+        for (peer, list) in received.iter_mut().enumerate() {
+            let segment = &ranges.received[peer][*index];
             let part = within(rows, segment.start - run.start..segment.end - run.start, 0);
-            ranges.push(next..next + part.len());
+            list.push(next..next + part.len());
             next += part.len();
         }
         runs.push((*index, start..next));

@@ -1,0 +1,150 @@
+//! `unisono bench local` and `unisono bench layouts`: this machine for the planner, and the planner against this machine.
+
+use std::path::PathBuf;
+
+use clap::Args;
+use serde_json::json;
+use unisono_train::bench::{StepBench, bench_step};
+use unisono_train::measure_machine;
+
+use crate::config;
+use crate::error::{CliError, DONE, STORAGE};
+use crate::machine::{self, LocalLayout, MACHINE_FILE};
+use crate::screen::{complain, say};
+use crate::style::{duration, percent, table};
+
+/// `unisono bench local`
+#[derive(Debug, Args)]
+pub struct Local {
+    /// File to write
+    #[arg(long, value_name = "FILE", default_value = MACHINE_FILE)]
+    out: PathBuf,
+}
+
+/// `unisono bench layouts`
+#[derive(Debug, Args)]
+pub struct Layouts {
+    /// TOML file [default: the built-in config]
+    config: Option<PathBuf>,
+    /// File of `unisono bench local` [default: local.toml]
+    #[arg(long, value_name = "FILE")]
+    machine: Option<PathBuf>,
+    /// Steps measured of each layout
+    #[arg(long, value_name = "N", default_value_t = 5)]
+    steps: usize,
+    /// Override one key of the config; may be given again
+    #[arg(long, value_name = "a.b=c")]
+    set: Vec<String>,
+    /// Print one JSON object
+    #[arg(long)]
+    json: bool,
+}
+
+/// `unisono bench local`
+pub fn local(args: &Local) -> Result<u8, CliError> {
+    let machine = measure_machine(&|what| complain("measuring", what))?;
+    let text = machine.to_toml().map_err(|error| CliError::usage(error.to_string()))?;
+    let unwritten =
+        |error| CliError { code: STORAGE, message: format!("write {}: {error}", args.out.display()) };
+    std::fs::write(&args.out, text).map_err(unwritten)?;
+    let rate = machine.products.plain.iter().copied().fold(0.0, f64::max);
+    say(&format!(
+        "{}, {} cores: {rate:.0} GFLOP/s a thread at most, copies {:.1} GB/s.\nWrote {}; `unisono plan CONFIG local` and `unisono \
+         train` use it.\n",
+        machine.cpu,
+        machine.cores,
+        machine.copy_bytes_per_s / 1e9,
+        args.out.display()
+    ));
+    Ok(DONE)
+}
+
+/// A layout, predicted and measured.
+struct Compared {
+    name: String,
+    predicted_s: f64,
+    measured_s: f64,
+    /// How far the fastest step lies below the median: what ranks of two layouts may differ by for no reason.
+    noise: f64,
+}
+
+/// Below this difference nothing is said about which layout is faster.
+const LEAST_NOISE: f64 = 0.02;
+
+/// `unisono bench layouts`
+pub fn layouts(args: &Layouts) -> Result<u8, CliError> {
+    let config = config::load(args.config.as_deref(), &args.set)?;
+    let machine = machine::load(args.machine.as_deref())?
+        .ok_or_else(|| CliError::usage("measure this machine first: `unisono bench local`"))?;
+    let mut all = Vec::new();
+    for layout in machine::layouts(&config) {
+        let predicted_s = machine::price(&machine, &layout.config, layout.ranks, layout.threads)?.step_s;
+        let name = layout.name();
+        let LocalLayout { ranks, threads, config } = layout;
+        let measured =
+            bench_step(&StepBench { config, ranks, threads, warmup: 1, steps: args.steps.max(1) })?;
+        let noise = (measured.step_s.median / measured.step_s.min - 1.0).max(LEAST_NOISE);
+        all.push(Compared { name, predicted_s, measured_s: measured.step_s.median, noise });
+    }
+    show(args, &all);
+    Ok(DONE)
+}
+
+fn show(args: &Layouts, all: &[Compared]) {
+    let off = |one: &Compared| one.predicted_s / one.measured_s - 1.0;
+    let mean = all.iter().map(|one| off(one).abs()).sum::<f64>() / all.len().max(1) as f64;
+    let within = all.iter().filter(|one| off(one).abs() <= 0.15).count();
+    let (tau, pairs) = tau(all);
+    if args.json {
+        let entry = |one: &Compared| json!({"layout": one.name, "predicted_s": one.predicted_s, "measured_s": one.measured_s, "noise": one.noise});
+        let list: Vec<_> = all.iter().map(entry).collect();
+        say(&format!(
+            "{}\n",
+            json!({"layouts": list, "mean_error": mean, "within_15_percent": within, "tau": tau, "pairs": pairs})
+        ));
+        return;
+    }
+    let mut rows = vec![["ranks x threads", "predicted", "measured", "off"].map(String::from).to_vec()];
+    rows.extend(all.iter().map(|one| {
+        let [predicted, measured] = [one.predicted_s, one.measured_s].map(duration);
+        vec![one.name.clone(), predicted, measured, format!("{:+.0}%", 100.0 * off(one))]
+    }));
+    let mut lines = table(&rows, 1);
+    lines.push(format!(
+        "{} of {} layouts within 15%, {} off on average; Kendall's tau {tau:.2} over {pairs} pairs that differ by more than noise",
+        within,
+        all.len(),
+        percent(mean)
+    ));
+    say(&(lines.join("\n") + "\n"));
+}
+
+/// Kendall's tau of predicted and measured times among pairs whose measured times differ by more than their noise, and how
+/// many those are.
+fn tau(all: &[Compared]) -> (f64, usize) {
+    let (mut agree, mut pairs) = (0i64, 0usize);
+    for (index, a) in all.iter().enumerate() {
+        for b in &all[index + 1..] {
+            let measured = (a.measured_s / b.measured_s).ln();
+            if measured.abs() <= a.noise + b.noise {
+                continue;
+            }
+            pairs += 1;
+            agree += if (a.predicted_s > b.predicted_s) == (measured > 0.0) { 1 } else { -1 };
+        }
+    }
+    (agree as f64 / pairs.max(1) as f64, pairs)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn pairs_within_noise_do_not_count() {
+        let one =
+            |predicted_s, measured_s| Compared { name: String::new(), predicted_s, measured_s, noise: 0.02 };
+        let all = [one(1.0, 1.0), one(0.9, 1.03), one(2.0, 2.0), one(1.9, 2.5)];
+        assert_eq!(tau(&all), (3.0 / 5.0, 5));
+    }
+}

@@ -1,0 +1,133 @@
+//! `unisono plan CONFIG local`: the layouts of a config of ours on this machine, as it was measured.
+
+use std::path::Path;
+
+use serde_json::json;
+use unisono_mesh::Fold;
+use unisono_plan::MemoryEstimate;
+use unisono_plan::engine::{LocalMachine, LocalPrice};
+use unisono_train::system::{available_memory, readable};
+use unisono_train::{RunConfig, TrainError, estimate_all};
+
+use crate::error::{CliError, DONE};
+use crate::machine::{self, LocalLayout};
+use crate::screen::say;
+use crate::style::{Paint, bar, duration, grouped, percent, program, quoted, table};
+
+/// What stands for this machine in place of a cluster.
+pub const LOCAL: &str = "local";
+
+/// Phases shown of the fastest layout.
+const SHOWN_PHASES: usize = 8;
+
+struct Choice {
+    layout: LocalLayout,
+    price: LocalPrice,
+    /// All ranks.
+    memory: u64,
+}
+
+/// Prices every layout of the config in `path` on this machine.
+pub fn run(path: &Path, machine: Option<&Path>, rows: usize, json: bool) -> Result<u8, CliError> {
+    if path.extension().is_none_or(|extension| extension != "toml") {
+        return Err(CliError::usage(format!(
+            "{}: this machine trains configs of unisono (.toml); `unisono config --print` writes the built-in one",
+            path.display()
+        )));
+    }
+    let config = crate::config::load(Some(path), &[])?;
+    let machine = machine::load(machine)?
+        .ok_or_else(|| CliError::usage("this machine has not been measured: `unisono bench local`"))?;
+    let free = available_memory().unwrap_or(u64::MAX);
+    let mut choices = choices(&machine, &config)?;
+    choices.sort_by(|a, b| {
+        (a.memory > free, a.price.step_s)
+            .partial_cmp(&(b.memory > free, b.price.step_s))
+            .unwrap_or(std::cmp::Ordering::Equal)
+    });
+    let tokens = config.tokens_per_step() as f64;
+    if json {
+        let entry = |choice: &Choice| {
+            let phases = choice.price.phases.iter();
+            json!({
+                "ranks": choice.layout.ranks, "threads": choice.layout.threads, "zero": choice.layout.config.layout.zero,
+                "recompute": choice.layout.config.train.recompute, "step_s": choice.price.step_s,
+                "memory_bytes": choice.memory, "fits": choice.memory <= free,
+                "phases": phases.map(|((communicates, name), seconds)| json!({
+                    "name": name, "communicates": communicates, "seconds": seconds,
+                })).collect::<Vec<_>>(),
+            })
+        };
+        say(&format!(
+            "{}\n",
+            json!({"cpu": machine.cpu, "layouts": choices.iter().map(entry).collect::<Vec<_>>()})
+        ));
+        return Ok(DONE);
+    }
+    show(path, &machine, &choices[..rows.min(choices.len())], tokens, free);
+    Ok(DONE)
+}
+
+fn choices(machine: &LocalMachine, config: &RunConfig) -> Result<Vec<Choice>, CliError> {
+    let choice = |layout: LocalLayout| {
+        let price = machine::price(machine, &layout.config, layout.ranks, layout.threads)?;
+        let fold = Fold::new(config.grid, layout.ranks).map_err(TrainError::from)?;
+        let memory = estimate_all(&layout.config, &fold).iter().map(MemoryEstimate::total).sum();
+        Ok(Choice { layout, price, memory })
+    };
+    machine::layouts(config).into_iter().map(choice).collect()
+}
+
+fn show(path: &Path, machine: &LocalMachine, choices: &[Choice], tokens: f64, free: u64) {
+    let paint = Paint::new(&std::io::stdout());
+    say(&format!("{}, {} cores, measured by `unisono bench local`\n", machine.cpu, machine.cores));
+    let mut rows =
+        vec![["ranks x threads", "step", "tokens/s", "memory, all ranks", ""].map(String::from).to_vec()];
+    rows.extend(choices.iter().map(|choice| {
+        let fits = if choice.memory <= free { "" } else { "does not fit" };
+        vec![
+            choice.layout.name(),
+            duration(choice.price.step_s),
+            grouped((tokens / choice.price.step_s) as u64),
+            readable(choice.memory),
+            fits.into(),
+        ]
+    }));
+    say(&format!("{}\n", table(&rows, 1).join("\n")));
+    let Some(best) = choices.first() else { return };
+    say(&format!("\n{}\n", paint.strong(&format!("Chosen: {}", best.layout.name()))));
+    let mut phases = best.price.phases.clone();
+    phases.sort_by(|a, b| b.1.total_cmp(&a.1));
+    let longest = phases.first().map_or(1.0, |(_, seconds)| *seconds);
+    let rows: Vec<Vec<String>> = phases
+        .iter()
+        .take(SHOWN_PHASES)
+        .map(|((communicates, name), seconds)| {
+            let lane = if *communicates { "communication" } else { "compute" };
+            let share = percent(seconds / best.price.step_s);
+            vec![
+                lane.into(),
+                (*name).into(),
+                duration(*seconds),
+                share,
+                format!("{:<30}", bar(seconds / longest, 30)),
+            ]
+        })
+        .collect();
+    say(&format!("{}\n", table(&rows, 2).join("\n")));
+    say(&format!("\n{}\n  {}\n", paint.strong("Train it"), command(path, &best.layout)));
+}
+
+/// The command that runs a layout.
+fn command(path: &Path, layout: &LocalLayout) -> String {
+    let recompute = layout.name();
+    let recompute = recompute.rsplit(' ').next().unwrap_or_default();
+    format!(
+        "{} train {} --ranks {} --threads {} --set layout.zero={} --set train.recompute={recompute}",
+        program(),
+        quoted(path),
+        layout.ranks,
+        layout.threads,
+        layout.config.layout.zero
+    )
+}
