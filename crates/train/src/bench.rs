@@ -9,6 +9,7 @@ use unisono_data::Dataset;
 use unisono_mesh::Fold;
 use unisono_model::Profile;
 use unisono_plan::ModelConfig;
+use unisono_tensor::cpu::Crew;
 use unisono_tensor::{Backend, Buffer, Cpu, Dims, Product};
 
 use crate::config::RunConfig;
@@ -72,8 +73,11 @@ pub fn bench_step(bench: &StepBench) -> Result<StepMeasured, TrainError> {
     let fold = Fold::new(config.grid, bench.ranks)?;
     let tokens = config.tokens_per_step() * 4 + 1;
     let dataset = Arc::new(Dataset::random(1, tokens, config.model.vocab_size.min(4096) as u32)?);
-    let body = |comm: Communicator| run_steps(bench, fold, &dataset, comm);
-    let ranks = ThreadRanks::new(bench.ranks).run(body).map_err(root_cause)?;
+    let crew = Crew::new(bench.ranks);
+    let body = |comm: Communicator| run_steps(bench, fold, &dataset, &crew, comm);
+    let helpers = crew.clone();
+    let ranks = ThreadRanks::new(bench.ranks).meanwhile(move |rank| helpers.help(rank));
+    let ranks = ranks.run(body).map_err(root_cause)?;
     let mut times = ranks[0].0.clone();
     times.sort_by(f64::total_cmp);
     let median = times[times.len() / 2];
@@ -96,9 +100,10 @@ fn run_steps(
     bench: &StepBench,
     fold: Fold,
     dataset: &Dataset,
+    crew: &Crew,
     comm: Communicator,
 ) -> Result<RankTimes, TrainError> {
-    let backend = Cpu::new(bench.threads);
+    let backend = Cpu::in_crew(bench.threads, crew, comm.rank());
     let profile = Profile::new(Instant::now());
     let mut state = RankState::new(&bench.config, dataset, backend.clone(), fold, comm, profile.clone())?;
     let mut loss = 0.0;

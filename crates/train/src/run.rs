@@ -18,6 +18,7 @@ use unisono_mesh::Fold;
 use unisono_model::{Lane, Profile};
 use unisono_plan::Layout;
 use unisono_plan::engine::CallTraffic;
+use unisono_tensor::cpu::Crew;
 use unisono_tensor::{Backend, Cpu};
 
 use crate::agreement::{StepTimeRecord, compare};
@@ -137,6 +138,8 @@ struct Shared<'a> {
     /// Rank 0's.
     trace: Mutex<Option<TraceWriter>>,
     memory: Vec<(&'static str, u64)>,
+    /// The ranks of this process.
+    crew: Crew,
 }
 
 /// What rank 0 decides before the first step.
@@ -192,13 +195,17 @@ pub fn train_on(
     options.check_nodes()?;
     let memory = estimate(config, &fold);
     let (folder, trace) = (Mutex::default(), Mutex::default());
-    let shared = Shared { config, options, dataset, observer, fold, folder, trace, memory };
-    let mut ranks = ThreadRanks::new(options.ranks).nodes(&options.nodes);
+    let place = &options.place;
+    let crew = Crew::new(place.ranks_here(options.ranks) / place.processes_here());
+    let shared =
+        Shared { config, options, dataset, observer, fold, folder, trace, memory, crew: crew.clone() };
+    let ranks = ThreadRanks::new(options.ranks).nodes(&options.nodes);
+    let mut ranks = ranks.meanwhile(move |rank| crew.help(rank));
     if let Some(seed) = options.jitter {
         ranks = ranks.jitter(seed);
     }
     let watchdog = watch(config, options)?;
-    let summaries = options.place.run(&ranks, |comm| run_rank(&shared, comm));
+    let summaries = place.run(&ranks, |comm| run_rank(&shared, comm));
     drop(watchdog);
     if let Err(error) = &summaries {
         leave_records(options, error, observer);
@@ -312,7 +319,8 @@ fn check_same_computation(now: &RunConfig, then: &RunConfig) -> Result<(), Train
 
 fn run_rank(shared: &Shared<'_>, comm: Communicator) -> Result<Summary, TrainError> {
     let traffic = comm.ledger();
-    let backend = Cpu::new(shared.options.threads);
+    let crew = &shared.crew;
+    let backend = Cpu::in_crew(shared.options.threads, crew, comm.rank() % crew.ranks());
     let credentials = Credentials {
         version: env!("CARGO_PKG_VERSION").into(),
         config: shared.config.to_toml()?,

@@ -7,7 +7,7 @@ use std::sync::Arc;
 use std::thread::{self, available_parallelism};
 
 use super::world::World;
-use super::{PretendedLink, ThreadTransport};
+use super::{Meanwhile, PretendedLink, ThreadTransport};
 use crate::communicator::Communicator;
 use crate::error::{Cause, CommError, Failure, RunError};
 
@@ -22,6 +22,7 @@ pub struct ThreadRanks {
     jitter: Option<u64>,
     nodes: Vec<usize>,
     link: Option<PretendedLink>,
+    meanwhile: Option<Meanwhile>,
 }
 
 /// Runs `body` on `ranks` threads, each with its world communicator, and returns what they return, by rank.
@@ -48,7 +49,16 @@ impl ThreadRanks {
             jitter: None,
             nodes: Vec::new(),
             link: None,
+            meanwhile: None,
         }
+    }
+
+    /// What a rank does while it waits for others, where every rank has a core: called with its number again and again, says
+    /// whether there was anything to do.
+    #[must_use]
+    pub fn meanwhile(mut self, work: impl Fn(usize) -> bool + Send + Sync + 'static) -> Self {
+        self.meanwhile = Some(Meanwhile(Arc::new(work)));
+        self
     }
 
     /// The stack of each rank's thread, in bytes.
@@ -105,7 +115,9 @@ impl ThreadRanks {
         F: Fn(Communicator) -> Result<T, E> + Sync,
     {
         let spin = available_parallelism().is_ok_and(|cores| self.ranks <= cores.get());
-        let world = Arc::new(World::new(self.node_of(), self.bucket_bytes, spin, self.jitter, self.link));
+        let mut world = World::new(self.node_of(), self.bucket_bytes, spin, self.jitter, self.link);
+        world.meanwhile.clone_from(&self.meanwhile);
+        let world = Arc::new(world);
         let outcomes: Vec<Option<Result<T, Boxed>>> = thread::scope(|scope| {
             let mut threads = Vec::with_capacity(self.ranks);
             for rank in 0..self.ranks {

@@ -21,6 +21,18 @@ use world::World;
 
 /// How long a rank looks for news before it sleeps, where every rank has a core.
 const SPIN: Duration = Duration::from_micros(200);
+/// The same where it has something to do meanwhile: others lend it work again after a moment.
+const PATIENCE: Duration = Duration::from_millis(5);
+
+/// What a rank does while it waits.
+#[derive(Clone)]
+struct Meanwhile(Arc<dyn Fn(usize) -> bool + Send + Sync>);
+
+impl std::fmt::Debug for Meanwhile {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Meanwhile")
+    }
+}
 
 /// A network between pretended nodes, for measurements. What a call sends to another node arrives when a rank's own link
 /// of this speed has carried it, one call after the other, whatever the ranks do meanwhile.
@@ -159,8 +171,16 @@ impl ThreadTransport {
         let begin = Instant::now();
         let desk = &self.world.ranks[self.rank];
         if self.world.spin {
-            while desk.signal.load(Ordering::Acquire) == seen && begin.elapsed() < SPIN {
-                std::hint::spin_loop();
+            let (limit, meanwhile) = match &self.world.meanwhile {
+                Some(Meanwhile(work)) => (PATIENCE, Some(work)),
+                None => (SPIN, None),
+            };
+            let mut idle_since = begin;
+            while desk.signal.load(Ordering::Acquire) == seen && idle_since.elapsed() < limit {
+                match meanwhile.is_some_and(|work| work(self.rank)) {
+                    true => idle_since = Instant::now(),
+                    false => std::hint::spin_loop(),
+                }
             }
         }
         if desk.signal.load(Ordering::Acquire) == seen {

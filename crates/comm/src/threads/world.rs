@@ -6,8 +6,8 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
-use super::PretendedLink;
 use super::board::Board;
+use super::{Meanwhile, PretendedLink};
 use crate::error::{Cause, CommError, Failure, Waiting};
 use crate::flight::FlightRecorder;
 use crate::transport::{CallKey, GroupId};
@@ -21,6 +21,7 @@ pub(super) struct World {
     pub spin: bool,
     pub jitter: Option<u64>,
     pub link: Option<PretendedLink>,
+    pub meanwhile: Option<Meanwhile>,
     state: Mutex<State>,
 }
 
@@ -78,6 +79,7 @@ impl World {
             spin,
             jitter,
             link,
+            meanwhile: None,
             state: Mutex::new(state),
         }
     }

@@ -7,6 +7,7 @@ use crate::buffer::{HostBuffer, Pool};
 
 mod attention;
 mod bf16;
+mod crew;
 mod elementwise;
 mod ffn;
 mod gemm;
@@ -20,6 +21,7 @@ mod rows;
 pub mod simd;
 mod system_memory;
 
+pub use crew::Crew;
 pub use gemm::{Matrix, MatrixMut, gemm};
 pub use parallel::{DisjointMut, Scratch, Threads};
 pub use system_memory::keep_freed_memory;
@@ -35,6 +37,11 @@ impl Cpu {
     /// A backend with `threads` compute threads, the calling thread among them: call it on the rank's own thread.
     pub fn new(threads: usize) -> Self {
         Self { pool: Pool::default(), threads: Threads::new(threads) }
+    }
+
+    /// As [`Cpu::new`], for the rank `me` of a crew: ranks that wait help with its tasks.
+    pub fn in_crew(threads: usize, crew: &Crew, me: usize) -> Self {
+        Self { pool: Pool::default(), threads: Threads::in_crew(threads, crew, me) }
     }
 
     /// The compute threads.

@@ -4,9 +4,10 @@ use std::cell::RefCell;
 use std::marker::PhantomData;
 use std::ops::{Deref, DerefMut, Range};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
 
 use rayon::{ThreadPool, ThreadPoolBuilder};
+
+use super::crew::{Crew, Work};
 
 /// Compute threads of one rank. Cloning shares them.
 ///
@@ -15,6 +16,8 @@ use rayon::{ThreadPool, ThreadPoolBuilder};
 #[derive(Clone)]
 pub struct Threads {
     pool: Option<Arc<ThreadPool>>,
+    /// Other ranks that may help, and the number of this one.
+    crew: Option<(Crew, usize)>,
 }
 
 impl Threads {
@@ -26,7 +29,13 @@ impl Threads {
         let named =
             || ThreadPoolBuilder::new().num_threads(count).thread_name(|index| format!("compute-{index}"));
         let build = || named().use_current_thread().build().or_else(|_| named().build()).ok();
-        Self { pool: if count > 1 { build().map(Arc::new) } else { None } }
+        Self { pool: if count > 1 { build().map(Arc::new) } else { None }, crew: None }
+    }
+
+    /// As [`Threads::new`], for the rank `me` of a crew: ranks that wait help with its tasks.
+    pub fn in_crew(count: usize, crew: &Crew, me: usize) -> Self {
+        assert!(me < crew.ranks(), "rank {me} of a crew of {}", crew.ranks());
+        Self { crew: (crew.ranks() > 1).then(|| (crew.clone(), me)), ..Self::new(count) }
     }
 
     /// How many there are.
@@ -38,20 +47,16 @@ impl Threads {
     /// Put long tasks first. Allocates nothing.
     pub fn run(&self, tasks: usize, task: impl Fn(usize) + Sync) {
         let workers = self.count().min(tasks);
-        let Some(pool) = self.pool.as_ref().filter(|_| workers > 1) else {
+        if tasks < 2 || (workers < 2 && self.crew.is_none()) {
             return (0..tasks).for_each(task);
-        };
-        let next = AtomicUsize::new(0);
-        let work = || {
-            loop {
-                let index = next.fetch_add(1, Ordering::Relaxed);
-                if index >= tasks {
-                    break;
-                }
-                task(index);
-            }
-        };
-        pool.install(|| on_each(workers, &work));
+        }
+        let work = Work::new(tasks, &task);
+        let opened = self.crew.as_ref().and_then(|(crew, me)| crew.open(*me, &work));
+        match &self.pool {
+            Some(pool) if workers > 1 => pool.install(|| on_each(workers, &|| work.run())),
+            _ => work.run(),
+        }
+        drop(opened);
     }
 
     /// Cuts `0..rows` into ranges of at most `block` rows and runs `task` on each.
