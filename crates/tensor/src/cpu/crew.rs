@@ -204,7 +204,11 @@ mod tests {
     fn a_task_may_run_tasks() {
         with_a_helper(|threads, _| {
             let sum = AtomicUsize::new(0);
-            threads.run(20, |i| threads.run(5, |j| drop(sum.fetch_add(i * 5 + j, Ordering::Relaxed))));
+            threads.run(20, |i| {
+                threads.run(5, |j| {
+                    sum.fetch_add(i * 5 + j, Ordering::Relaxed);
+                })
+            });
             assert_eq!(sum.into_inner(), (0..100).sum());
         });
     }
