@@ -1,14 +1,16 @@
 //! `unisono bench local` and `unisono bench layouts`: this machine for the planner, and the planner against this machine.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use clap::Args;
 use serde_json::json;
+use unisono_plan::engine::LocalMachine;
 use unisono_train::bench::{StepBench, bench_step};
-use unisono_train::measure_machine;
+use unisono_train::run_folder::write_durably;
+use unisono_train::{measure_machine, recalibrate};
 
 use crate::config;
-use crate::error::{CliError, DONE, STORAGE};
+use crate::error::{CliError, DONE};
 use crate::machine::{self, LocalLayout, MACHINE_FILE};
 use crate::screen::{complain, say};
 use crate::style::{duration, percent, table};
@@ -19,6 +21,9 @@ pub struct Local {
     /// File to write
     #[arg(long, value_name = "FILE", default_value = MACHINE_FILE)]
     out: PathBuf,
+    /// Fit what FILE says to a finished run, from its trace, instead of measuring the machine anew
+    #[arg(long, value_name = "RUN")]
+    from: Option<PathBuf>,
 }
 
 /// `unisono bench layouts`
@@ -29,9 +34,12 @@ pub struct Layouts {
     /// File of `unisono bench local` [default: local.toml]
     #[arg(long, value_name = "FILE")]
     machine: Option<PathBuf>,
-    /// Steps measured of each layout
+    /// Steps measured of each layout in a round
     #[arg(long, value_name = "N", default_value_t = 5)]
     steps: usize,
+    /// Rounds through all layouts; the one in which a layout was fastest counts
+    #[arg(long, value_name = "N", default_value_t = 2)]
+    rounds: usize,
     /// Override one key of the config; may be given again
     #[arg(long, value_name = "a.b=c")]
     set: Vec<String>,
@@ -42,11 +50,11 @@ pub struct Layouts {
 
 /// `unisono bench local`
 pub fn local(args: &Local) -> Result<u8, CliError> {
+    if let Some(run) = &args.from {
+        return from_run(args, run);
+    }
     let machine = measure_machine(&|what| complain("measuring", what))?;
-    let text = machine.to_toml().map_err(|error| CliError::usage(error.to_string()))?;
-    let unwritten =
-        |error| CliError { code: STORAGE, message: format!("write {}: {error}", args.out.display()) };
-    std::fs::write(&args.out, text).map_err(unwritten)?;
+    write(&machine, &args.out)?;
     let rate = machine.products.plain.iter().copied().fold(0.0, f64::max);
     say(&format!(
         "{}, {} cores: {rate:.0} GFLOP/s a thread at most, copies {:.1} GB/s.\nWrote {}; `unisono plan CONFIG local` and `unisono \
@@ -59,12 +67,36 @@ pub fn local(args: &Local) -> Result<u8, CliError> {
     Ok(DONE)
 }
 
+/// `unisono bench local --from RUN`
+fn from_run(args: &Local, run: &Path) -> Result<u8, CliError> {
+    let mut machine = machine::load_named(&args.out)?;
+    let learnt = recalibrate(&mut machine, run)?;
+    write(&machine, &args.out)?;
+    say(&format!(
+        "{} ranks x {} threads: {} a step over {} steps of {}; {} was predicted.\nWrote {}: layouts with as many ranks and threads are \
+         predicted from this run.\n",
+        learnt.ranks,
+        learnt.threads,
+        duration(learnt.after_s),
+        learnt.steps,
+        run.display(),
+        duration(learnt.before_s),
+        args.out.display()
+    ));
+    Ok(DONE)
+}
+
+fn write(machine: &LocalMachine, path: &Path) -> Result<(), CliError> {
+    let text = machine.to_toml().map_err(|error| CliError::usage(error.to_string()))?;
+    write_durably(path, text.as_bytes()).map_err(CliError::from)
+}
+
 /// A layout, predicted and measured.
 struct Compared {
     name: String,
     predicted_s: f64,
     measured_s: f64,
-    /// How far the fastest step lies below the median: what ranks of two layouts may differ by for no reason.
+    /// By how much the layout's median differed between rounds: two layouts may differ by as much for no reason.
     noise: f64,
 }
 
@@ -76,15 +108,25 @@ pub fn layouts(args: &Layouts) -> Result<u8, CliError> {
     let config = config::load(args.config.as_deref(), &args.set)?;
     let machine = machine::load(args.machine.as_deref())?
         .ok_or_else(|| CliError::usage("measure this machine first: `unisono bench local`"))?;
+    let layouts = machine::layouts(&config);
     let mut all = Vec::new();
-    for layout in machine::layouts(&config) {
+    for layout in &layouts {
         let predicted_s = machine::price(&machine, &layout.config, layout.ranks, layout.threads)?.step_s;
-        let name = layout.name();
-        let LocalLayout { ranks, threads, config } = layout;
-        let measured =
-            bench_step(&StepBench { config, ranks, threads, warmup: 1, steps: args.steps.max(1) })?;
-        let noise = (measured.step_s.median / measured.step_s.min - 1.0).max(LEAST_NOISE);
-        all.push(Compared { name, predicted_s, measured_s: measured.step_s.median, noise });
+        let (measured_s, noise) = (f64::INFINITY, LEAST_NOISE);
+        all.push(Compared { name: layout.name(), predicted_s, measured_s, noise });
+    }
+    let rounds = args.rounds.max(1);
+    for round in 1..=rounds {
+        for (one, layout) in all.iter_mut().zip(&layouts) {
+            complain("measuring", &format!("{}, round {round} of {rounds}", one.name));
+            let LocalLayout { ranks, threads, config } = layout.clone();
+            let bench = StepBench { config, ranks, threads, warmup: 1, steps: args.steps.max(1) };
+            let median = bench_step(&bench)?.step_s.median;
+            if round > 1 {
+                one.noise = one.noise.max((median / one.measured_s).ln().abs());
+            }
+            one.measured_s = one.measured_s.min(median);
+        }
     }
     show(args, &all);
     Ok(DONE)

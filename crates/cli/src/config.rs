@@ -1,5 +1,6 @@
 //! Which config: the built-in one, a file's, a run's; `unisono config`.
 
+use std::io::ErrorKind;
 use std::path::Path;
 
 use unisono_train::RunConfig;
@@ -32,7 +33,11 @@ pub fn load(path: Option<&Path>, overrides: &[String]) -> Result<RunConfig, CliE
         None => parse(BUILT_IN, BUILT_IN_NAME, overrides),
         Some(path) => {
             let text = std::fs::read_to_string(path).map_err(|error| {
-                CliError::usage(format!("cannot read the config {}: {error}", path.display()))
+                let remedy = match error.kind() {
+                    ErrorKind::NotFound => "; `unisono config --print > FILE` writes the built-in one",
+                    _ => "",
+                };
+                CliError::usage(format!("cannot read the config {}: {error}{remedy}", path.display()))
             })?;
             parse(&text, &path.display().to_string(), overrides)
         }

@@ -1,5 +1,6 @@
 //! This machine as `unisono bench local` measured it, and the layouts of a config on it.
 
+use std::io::ErrorKind;
 use std::path::Path;
 
 use unisono_mesh::Fold;
@@ -20,30 +21,63 @@ pub const MACHINE_FILE: &str = "local.toml";
 /// # Errors
 /// If a named file cannot be read or is that of another machine.
 pub fn load(named: Option<&Path>) -> Result<Option<LocalMachine>, CliError> {
-    let path = named.unwrap_or(Path::new(MACHINE_FILE));
-    if named.is_none() && !path.exists() {
+    if let Some(path) = named {
+        return load_named(path).map(Some);
+    }
+    let path = Path::new(MACHINE_FILE);
+    if !path.exists() {
         return Ok(None);
     }
-    let bad = |text: String| CliError { code: BAD_INPUT, message: format!("{}: {text}", path.display()) };
-    let text = std::fs::read_to_string(path).map_err(|error| bad(error.to_string()))?;
-    let machine = LocalMachine::from_toml(&text).map_err(|error| bad(error.to_string()))?;
-    if (machine.cpu.as_str(), machine.cores) == (cpu_type().as_str(), cores()) {
-        return Ok(Some(machine));
+    let machine = read(path)?;
+    if let Some(other) = another(&machine) {
+        complain("warning", &format!("{MACHINE_FILE} is not used: {other}"));
+        return Ok(None);
     }
-    let said = format!(
+    Ok(Some(machine))
+}
+
+/// The machine of the file `path`.
+///
+/// # Errors
+/// If the file cannot be read or is that of another machine.
+pub fn load_named(path: &Path) -> Result<LocalMachine, CliError> {
+    let machine = read(path)?;
+    match another(&machine) {
+        None => Ok(machine),
+        Some(other) => Err(bad(path, &other)),
+    }
+}
+
+fn bad(path: &Path, text: &str) -> CliError {
+    CliError { code: BAD_INPUT, message: format!("{}: {text}", path.display()) }
+}
+
+fn read(path: &Path) -> Result<LocalMachine, CliError> {
+    let text = std::fs::read_to_string(path).map_err(|error| match error.kind() {
+        ErrorKind::NotFound => bad(
+            path,
+            &format!(
+                "no such file: measure this machine with `unisono bench local --out {}`",
+                path.display()
+            ),
+        ),
+        _ => bad(path, &error.to_string()),
+    })?;
+    LocalMachine::from_toml(&text).map_err(|error| bad(path, &error.to_string()))
+}
+
+/// What says that a machine is not this one.
+fn another(machine: &LocalMachine) -> Option<String> {
+    if (machine.cpu.as_str(), machine.cores) == (cpu_type().as_str(), cores()) {
+        return None;
+    }
+    Some(format!(
         "measured on {} with {} cores, this is {} with {}: measure it with `unisono bench local`",
         machine.cpu,
         machine.cores,
         cpu_type(),
         cores()
-    );
-    match named {
-        Some(_) => Err(bad(said)),
-        None => {
-            complain("warning", &format!("{MACHINE_FILE} is not used: {said}"));
-            Ok(None)
-        }
-    }
+    ))
 }
 
 /// The step of a config on ranks that are threads of this machine.

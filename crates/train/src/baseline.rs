@@ -16,6 +16,7 @@ use unisono_plan::{Layout, SegmentKind};
 use unisono_tensor::{Backend, Buffer, Cpu};
 
 use crate::config::RunConfig;
+use crate::crew::lending;
 use crate::error::TrainError;
 use crate::optimizer::adamw_step;
 use crate::rank::RankState;
@@ -66,8 +67,12 @@ pub fn bench_baseline(
     config.grid = Grid { replicas: ranks, expert_group, ..Grid::default() };
     config.validate()?;
     let fold = Fold::new(config.grid, ranks)?;
-    let body = |comm: Communicator| run_rank(&config, dataset, synchronisation, fold, steps, comm);
-    let outcomes = ThreadRanks::new(ranks).run(body).map_err(root_cause)?;
+    let (threads, crew) = lending(ThreadRanks::new(ranks), ranks);
+    let body = |comm: Communicator| {
+        let backend = Cpu::in_crew(1, &crew, comm.rank());
+        run_rank(&config, dataset, backend, synchronisation, fold, steps, comm)
+    };
+    let outcomes = threads.run(body).map_err(root_cause)?;
     let mut ledger = Ledger::default();
     outcomes.iter().for_each(|outcome| ledger.merge(&outcome.ledger));
     let per_step = |bytes: u64| bytes / steps as u64;
@@ -98,13 +103,14 @@ fn median(values: &[f64]) -> f64 {
 fn run_rank(
     config: &RunConfig,
     dataset: &Dataset,
+    backend: Cpu,
     synchronisation: Synchronisation,
     fold: Fold,
     steps: usize,
     comm: Communicator,
 ) -> Result<Outcome, TrainError> {
     let profile = Profile::new(Instant::now());
-    let mut state = RankState::new(config, dataset, Cpu::new(1), fold, comm.clone(), profile)?;
+    let mut state = RankState::new(config, dataset, backend, fold, comm.clone(), profile)?;
     let mut before = comm.ledger();
     let mut outcome = Outcome { ledger: Ledger::default(), steps: Vec::new(), communication: Vec::new() };
     for turn in 0..=steps {

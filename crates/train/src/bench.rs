@@ -13,6 +13,7 @@ use unisono_tensor::cpu::Crew;
 use unisono_tensor::{Backend, Buffer, Cpu, Dims, Product};
 
 use crate::config::RunConfig;
+use crate::crew::lending;
 use crate::error::TrainError;
 use crate::rank::RankState;
 use crate::run::root_cause;
@@ -73,10 +74,8 @@ pub fn bench_step(bench: &StepBench) -> Result<StepMeasured, TrainError> {
     let fold = Fold::new(config.grid, bench.ranks)?;
     let tokens = config.tokens_per_step() * 4 + 1;
     let dataset = Arc::new(Dataset::random(1, tokens, config.model.vocab_size.min(4096) as u32)?);
-    let crew = Crew::new(bench.ranks);
+    let (ranks, crew) = lending(ThreadRanks::new(bench.ranks), bench.ranks);
     let body = |comm: Communicator| run_steps(bench, fold, &dataset, &crew, comm);
-    let helpers = crew.clone();
-    let ranks = ThreadRanks::new(bench.ranks).meanwhile(move |rank| helpers.help(rank));
     let ranks = ranks.run(body).map_err(root_cause)?;
     let mut times = ranks[0].0.clone();
     times.sort_by(f64::total_cmp);

@@ -135,6 +135,9 @@ pub struct Summary {
     pub epoch: u64,
     /// The last step.
     pub step: u64,
+    /// Compute threads a rank; 0 in a record that does not say.
+    #[serde(default)]
+    pub threads: usize,
     /// Whether it was stopped before its last step.
     pub stopped: bool,
     /// Seconds of all steps of this start.

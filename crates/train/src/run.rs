@@ -24,6 +24,7 @@ use unisono_tensor::{Backend, Cpu};
 use crate::agreement::{StepTimeRecord, compare};
 use crate::checkpointing::Extra;
 use crate::config::{OnNonFinite, RunConfig};
+use crate::crew::lending;
 use crate::error::TrainError;
 use crate::memory::{check_fits, estimate};
 use crate::probe::probe;
@@ -196,11 +197,9 @@ pub fn train_on(
     let memory = estimate(config, &fold);
     let (folder, trace) = (Mutex::default(), Mutex::default());
     let place = &options.place;
-    let crew = Crew::new(place.ranks_here(options.ranks) / place.processes_here());
-    let shared =
-        Shared { config, options, dataset, observer, fold, folder, trace, memory, crew: crew.clone() };
-    let ranks = ThreadRanks::new(options.ranks).nodes(&options.nodes);
-    let mut ranks = ranks.meanwhile(move |rank| crew.help(rank));
+    let here = place.ranks_here(options.ranks) / place.processes_here();
+    let (mut ranks, crew) = lending(ThreadRanks::new(options.ranks).nodes(&options.nodes), here);
+    let shared = Shared { config, options, dataset, observer, fold, folder, trace, memory, crew };
     if let Some(seed) = options.jitter {
         ranks = ranks.jitter(seed);
     }
@@ -664,6 +663,7 @@ impl RankRun<'_, '_> {
         let summary = Summary {
             epoch: self.orders.identity.epoch,
             step: progress.step,
+            threads: self.shared.options.threads,
             stopped,
             seconds,
             tokens: progress.tokens,

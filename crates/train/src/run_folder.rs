@@ -271,7 +271,8 @@ pub fn write_durably(path: &Path, bytes: &[u8]) -> Result<(), TrainError> {
         file.write_all(bytes)?;
         file.sync_all()?;
         fs::rename(&temp, path)?;
-        path.parent().map_or(Ok(()), |parent| File::open(parent)?.sync_all())
+        let parent = path.parent().filter(|parent| !parent.as_os_str().is_empty());
+        File::open(parent.unwrap_or(Path::new(".")))?.sync_all()
     };
     write().map_err(TrainError::io("write", path))
 }

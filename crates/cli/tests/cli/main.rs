@@ -3,6 +3,7 @@
 mod common;
 mod data;
 mod doctor;
+mod local;
 mod mistakes;
 mod plan;
 mod signals;

@@ -71,6 +71,14 @@ pub struct PhaseRates {
     pub call_s: f64,
 }
 
+impl PhaseRates {
+    fn scale(&mut self, factor: f64) {
+        for rate in [&mut self.of_products, &mut self.element_s, &mut self.score_s, &mut self.call_s] {
+            *rate *= factor;
+        }
+    }
+}
+
 /// A layout that a machine's file cannot price.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum MachineError {
@@ -141,6 +149,34 @@ impl LocalMachine {
         let phases: Vec<(Phase, f64)> =
             work.iter().map(|(phase, work)| (*phase, stretch * self.phase_s(mode, *phase, work))).collect();
         LocalPrice { step_s: phases.iter().map(|(_, seconds)| seconds).sum(), phases }
+    }
+
+    /// Takes over what a run of a layout took: `seconds` of each phase of a step. Phases of the layout's mode are scaled to that;
+    /// a mode that was not measured yet is made of the nearest.
+    pub fn recalibrate(
+        &mut self,
+        layout: &EngineLayout,
+        rows: StepRows,
+        threads: usize,
+        seconds: impl Fn(Phase) -> f64,
+    ) {
+        let ranks = layout.fold.ranks();
+        let (nearest, stretch) = self.mode_for(ranks, threads);
+        let mut mode = Mode { ranks, threads, phase: nearest.phase.clone() };
+        for (phase, work) in step_work(layout, rows) {
+            let predicted = stretch * self.phase_s(nearest, phase, &work);
+            let measured = seconds(phase);
+            let known =
+                mode.phase.iter_mut().find(|rates| (rates.communicates, rates.name.as_str()) == phase);
+            match known {
+                Some(rates) if predicted > 0.0 => rates.scale(stretch * measured / predicted),
+                Some(rates) => rates.call_s = measured / work.calls.max(1.0),
+                None => {}
+            }
+        }
+        self.mode.retain(|known| (known.ranks, known.threads) != (ranks, threads));
+        self.mode.push(mode);
+        self.mode.sort_by_key(|mode| (mode.ranks, mode.threads));
     }
 
     /// The mode nearest to how a layout runs, and how much longer it takes than that: ranks beyond the cores take turns, and

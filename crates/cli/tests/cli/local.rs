@@ -1,0 +1,104 @@
+//! `unisono bench local` and what uses its file: this machine for the planner.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+
+use serde_json::Value;
+use unisono_mesh::Fold;
+use unisono_plan::engine::{LocalMachine, Mode, PhaseRates, ProductRates, step_work};
+use unisono_train::system::{cores, cpu_type};
+use unisono_train::{RunConfig, engine_layout, step_rows};
+
+use crate::common::{TINY, run, train};
+
+/// This machine with rates that nothing was measured for, in `folder`.
+fn write_machine(folder: &Path) {
+    let config = RunConfig::load(&std::fs::read_to_string(TINY).unwrap(), &[]).unwrap();
+    let mut mode = Vec::new();
+    for (ranks, threads) in [(1, 1), (1, 2)] {
+        let layout = engine_layout(&config, &Fold::new(config.grid, ranks).unwrap(), |_| 0);
+        let rates = |(communicates, name): (bool, &str)| PhaseRates {
+            name: name.into(),
+            communicates,
+            of_products: 1.0,
+            element_s: 1e-9,
+            score_s: 1e-9,
+            call_s: 1e-6,
+        };
+        let phase = step_work(&layout, step_rows(&config)).into_keys().map(rates).collect();
+        mode.push(Mode { ranks, threads, phase });
+    }
+    let table = || vec![10.0; 8];
+    let products = ProductRates {
+        sizes: vec![16, 256],
+        plain: table(),
+        transposed_right: table(),
+        transposed_left: table(),
+    };
+    let machine = LocalMachine { cpu: cpu_type(), cores: cores(), copy_bytes_per_s: 1e10, products, mode };
+    std::fs::write(folder.join("local.toml"), machine.to_toml().unwrap()).unwrap();
+}
+
+/// `[name]` predicted seconds of every layout of the smallest example.
+fn predicted(folder: &Path) -> BTreeMap<String, f64> {
+    let done = run(folder, 0, &["plan", TINY, "local", "--json"]);
+    let plan: Value = serde_json::from_str(&done.out).unwrap();
+    let layouts = plan["layouts"].as_array().unwrap().iter();
+    let name = |layout: &Value| {
+        format!("{} x {} {} {}", layout["ranks"], layout["threads"], layout["zero"], layout["recompute"])
+    };
+    layouts.map(|layout| (name(layout), layout["step_s"].as_f64().unwrap())).collect()
+}
+
+#[test]
+fn a_run_recalibrates_the_machine_for_as_many_ranks_and_threads() {
+    let folder = tempfile::tempdir().unwrap();
+    let folder = folder.path();
+    write_machine(folder);
+    let before = predicted(folder);
+    train(folder, "run", &["--steps", "6", "--ranks", "1", "--threads", "1", "--trace"]);
+    let summary: Value =
+        serde_json::from_str(&std::fs::read_to_string(folder.join("run/summary.json")).unwrap()).unwrap();
+    let said = run(folder, 0, &["bench", "local", "--from", "run"]).out;
+    assert!(said.contains("1 ranks x 1 threads") && said.contains("over 5 steps"), "{said}");
+
+    let machine =
+        LocalMachine::from_toml(&std::fs::read_to_string(folder.join("local.toml")).unwrap()).unwrap();
+    let config =
+        RunConfig::load(&std::fs::read_to_string(folder.join("run/config.toml")).unwrap(), &[]).unwrap();
+    let fold = Fold::new(config.grid, 1).unwrap();
+    let now = machine.price(&engine_layout(&config, &fold, |_| 0), step_rows(&config), 1).step_s;
+    let measured = summary["step_time"]["measured_s"].as_f64().unwrap();
+    assert!((now / measured - 1.0).abs() < 0.02, "{now} s predicted, {measured} s measured");
+    // One core has another number of threads; what was not run keeps its price.
+    if cores() > 1 {
+        let kept = format!("1 x {} 1 \"none\"", cores());
+        assert_eq!(predicted(folder)[&kept], before[&kept]);
+    }
+}
+
+#[test]
+fn a_run_that_cannot_recalibrate_says_what_it_lacks() {
+    let folder = tempfile::tempdir().unwrap();
+    let folder = folder.path();
+    let from = ["bench", "local", "--from", "run"];
+    let said = run(folder, 3, &from).err;
+    assert!(said.contains("local.toml") && said.contains("bench local --out"), "{said}");
+    write_machine(folder);
+    train(folder, "run", &["--steps", "2", "--ranks", "1"]);
+    let said = run(folder, 2, &from).err;
+    assert!(said.contains("no trace") && said.contains("--trace"), "{said}");
+}
+
+#[test]
+fn a_run_on_a_measured_machine_shows_predicted_next_to_measured() {
+    let folder = tempfile::tempdir().unwrap();
+    let folder = folder.path();
+    write_machine(folder);
+    let said = train(folder, "run", &["--steps", "3", "--ranks", "1"]).out;
+    assert!(said.contains("predicted"), "{said}");
+    let other = std::fs::read_to_string(folder.join("local.toml")).unwrap().replace("cores = ", "cores = 1");
+    std::fs::write(folder.join("local.toml"), other).unwrap();
+    let said = run(folder, 3, &["plan", TINY, "local", "--machine", "local.toml"]).err;
+    assert!(said.contains("measured on") && said.contains("unisono bench local"), "{said}");
+}
