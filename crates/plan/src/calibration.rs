@@ -42,6 +42,8 @@ pub struct SoftwareConstants {
     pub launch_s: f64,
     /// By how much more the host works for an MoE layer's kernels.
     pub moe_launch: f64,
+    /// What a local expert adds to the launches of a product of experts, in kernels.
+    pub expert_launch: f64,
     /// Part of tensor-parallel communication that no product hides.
     pub tensor_exposed: f64,
     /// Part of gradient and parameter traffic that no computation hides.
@@ -53,6 +55,8 @@ pub struct SoftwareConstants {
 pub struct CommonConstants {
     /// Part of dispatch and combine that nothing hides: shared experts and the router run meanwhile.
     pub dispatch: f64,
+    /// The same of an all-to-all, which sends every copy of a token.
+    pub all_to_all: f64,
     /// Part of what crosses servers that nothing hides, before the shares below.
     pub network: f64,
     /// Part of dispatch and combine that overlapping micro-batches leave exposed.
@@ -102,49 +106,49 @@ pub struct Constants {
 pub const FITTED: Constants = Constants {
     gpus: [
         GpuConstants {
-            gemm: 0.936,
+            gemm: 1.03,
             gemm_fp8: 1.1,
             gemm_fp4: 1.1,
             grouped: 1.1,
-            attention: 0.791,
-            memory: 1.37,
+            attention: 0.952,
+            memory: 1.1,
             host: 1.0,
         },
         GpuConstants {
-            gemm: 1.1,
-            gemm_fp8: 0.8,
+            gemm: 1.11,
+            gemm_fp8: 0.86,
             gemm_fp4: 1.2,
-            grouped: 1.5,
-            attention: 1.3,
-            memory: 1.09,
+            grouped: 1.35,
+            attention: 1.32,
+            memory: 1.23,
             host: 1.0,
         },
         GpuConstants {
-            gemm: 1.82,
-            gemm_fp8: 0.8,
-            gemm_fp4: 1.18,
-            grouped: 1.84,
-            attention: 1.04,
-            memory: 0.4,
-            host: 0.867,
+            gemm: 1.49,
+            gemm_fp8: 0.799,
+            gemm_fp4: 1.02,
+            grouped: 1.66,
+            attention: 1.07,
+            memory: 1.08,
+            host: 0.888,
         },
         GpuConstants {
-            gemm: 1.17,
-            gemm_fp8: 0.8,
-            gemm_fp4: 0.722,
-            grouped: 1.01,
-            attention: 1.15,
-            memory: 1.42,
-            host: 0.332,
+            gemm: 1.22,
+            gemm_fp8: 0.892,
+            gemm_fp4: 0.897,
+            grouped: 1.08,
+            attention: 0.942,
+            memory: 1.2,
+            host: 0.596,
         },
         GpuConstants {
-            gemm: 0.981,
+            gemm: 1.01,
             gemm_fp8: 0.852,
             gemm_fp4: 1.2,
-            grouped: 1.49,
-            attention: 0.6,
-            memory: 0.641,
-            host: 0.2,
+            grouped: 1.29,
+            attention: 0.985,
+            memory: 1.03,
+            host: 0.611,
         },
     ],
     software: [
@@ -153,30 +157,33 @@ pub const FITTED: Constants = Constants {
             attention: 1.0,
             grouped: 1.0,
             dispatch: 1.0,
-            launch_s: 3.84e-5,
-            moe_launch: 3.54,
-            tensor_exposed: 0.4,
+            launch_s: 6.43e-5,
+            moe_launch: 1.53,
+            expert_launch: 0.0785,
+            tensor_exposed: 0.395,
             data_exposed: 0.287,
         },
         SoftwareConstants {
-            memory: 1.01,
-            attention: 0.769,
-            grouped: 1.0,
-            dispatch: 0.329,
-            launch_s: 4e-6,
-            moe_launch: 1.0,
-            tensor_exposed: 0.4,
-            data_exposed: 0.3,
+            memory: 1.21,
+            attention: 0.952,
+            grouped: 0.838,
+            dispatch: 0.678,
+            launch_s: 5e-6,
+            moe_launch: 1.51,
+            expert_launch: 0.0922,
+            tensor_exposed: 0.532,
+            data_exposed: 0.333,
         },
         SoftwareConstants {
-            memory: 0.564,
-            attention: 1.01,
+            memory: 0.927,
+            attention: 0.935,
             grouped: 1.0,
             dispatch: 1.0,
-            launch_s: 6.56e-5,
+            launch_s: 7.75e-5,
             moe_launch: 1.0,
-            tensor_exposed: 1.2,
-            data_exposed: 1.0,
+            expert_launch: 0.1,
+            tensor_exposed: 0.807,
+            data_exposed: 0.332,
         },
         SoftwareConstants {
             memory: 5.0,
@@ -185,67 +192,76 @@ pub const FITTED: Constants = Constants {
             dispatch: 1.0,
             launch_s: 2.8e-5,
             moe_launch: 1.0,
+            expert_launch: 0.1,
             tensor_exposed: 1.0,
-            data_exposed: 1.0,
+            data_exposed: 0.366,
         },
         SoftwareConstants {
-            memory: 1.54,
-            attention: 1.66,
+            memory: 1.35,
+            attention: 1.43,
+            grouped: 1.0,
+            dispatch: 0.868,
+            launch_s: 2e-5,
+            moe_launch: 1.51,
+            expert_launch: 0.0922,
+            tensor_exposed: 0.567,
+            data_exposed: 0.484,
+        },
+        SoftwareConstants {
+            memory: 1.16,
+            attention: 1.35,
+            grouped: 0.865,
+            dispatch: 0.805,
+            launch_s: 1e-5,
+            moe_launch: 1.51,
+            expert_launch: 0.0922,
+            tensor_exposed: 0.775,
+            data_exposed: 0.347,
+        },
+        SoftwareConstants {
+            memory: 1.2,
+            attention: 1.1,
             grouped: 1.0,
             dispatch: 1.0,
-            launch_s: 2.4e-5,
-            moe_launch: 3.0,
-            tensor_exposed: 1.2,
-            data_exposed: 0.778,
-        },
-        SoftwareConstants {
-            memory: 0.3,
-            attention: 1.87,
-            grouped: 0.619,
-            dispatch: 1.02,
-            launch_s: 1.6e-5,
-            moe_launch: 3.0,
-            tensor_exposed: 1.01,
-            data_exposed: 0.439,
-        },
-        SoftwareConstants {
-            memory: 3.31,
-            attention: 0.679,
-            grouped: 1.0,
-            dispatch: 1.0,
-            launch_s: 4e-6,
+            launch_s: 5e-6,
             moe_launch: 1.0,
-            tensor_exposed: 0.6,
-            data_exposed: 0.2,
+            expert_launch: 0.1,
+            tensor_exposed: 0.557,
+            data_exposed: 0.377,
         },
     ],
     common: CommonConstants {
-        dispatch: 0.25,
-        network: 0.655,
-        expert_exposed: 0.633,
-        context_exposed: 0.508,
-        message_exposed: 0.939,
-        straggler: 0.0153,
-        scan: 1.66,
-        norm: 5.81,
-        step_s: 0.012,
-        spread: 0.1,
-        spread_moe: 0.2,
+        dispatch: 0.254,
+        all_to_all: 1.16,
+        network: 0.653,
+        expert_exposed: 0.538,
+        context_exposed: 0.48,
+        message_exposed: 0.64,
+        straggler: 0.0116,
+        scan: 1.29,
+        norm: 5.18,
+        step_s: 0.0143,
+        spread: 0.114,
+        spread_moe: 0.242,
     },
 };
 
 impl Constants {
-    /// The constants for `gpu` and `software`.
-    pub fn of(&self, gpu: &Gpu, software: Software) -> Calibration {
-        let generation = match gpu.name {
+    /// The place of a GPU's generation among them.
+    pub fn generation(gpu: &Gpu) -> usize {
+        match gpu.name {
             "A100" => 0,
             "H100" | "H800" | "H200" | "H20" => 1,
             name if name.starts_with("GB") => 3,
             name if name.starts_with("MI") => 4,
             _ => 2,
-        };
+        }
+    }
+
+    /// The constants for `gpu` and `software`.
+    pub fn of(&self, gpu: &Gpu, software: Software) -> Calibration {
         Calibration {
-            gpu: self.gpus[generation],
+            gpu: self.gpus[Self::generation(gpu)],
             software: self.software[software as usize],
             common: self.common,
         }
@@ -282,9 +298,10 @@ impl Calibration {
         self.product(precision) * self.gpu.grouped * self.software.grouped
     }
 
-    /// The factor of dispatch and combine.
-    pub fn dispatch(&self) -> f64 {
-        self.common.dispatch * self.software.dispatch
+    /// The factor of dispatch and combine, `once` to a server or by an all-to-all.
+    pub fn dispatch(&self, once: bool) -> f64 {
+        let common = if once { self.common.dispatch } else { self.common.all_to_all };
+        common * self.software.dispatch
     }
 
     /// Host seconds of a kernel.

@@ -99,7 +99,7 @@ impl Rates {
         } else {
             self.collectives.seconds(Collective::AllToAll, tokens * moe.top_k as f64 * bytes, group)
         };
-        seconds * self.calibration.dispatch()
+        seconds * self.calibration.dispatch(once)
     }
 }
 

@@ -15,6 +15,10 @@ pub(crate) struct Stages {
     kinds: Vec<(LayerKind, bool)>,
     /// `[layer]` layers of each kind before it.
     before: Vec<[u32; MOST_KINDS]>,
+    /// Layers of multi-token prediction, which stay with the head.
+    with_head: usize,
+    /// How many layers have as many active parameters as the heads and what stays with them.
+    head_layers: usize,
 }
 
 /// What a pipeline rank holds.
@@ -41,19 +45,35 @@ impl Stages {
             count[at.min(MOST_KINDS - 1)] += 1;
             before.push(count);
         }
-        Self { kinds, before }
+        let heads = (1 + model.mtp_layers) * model.hidden * model.vocab;
+        let layers =
+            model.active_parameters().saturating_sub(model.embedding_parameters()) / model.layers.max(1);
+        let head_layers = (heads as f64 / layers.max(1) as f64).round() as usize;
+        Self { kinds, before, with_head: model.mtp_layers, head_layers }
     }
 
     pub fn kinds(&self) -> &[(LayerKind, bool)] {
         &self.kinds
     }
 
-    /// Layers of chunk `chunk` of `chunks`: as even as can be, the first and the last chunks get fewer, since they also
-    /// embed and compute the loss.
+    /// Layers of chunk `chunk` of `chunks`: as many in each if they divide. Otherwise the last gets fewer by the layers that its
+    /// head amounts to, as published recipes do, and the others are as even as can be, the first ones having fewer.
     pub fn chunk(&self, chunk: usize, chunks: usize) -> Range<usize> {
-        let layers = self.before.len() - 1;
-        let (base, more) = (layers / chunks, layers % chunks);
-        let fewer_first = (chunks - more) / 2;
+        let all = self.before.len() - 1;
+        let layers = all - self.with_head;
+        let last = match layers.is_multiple_of(chunks) {
+            true => layers / chunks,
+            false => {
+                let even = ((layers + self.head_layers) as f64 / chunks as f64).round() as usize;
+                even.saturating_sub(self.head_layers)
+            }
+        };
+        if chunk + 1 == chunks {
+            return layers - last..all;
+        }
+        let (others, left) = (chunks - 1, layers - last);
+        let (base, more) = (left / others, left % others);
+        let fewer_first = (others - more).div_ceil(2);
         let start = |chunk: usize| chunk * base + chunk.saturating_sub(fewer_first).min(more);
         start(chunk)..start(chunk + 1)
     }

@@ -354,7 +354,9 @@ impl Sizes<'_> {
         passes.forward.grouped_s += rates.grouped(rows, here, n, k, precision);
         passes.input.grouped_s += rates.grouped(rows, here, k, n, precision);
         passes.weight.grouped_s += rates.grouped(rows, here, n, k, precision);
-        self.count(passes, 1.0);
+        // One product an expert, and of narrow formats one cast each.
+        let each = if precision.is_narrow() { 2.0 } else { 1.0 };
+        self.count(passes, 1.0 + each * here * rates.calibration.software.expert_launch);
         if precision.is_narrow() {
             let cast = 2.0 * precision.bytes();
             self.stream(passes, cast * rows * k, cast * rows * n);

@@ -13,9 +13,10 @@ mod score;
 use serde::Serialize;
 
 use crate::architecture::Architecture;
-use crate::hardware::Cluster;
+use crate::hardware::{Cluster, Gpu};
 use crate::parallelism::{Parallelism, Training};
 use crate::pricing::Pricer;
+use crate::software::Software;
 use crate::table::Table;
 
 use case::{Case, Kind};
@@ -212,68 +213,131 @@ pub fn validate(cases: &str, models: Option<&str>) -> Validation {
 
 /// The same with another pricing.
 pub fn validate_with(cases: &str, models: Option<&str>, price: Pricing<'_>) -> Validation {
-    let mut known = models.map_or_else(Vec::new, Architecture::read_table);
-    known.extend(Architecture::all_built_in());
-    let table = Table::parse(cases);
-    let cases: Vec<Case> = table.rows().map(Case::read).collect();
-    let mut rows: Vec<Outcome> = cases.iter().map(|case| outcome(case, &cases, &known, price)).collect();
-    release::set_factors(&mut rows);
-    baseline::set(&mut rows);
-    Validation {
-        families: score::families(&rows),
-        kinds: score::grouped(&rows, |row| if row.sparse { "MoE".into() } else { "dense".into() }),
-        gpus: score::grouped(&rows, |row| row.gpu.clone()),
-        precisions: score::grouped(&rows, |row| row.precision.to_uppercase()),
-        all: score::grouped(&rows, |_| "all".into()).pop().unwrap_or_else(|| Group::empty("all")),
-        skipped: reasons(&rows),
-        baseline_mape_of_rows: baseline::mape_of_rows(&rows),
-        rows,
+    let cases = Cases::read(cases, models);
+    cases.judge((0..cases.len()).map(|row| cases.outcome(row, price)).collect())
+}
+
+/// A table that was read and interpreted once, to be priced many times.
+#[derive(Debug)]
+pub struct Cases {
+    rows: Vec<Row>,
+}
+
+#[derive(Debug)]
+struct Row {
+    printed: Case,
+    /// With its blanks filled.
+    case: Case,
+    /// What is known before any price is.
+    blank: Outcome,
+    setup: Option<Setup>,
+}
+
+impl Cases {
+    /// Reads a table of measurements. Models are those of `models` and the built-in ones.
+    pub fn read(cases: &str, models: Option<&str>) -> Self {
+        let mut known = models.map_or_else(Vec::new, Architecture::read_table);
+        known.extend(Architecture::all_built_in());
+        let table = Table::parse(cases);
+        let cases: Vec<Case> = table.rows().map(Case::read).collect();
+        Self { rows: cases.iter().map(|case| Row::of(case, &cases, &known)).collect() }
+    }
+
+    /// The number of rows.
+    pub fn len(&self) -> usize {
+        self.rows.len()
+    }
+
+    /// Whether there is none.
+    pub fn is_empty(&self) -> bool {
+        self.rows.is_empty()
+    }
+
+    /// The GPU and the software of a row; `None` when it cannot be interpreted.
+    pub fn runs_on(&self, row: usize) -> Option<(&Gpu, Software)> {
+        let setup = self.rows[row].setup.as_ref()?;
+        Some((&setup.cluster.gpu, setup.candidates.first()?.1.software))
+    }
+
+    /// What `price` makes of a row: the fastest of its layouts that fits; if none fits, the one that comes nearest.
+    pub fn outcome(&self, row: usize, price: Pricing<'_>) -> Outcome {
+        self.rows[row].outcome(price)
+    }
+
+    /// The figures of `rows`, whose release factors come from each other.
+    pub fn judge(&self, mut rows: Vec<Outcome>) -> Validation {
+        release::set_factors(&mut rows);
+        self.judge_with_factors(rows)
+    }
+
+    /// The figures of rows that have their release factors.
+    pub fn judge_with_factors(&self, mut rows: Vec<Outcome>) -> Validation {
+        baseline::set(&mut rows);
+        Validation {
+            families: score::families(&rows),
+            kinds: score::grouped(&rows, |row| if row.sparse { "MoE".into() } else { "dense".into() }),
+            gpus: score::grouped(&rows, |row| row.gpu.clone()),
+            precisions: score::grouped(&rows, |row| row.precision.to_uppercase()),
+            all: score::grouped(&rows, |_| "all".into()).pop().unwrap_or_else(|| Group::empty("all")),
+            skipped: reasons(&rows),
+            baseline_mape_of_rows: baseline::mape_of_rows(&rows),
+            rows,
+        }
     }
 }
 
-/// Prices the fastest of the row's layouts that fits; if none fits, the one that comes nearest.
-fn outcome(case: &Case, all: &[Case], models: &[Architecture], price: Pricing<'_>) -> Outcome {
-    let filled = neighbours::filled(case, all);
-    let mut outcome = Outcome::of(case);
-    let setup = match interpret::interpret(&filled, models) {
-        Ok(setup) => setup,
-        Err(reason) => {
-            outcome.complete = case.kind == Kind::Run && case.is_complete();
-            outcome.skipped = Some(reason);
+impl Row {
+    fn of(case: &Case, all: &[Case], models: &[Architecture]) -> Self {
+        let filled = neighbours::filled(case, all);
+        let mut blank = Outcome::of(case);
+        let setup = match interpret::interpret(&filled, models) {
+            Ok(setup) => {
+                blank.sparse = setup.architecture.moe.is_some();
+                blank.gpus = setup.cluster.gpus as u64;
+                Some(setup)
+            }
+            Err(reason) => {
+                blank.complete = case.kind == Kind::Run && case.is_complete();
+                blank.skipped = Some(reason);
+                None
+            }
+        };
+        Self { printed: case.clone(), case: filled, blank, setup }
+    }
+
+    fn outcome(&self, price: Pricing<'_>) -> Outcome {
+        let (case, mut outcome) = (&self.case, self.blank.clone());
+        let Some(setup) = &self.setup else { return outcome };
+        let Some((layout, training, priced)) = best(setup, price) else {
+            outcome.complete = case.kind == Kind::Run && self.printed.is_complete();
+            outcome.skipped = Some("the plan cannot be priced".into());
+            return outcome;
+        };
+        outcome.plan = plan_text(layout, training);
+        if case.kind != Kind::OutOfMemory && !self.printed.unknown_replicas(layout) {
+            let bytes = case.memory_bytes(priced.memory_bytes, priced.last_rank_bytes);
+            outcome.memory =
+                case.memory_gib.map(|measured_gib| Memory { measured_gib, predicted_gib: bytes / GIB });
+        }
+        outcome.skipped = match case.kind {
+            Kind::Golden => Some("a test's golden value: counts for memory, not for time".into()),
+            Kind::OutOfMemory => Some("ran out of memory: no step time".into()),
+            Kind::Run => None,
+        };
+        if outcome.skipped.is_some() {
             return outcome;
         }
-    };
-    outcome.sparse = setup.architecture.moe.is_some();
-    outcome.gpus = setup.cluster.gpus as u64;
-    let Some((layout, training, priced)) = best(&setup, price) else {
-        outcome.complete = case.kind == Kind::Run && case.is_complete();
-        outcome.skipped = Some("the plan cannot be priced".into());
-        return outcome;
-    };
-    outcome.plan = plan_text(layout, training);
-    if case.kind != Kind::OutOfMemory && !case.unknown_replicas(layout) {
-        let bytes = case.memory_bytes(priced.memory_bytes, priced.last_rank_bytes);
-        outcome.memory =
-            case.memory_gib.map(|measured_gib| Memory { measured_gib, predicted_gib: bytes / GIB });
-    }
-    outcome.skipped = match case.kind {
-        Kind::Golden => Some("a test's golden value: counts for memory, not for time".into()),
-        Kind::OutOfMemory => Some("ran out of memory: no step time".into()),
-        Kind::Run => None,
-    };
-    if outcome.skipped.is_some() {
-        return outcome;
-    }
-    match measured::step_s(&filled, &setup.architecture, training, setup.cluster.gpus) {
-        None => outcome.skipped = Some("no step time, throughput or rate is printed".into()),
-        Some(measured_s) => {
-            let tokens = training.sequence as f64 * training.global_batch as f64;
-            let flops = setup.architecture.train_flops(training.sequence, false, false) * tokens;
-            outcome.flops_per_gpu = flops / setup.cluster.gpus as f64;
-            outcome.time = Some(Time::new(measured_s, &priced, tokens));
+        match measured::step_s(case, &setup.architecture, training, setup.cluster.gpus) {
+            None => outcome.skipped = Some("no step time, throughput or rate is printed".into()),
+            Some(measured_s) => {
+                let tokens = training.sequence as f64 * training.global_batch as f64;
+                let flops = setup.architecture.train_flops(training.sequence, false, false) * tokens;
+                outcome.flops_per_gpu = flops / setup.cluster.gpus as f64;
+                outcome.time = Some(Time::new(measured_s, &priced, tokens));
+            }
         }
+        outcome
     }
-    outcome
 }
 
 fn best<'a>(setup: &'a Setup, price: Pricing<'_>) -> Option<(&'a Parallelism, &'a Training, Prediction)> {

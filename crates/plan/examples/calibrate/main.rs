@@ -1,0 +1,166 @@
+//! Fits the constants of `calibration.rs` to published training runs. The folder holds `end_to_end.csv` and `models.csv`.
+//!
+//! `calibrate FOLDER show [FAMILY]` prints the figures of every family (and the rows of one), `fit ROUNDS` fits from where the
+//! constants are, `folds FOLDS ROUNDS` leaves each fold of families out in turn.
+
+mod fit;
+mod knobs;
+
+use std::cell::RefCell;
+use std::collections::BTreeMap;
+use std::error::Error;
+use std::path::Path;
+
+use unisono_plan::validate::{Cases, Outcome, Prediction, TimeFigures, Validation};
+use unisono_plan::{Constants, FITTED, Pricer};
+
+use fit::Fit;
+use knobs::neutral;
+
+/// Standard normal quantile of 90%: the end of an 80% interval.
+const QUANTILE_90: f64 = 1.2816;
+
+fn run(cases: &Cases, constants: &Constants) -> Validation {
+    cases.judge((0..cases.len()).map(|row| fit::outcome(cases, row, constants)).collect())
+}
+
+fn print(validation: &Validation) {
+    for group in
+        validation.families.iter().chain(&validation.kinds).chain(&validation.gpus).chain([&validation.all])
+    {
+        let text = |figures: Option<TimeFigures>| {
+            figures.map_or(String::new(), |f| {
+                format!(
+                    "{:6.1} {:+6.1} cover {:3.0} width {:.2}",
+                    100.0 * f.mape,
+                    100.0 * f.bias,
+                    100.0 * f.coverage,
+                    f.width
+                )
+            })
+        };
+        let memory = group.memory_mape.map_or(String::new(), |error| {
+            format!("memory {:5.1} {:+5.1}", 100.0 * error, 100.0 * group.memory_bias.unwrap_or(0.0))
+        });
+        let tau = group.tau.map_or(String::new(), |tau| format!("tau {tau:.2}"));
+        println!(
+            "{:60} {:4} | {} | {} | {memory} {tau}",
+            group.name,
+            group.timed,
+            text(group.plain),
+            text(group.released)
+        );
+    }
+}
+
+/// Leaves each fold of families out in turn, fits to the others from neutral constants, and predicts what was left out. Release
+/// factors come from the rows that were left out alone.
+fn cross_validate(cases: &Cases, folds: usize, rounds: usize) {
+    let all = run(cases, &FITTED);
+    let fold_of: BTreeMap<&str, usize> =
+        all.families.iter().enumerate().map(|(at, group)| (group.name.as_str(), at % folds)).collect();
+    let mut left_out: Vec<Outcome> = Vec::new();
+    for fold in 0..folds {
+        let fit = Fit::new(cases, &all.rows, &|family| fold_of.get(family) != Some(&fold));
+        let constants = fit.run(&neutral(), rounds);
+        let own = |row: &usize| fold_of.get(all.rows[*row].family().as_str()) == Some(&fold);
+        let rows = (0..cases.len()).filter(own).map(|row| fit::outcome(cases, row, &constants)).collect();
+        left_out.extend(cases.judge(rows).rows);
+    }
+    let validation = cases.judge_with_factors(left_out);
+    print(&validation);
+    for (name, sparse) in [("dense", false), ("MoE", true)] {
+        for (what, released) in [("without", false), ("with", true)] {
+            let spread = covering(&validation.rows, sparse, released);
+            println!("{name} {what} release factor: a spread of {spread:.3} covers 80%");
+        }
+    }
+}
+
+/// The standard deviation of logarithms whose 80% interval holds that share of rows, every family weighing the same.
+fn covering(rows: &[Outcome], sparse: bool, released: bool) -> f64 {
+    let mut families: BTreeMap<String, Vec<f64>> = BTreeMap::new();
+    for row in rows.iter().filter(|row| row.sparse == sparse) {
+        let Some(time) = row.time else { continue };
+        let factor = if released { row.factor.unwrap_or(1.0) } else { 1.0 };
+        let error = (factor * time.predicted_s / time.measured_s).ln().abs();
+        families.entry(row.family()).or_default().push(error);
+    }
+    let mut errors: Vec<(f64, f64)> = Vec::new();
+    for family in families.values() {
+        errors.extend(family.iter().map(|error| (*error, 1.0 / (family.len() * families.len()) as f64)));
+    }
+    errors.sort_by(|a, b| a.0.total_cmp(&b.0));
+    let mut below = 0.0;
+    for (error, weight) in errors {
+        below += weight;
+        if below >= 0.8 {
+            return error / QUANTILE_90;
+        }
+    }
+    f64::NAN
+}
+
+fn show(cases: &Cases, constants: &Constants, family: Option<&String>) {
+    let validation = run(cases, constants);
+    print(&validation);
+    let Some(part) = family else { return };
+    for (at, row) in validation.rows.iter().enumerate().filter(|(_, row)| row.family().contains(part)) {
+        let time = row.time.map(|t| {
+            format!(
+                "{:.3} s, {:.3} predicted, ratio {:.3}",
+                t.measured_s,
+                t.predicted_s,
+                t.predicted_s / t.measured_s
+            )
+        });
+        let memory =
+            row.memory.map(|m| format!("{:.2} GiB, {:.2} predicted", m.measured_gib, m.predicted_gib));
+        let said = [time, memory, row.skipped.clone()].into_iter().flatten().collect::<Vec<_>>().join("; ");
+        println!("{} {} {} {} | {} | {said}", row.id, row.framework, row.model, row.gpu, row.plan);
+        if let Some(time) = row.time {
+            println!("    {}", parts(cases, at, constants, time.predicted_s));
+        }
+    }
+}
+
+/// What the step of `predicted_s` of row `row` is spent on, in percent.
+fn parts(cases: &Cases, row: usize, constants: &Constants, predicted_s: f64) -> String {
+    let found = RefCell::new(None);
+    cases.outcome(row, &|model, cluster, layout, training| {
+        let calibration = constants.of(&cluster.gpu, training.software);
+        let pricer = Pricer::with_calibration(model, cluster, training, calibration);
+        let priced = pricer.price(layout).ok()?;
+        if priced.step_s == predicted_s {
+            *found.borrow_mut() = Some(priced.breakdown);
+        }
+        Prediction::of(&pricer, layout)
+    });
+    let Some(breakdown) = found.into_inner() else { return String::new() };
+    let percent = |(name, seconds): (&str, f64)| format!("{name} {:.0}", 100.0 * seconds / predicted_s);
+    let shown = breakdown.parts().into_iter().filter(|(_, seconds)| *seconds > 0.005 * predicted_s);
+    shown.map(percent).collect::<Vec<_>>().join(", ")
+}
+
+fn main() -> Result<(), Box<dyn Error>> {
+    let arguments: Vec<String> = std::env::args().skip(1).collect();
+    let usage = "usage: calibrate FOLDER [show FAMILY | fit ROUNDS | folds FOLDS ROUNDS]";
+    let folder = Path::new(arguments.first().ok_or(usage)?);
+    let cases = std::fs::read_to_string(folder.join("end_to_end.csv"))?;
+    let models = std::fs::read_to_string(folder.join("models.csv"))?;
+    let cases = Cases::read(&cases, Some(&models));
+    let number =
+        |at: usize| -> Result<usize, Box<dyn Error>> { Ok(arguments.get(at).ok_or(usage)?.parse()?) };
+    match arguments.get(1).map(String::as_str) {
+        None | Some("show") => show(&cases, &FITTED, arguments.get(2)),
+        Some("fit") => {
+            let timed = run(&cases, &FITTED).rows;
+            let constants = Fit::new(&cases, &timed, &|_| true).run(&neutral(), number(2)?);
+            println!("{constants:#?}");
+            show(&cases, &constants, None);
+        }
+        Some("folds") => cross_validate(&cases, number(2)?, number(3)?),
+        Some(_) => return Err(usage.into()),
+    }
+    Ok(())
+}
