@@ -174,11 +174,21 @@ impl Case {
         self.gpus.is_none() && self.mentions("release") && layout.sharding != Sharding::None
     }
 
+    /// Whether there is no plan to price: a rate of a model on a GPU, and nothing else.
+    pub(super) fn says_nothing_of_the_plan(&self) -> bool {
+        let degrees = &self.degrees;
+        let sizes =
+            [self.gpus, self.global_batch, self.sequence, degrees.tensor, degrees.pipeline, degrees.expert];
+        sizes.iter().all(Option::is_none)
+    }
+
     /// The kind of memory that the row gives, of the peaks on the fullest and on the last rank. Megatron's tests record what the
-    /// last rank, which writes the log, has allocated, but for those that are about memory; torchtitan what is reserved.
+    /// last rank, which writes the log, has allocated, but for those that are about memory; so does Primus; torchtitan what is
+    /// reserved.
     pub(super) fn memory_bytes(&self, fullest: f64, last: f64) -> f64 {
         match self.kind {
             Kind::Golden if !self.printed.contains("memory") => last,
+            _ if self.mentions("primus") => last,
             _ if self.mentions("torchtitan") => RESERVED * fullest,
             _ => fullest,
         }

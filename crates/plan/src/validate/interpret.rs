@@ -35,6 +35,12 @@ pub(super) struct Setup {
 
 /// Reads a row whose blanks its neighbours have filled as far as they could.
 pub(super) fn interpret(case: &Case, models: &[Architecture]) -> Result<Setup, String> {
+    if ["mimo_", "multimodal"].iter().any(|word| case.mentions(word)) {
+        return Err("the printed shape is only the language part of the model".into());
+    }
+    if case.says_nothing_of_the_plan() {
+        return Err("neither the number of GPUs nor a batch nor a degree is printed".into());
+    }
     let architecture = super::model::architecture(case, models)?;
     let gpu = Gpu::named(&case.gpu).map_err(|error| error.to_string())?;
     let gpus = case.gpus.map_or_else(|| fewest_gpus(case).max(GPUS), |gpus| gpus as usize);
