@@ -7,6 +7,9 @@ use unisono_mesh::{ExpertPlacement, Fold, tree};
 use crate::layout::Layout;
 use crate::model::ModelConfig;
 
+/// Standard deviations above the mean that a normal variable exceeds once in twenty.
+const PERCENTILE_95: f64 = 1.645;
+
 /// Which activations are kept; see the engine's option of the same name.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum KeptActivations {
@@ -25,7 +28,7 @@ pub struct StepShape {
     pub slot_rows: usize,
     /// Which activations are kept.
     pub kept: KeptActivations,
-    /// The most rows that a rank's experts receive in a layer; balanced routing if there is no bound.
+    /// The most rows that a rank's experts receive in a layer; what early routing sends them if there is no bound.
     pub most_rows: Option<usize>,
     /// Whether received rows wait in a buffer of arrival before they stand where experts read them.
     pub staged: bool,
@@ -82,7 +85,7 @@ impl MemoryEstimate {
         ]
     }
 
-    /// The estimate for `rank`, with balanced routing. Buffers are rounded up to an eighth of a power of two, which is a
+    /// The estimate for `rank`, with the routing of [`early_imbalance`]. Buffers are rounded up to an eighth of a power of two, which is a
     /// twentieth on average.
     pub fn new(model: &ModelConfig, fold: &Fold, rank: usize, step: StepShape, states: &StateShape) -> Self {
         let walk = Walk::new(model, fold, rank, step, states);
@@ -230,7 +233,11 @@ impl<'a> Walk<'a> {
     fn activations(&self, own: usize, unit: usize) -> usize {
         let (model, step) = (self.model, self.step);
         let everybody = own * self.fold.dispatch_ranks(self.rank).len() * model.top_k;
-        let received = step.most_rows.map_or(own * model.top_k, |most| most.min(everybody));
+        let imbalance = early_imbalance(model, self.fold.dispatch_ranks(self.rank).len());
+        let received = match step.most_rows {
+            Some(most) => most.min(everybody),
+            None => ((own * model.top_k) as f64 * imbalance) as usize,
+        };
         let rows = Rows { own, received };
         let behind = unit.min(model.num_hidden_layers);
         let sum: usize = (0..behind).map(|layer| kept(model, layer, rows, step.kept)).sum();
@@ -243,6 +250,19 @@ impl<'a> Walk<'a> {
         };
         sum + again + temporary(model, unit - 1, rows, step)
     }
+}
+
+/// How many times the even share of rows a rank of `ranks` receives while a new router finds its balance: in some of the first
+/// hundred steps nearly all tokens agree on few experts. Where those are `2 top_k` of `E`, an expert's load has the relative
+/// variance `E / (2 top_k) - 1`, the mean over the `E / ranks` experts of a rank about `(ranks - 1) / E` of it. This is the 95th
+/// percentile of that, and at most all rows there are.
+pub fn early_imbalance(model: &ModelConfig, ranks: usize) -> f64 {
+    if model.force_balance || model.num_experts == 0 || ranks < 2 {
+        return 1.0;
+    }
+    let [experts, top_k, ranks] = [model.num_experts, model.top_k, ranks].map(|count| count as f64);
+    let variance = (experts / (2.0 * top_k) - 1.0).max(0.0);
+    (1.0 + PERCENTILE_95 * (variance * (ranks - 1.0) / experts).sqrt()).min(ranks)
 }
 
 /// Rows of a wave on one rank: its own tokens, and what its experts receive in a layer.

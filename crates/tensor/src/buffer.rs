@@ -26,8 +26,9 @@ struct Shelf {
     peak: usize,
 }
 
-/// A free buffer serves a request of at least this share of its size (numerator over 4).
-const SMALLEST_SHARE_OF_4: usize = 2;
+/// A free buffer serves a request of at least this share of its size (numerator over 4): less would leave memory in use that nobody
+/// asked for, more would let row counts that vary take new memory.
+const SMALLEST_SHARE_OF_4: usize = 3;
 
 impl Pool {
     /// A buffer of `len` elements with unspecified contents.

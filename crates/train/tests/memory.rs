@@ -1,5 +1,5 @@
-//! The memory estimated before the first step against what the steps then hold. The estimate is for balanced routing, so
-//! routing is balanced here.
+//! The memory estimated before the first step against what the steps then hold. With balanced
+//! routing on every rank; with a new router's, which is uneven at first, on the fullest.
 
 use unisono_data::Dataset;
 use unisono_mesh::Grid;
@@ -74,4 +74,20 @@ fn the_estimate_is_within_a_sixth_of_what_is_measured() {
         }
     }
     assert!(far.is_empty(), "{}", far.join("\n"));
+}
+
+#[test]
+fn the_estimate_allows_for_the_uneven_routing_of_the_first_steps() {
+    let dataset = Dataset::builtin(2).expect("the built-in corpus opens");
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    for ranks in [2, 4] {
+        let mut config = config(4, 4, 16, RecomputeConfig::Selective);
+        config.model.force_balance = false;
+        config.train.steps = 40;
+        let options = RunOptions::new(folder.path().join(ranks.to_string()), ranks, 1);
+        let summary = train_on(&config, &options, &dataset, &Quiet).expect("the run succeeds");
+        let fullest = summary.memory.iter().max_by_key(|record| record.measured).expect("a rank");
+        let off = fullest.estimated as f64 / fullest.measured as f64 - 1.0;
+        assert!(off.abs() <= TOLERANCE, "{ranks} ranks: {fullest:?}, {:+.0}%", 100.0 * off);
+    }
 }
