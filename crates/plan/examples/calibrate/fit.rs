@@ -14,7 +14,7 @@ const SMALL: f64 = 0.05;
 /// Errors beyond this logarithm have another cause than constants.
 const OUTLIER: f64 = 1.0;
 /// What a constant pays for a distance of its spread from the neutral value, and from the mean of its like.
-const PULL: [f64; 2] = [2e-4, 4e-4];
+const PULL: [f64; 2] = [1e-4, 2e-4];
 /// About so many rows of a family are enough.
 const MOST_ROWS: usize = 24;
 /// Step of the derivatives, in logarithms.
