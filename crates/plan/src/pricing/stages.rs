@@ -127,5 +127,9 @@ mod tests {
         let stages = Stages::of(&Architecture::built_in("Llama-3.1-405B").unwrap());
         let sizes: Vec<usize> = [0, 1, 62, 63].map(|chunk| stages.chunk(chunk, 64).len()).to_vec();
         assert_eq!(sizes, [1, 2, 2, 1]);
+        // The last has one of 61 layers, the layer of multi-token prediction and two heads.
+        let stages = Stages::of(&Architecture::built_in("DeepSeek-V3").unwrap());
+        let sizes: Vec<usize> = [0, 1, 14, 15].map(|chunk| stages.chunk(chunk, 16).len()).to_vec();
+        assert_eq!(sizes, [4, 4, 4, 2]);
     }
 }
