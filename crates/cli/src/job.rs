@@ -127,10 +127,23 @@ fn end(ranks: &unisono_comm::mpi::MpiRanks, outcome: Result<u8, CliError>) -> Re
         Err(error) => error,
     };
     let failure = ranks.fail(error.message.clone());
-    // The rank at fault speaks at once; should it be stuck, the first of the others does.
-    let turn = if failure.rank == ranks.rank() { 0 } else { 1 + ranks.rank() as u64 };
-    std::thread::sleep(Duration::from_millis(500 * turn.min(2) + 50 * turn.saturating_sub(2)));
+    // The rank at fault speaks at once; should it be stuck or dead, the first of the others does. By then the others have
+    // written their flight records: the launcher kills whoever is left when a rank has ended.
+    let turn = match ranks.rank() {
+        rank if rank == failure.rank => 0,
+        rank => 1 + rank as u64 - u64::from(rank > failure.rank),
+    };
+    let wait_ms = match turn {
+        0 => 0,
+        1 => 500,
+        later => 1400 + 50 * later,
+    };
+    std::thread::sleep(Duration::from_millis(wait_ms));
     crate::screen::complain("error", &error.message);
+    if failure.cause == unisono_comm::Cause::Died {
+        // The launcher is ending the job already, and for a while answers nothing: not what MPI asks at a usual exit.
+        signal_hook::low_level::exit(i32::from(error.code));
+    }
     ranks.abort(i32::from(error.code));
     std::process::exit(i32::from(error.code))
 }

@@ -2,11 +2,16 @@
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicI32, Ordering};
+use std::time::Duration;
 
 use signal_hook::consts::{SIGINT, SIGTERM};
 use signal_hook::iterator::Signals as Arriving;
 
 use crate::error::CliError;
+
+/// How long a process that was told to end lives on: `mpirun` kills all others when one has ended, and they may still be
+/// writing their flight records.
+const LAST_WORDS: Duration = Duration::from_millis(300);
 
 /// What has arrived so far.
 #[derive(Debug, Default)]
@@ -35,6 +40,9 @@ impl Signals {
             for signal in arriving.forever() {
                 let again = signal == SIGINT && shared.asked.load(Ordering::SeqCst) != 0;
                 if again || shared.at_once.load(Ordering::SeqCst) {
+                    if signal == SIGTERM {
+                        std::thread::sleep(LAST_WORDS);
+                    }
                     // As a shell reports a process that a signal has ended.
                     std::process::exit(128 + signal);
                 }

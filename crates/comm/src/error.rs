@@ -83,6 +83,8 @@ pub enum Cause {
         /// What the rank does instead.
         detail: String,
     },
+    /// The rank's process has ended without a word.
+    Died,
     /// The rank's thread could not be started.
     NotStarted {
         /// What the system said.
@@ -119,6 +121,7 @@ impl fmt::Display for Cause {
                 write!(f, "kept others waiting for {waited_s:.1} s: {detail}")
             }
             Self::Stalled { waited_s: None, detail } => write!(f, "kept others waiting: {detail}"),
+            Self::Died => write!(f, "died: its process has ended without a word"),
             Self::NotStarted { message } => write!(f, "could not be started: {message}"),
         }
     }

@@ -10,6 +10,7 @@ use unisono_mesh::LinkClass;
 
 use super::calls::{Active, Side, key_of};
 use super::incoming::{Frame, Incoming, Place, Pool, Stream};
+use super::neighbour::Neighbour;
 use super::outgoing::{Block, blocks, chunks};
 use super::ranks::MpiOptions;
 use super::raw::{Channel, Completed, Library, Memory, Requests, TAGS};
@@ -70,6 +71,7 @@ pub(super) struct State {
     conflict: Option<(Key, Instant)>,
     waiting: Option<Key>,
     pool: Pool,
+    neighbour: Option<Neighbour>,
     pub verdict: Verdict,
 }
 
@@ -77,6 +79,7 @@ impl Engine {
     pub fn new(library: Library, options: MpiOptions) -> Result<Self, CommError> {
         let (rank, size) = (library.rank, library.size);
         let (nodes, version) = (library.nodes.clone(), library.version.clone());
+        let neighbour = Neighbour::of(rank, &nodes, &library.processes);
         let mut state = State {
             library,
             requests: Requests::new(),
@@ -92,6 +95,7 @@ impl Engine {
             conflict: None,
             waiting: None,
             pool: Pool::default(),
+            neighbour,
             verdict: Verdict::default(),
         };
         for _ in 0..(2 * size).clamp(4, 64) {
@@ -427,7 +431,7 @@ impl State {
                 Ok(())
             }
             Message::Verdict(failure) => {
-                self.verdict.settle(failure);
+                self.settle(engine, failure);
                 Ok(())
             }
             Message::Bye => {
@@ -442,6 +446,12 @@ impl State {
         if self.verdict.failure().is_some() || (self.verdict.has_report() && weight < CERTAIN) {
             return;
         }
+        self.add_what_is_known(engine, &mut failure);
+        self.accuse(engine, failure, weight);
+    }
+
+    /// Who waits here, and what the culprit did last.
+    fn add_what_is_known(&self, engine: &Engine, failure: &mut Failure) {
         failure.waiting.extend(self.waits(engine.rank));
         if failure.rank != engine.rank {
             let last = self.last[failure.rank].clone();
@@ -452,7 +462,26 @@ impl State {
                 CallSite { step, seq, kind: kind.into(), group }
             });
         }
-        self.accuse(engine, failure, weight);
+    }
+
+    /// Takes the verdict, with this rank's calls as they are: soon those that wait end with an error.
+    fn settle(&mut self, engine: &Engine, mut failure: Failure) {
+        failure.flights = vec![Vec::new(); engine.size];
+        failure.flights[engine.rank] = engine.recorder.entries();
+        self.verdict.settle(failure);
+    }
+
+    /// Ends the job on all ranks if the watched rank has died. No other verdict is waited for: rank 0 may be the dead one.
+    fn look_at_neighbour(&mut self, engine: &Engine) -> Result<(), CommError> {
+        let Some(neighbour) = &mut self.neighbour else { return Ok(()) };
+        let rank = neighbour.rank;
+        if self.gone[rank] || self.verdict.failure().is_some() || !neighbour.has_died(Instant::now()) {
+            return Ok(());
+        }
+        let mut failure = Failure { rank, ..engine.failure(Cause::Died) };
+        self.add_what_is_known(engine, &mut failure);
+        self.settle(engine, failure.clone());
+        self.tell_all(&Message::Verdict(failure))
     }
 
     /// Brings a failure before rank 0.
@@ -474,6 +503,7 @@ impl State {
 
     /// What is due: blame, verdicts, ranks that are gone.
     fn tend(&mut self, engine: &Engine) -> Result<(), CommError> {
+        self.look_at_neighbour(engine)?;
         if self.conflict.is_none() && !self.verdict.has_report() && !self.gone.contains(&true) {
             return Ok(());
         }

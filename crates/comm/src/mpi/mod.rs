@@ -20,6 +20,8 @@ mod incoming;
 #[cfg(feature = "mpi")]
 mod native;
 #[cfg(feature = "mpi")]
+mod neighbour;
+#[cfg(feature = "mpi")]
 mod outgoing;
 #[cfg(feature = "mpi")]
 mod ranks;

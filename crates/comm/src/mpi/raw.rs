@@ -12,6 +12,7 @@ use std::sync::Arc;
 use mpi::environment::{Threading, Universe, initialize_with_threading};
 use mpi::ffi;
 
+use super::neighbour::{ProcessId, this_process};
 use crate::copying::copy;
 use crate::error::CommError;
 use crate::part::Piece;
@@ -39,6 +40,8 @@ pub(super) struct Library {
     pub size: usize,
     /// The node of each rank, numbered by their lowest ranks.
     pub nodes: Vec<usize>,
+    /// The process of each rank.
+    pub processes: Vec<ProcessId>,
     pub version: String,
 }
 
@@ -80,6 +83,7 @@ impl Library {
             rank: 0,
             size: 0,
             nodes: Vec::new(),
+            processes: Vec::new(),
             version: version(),
         };
         let (mut rank, mut size) = (0, 0);
@@ -90,6 +94,7 @@ impl Library {
         }
         (library.rank, library.size) = (index(rank), index(size));
         library.nodes = library.discover_nodes(rank)?;
+        library.processes = library.gather_processes(this_process())?;
         Ok(library)
     }
 
@@ -124,6 +129,17 @@ impl Library {
         names.sort_unstable();
         names.dedup();
         Ok(lowest.iter().map(|name| names.binary_search(name).unwrap_or(0)).collect())
+    }
+
+    fn gather_processes(&self, own: ProcessId) -> Result<Vec<ProcessId>, CommError> {
+        let mut all: Vec<ProcessId> = vec![[0; 2]; self.size];
+        // SAFETY: one `ProcessId`, two numbers, is sent, and there is room for one of each rank.
+        unsafe {
+            let (word, to) = (ffi::RSMPI_UINT64_T, all.as_mut_ptr().cast());
+            let gathered = ffi::MPI_Allgather(own.as_ptr().cast(), 2, word, to, 2, word, self.control);
+            check(gathered, "gather the processes")?;
+        }
+        Ok(all)
     }
 
     /// The communicator of a channel.

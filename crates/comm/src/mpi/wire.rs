@@ -194,6 +194,7 @@ fn write_failure(out: &mut Writer, failure: &Failure) {
         Cause::Deadlock => (4, ""),
         Cause::NotStarted { message } => (5, message.as_str()),
         Cause::Stalled { detail, .. } => (6, detail.as_str()),
+        Cause::Died => (7, ""),
     };
     out.byte(which);
     out.text(text);
@@ -227,6 +228,7 @@ fn read_failure(from: &mut Reader<'_>) -> Result<Failure, CommError> {
             let waited_s = f64::from_bits(from.number()?);
             Cause::Stalled { waited_s: waited_s.is_finite().then_some(waited_s), detail: text }
         }
+        7 => Cause::Died,
         other => return Err(damaged(&format!("there is no cause {other}"))),
     };
     let wait = |from: &mut Reader<'_>| {

@@ -269,7 +269,7 @@ impl fmt::Display for Culprit {
         match (&self.verdict, &self.last_call) {
             (Verdict::Silent, _) => write!(f, "others were in step {}", self.step),
             (_, Some(call)) => write!(f, "it was in step {}, its last call was {call}", self.step),
-            (_, None) => write!(f, "it was in step {} and had made no call", self.step),
+            (_, None) => write!(f, "it was in step {}, its last call is not known", self.step),
         }
     }
 }
