@@ -8,11 +8,11 @@ use unisono_plan::ModelConfig;
 use unisono_train::RunConfig;
 use unisono_train::baseline::{BaselineMeasured, Synchronisation, bench_baseline};
 use unisono_train::bench::{StepBench, StepMeasured, bench_products, bench_step};
-use unisono_train::config::{EvaluationConfig, LayoutConfig, ReduceEvery, TrainConfig};
-use unisono_train::overlap::{OverlapBench, bench_overlap};
+use unisono_train::config::{EvaluationConfig, TrainConfig};
 
 use crate::bench_collectives::{self, Collectives};
 use crate::bench_local::{self, Layouts, Local};
+use crate::bench_ways::{self, Dispatch, Exactness, Overlap};
 use crate::error::{CliError, DONE};
 use crate::layout::cores;
 use crate::screen::say;
@@ -31,8 +31,12 @@ pub enum Bench {
     Baseline(Baseline),
     /// Each collective over sizes next to memory copies; under mpirun also next to the MPI library's own
     Collectives(Collectives),
-    /// How much of the gathers of ZeRO-3 hides behind computation, on a pretended link between ranks
+    /// How much of the gathers of ZeRO-3, or of dispatch, hides behind computation
     Overlap(Overlap),
+    /// Dispatch and combine in the ways a layout may choose: times, and what crosses between nodes
+    Dispatch(Dispatch),
+    /// What exact sums cost: steps with them next to steps with the MPI library's own; under mpirun
+    Exactness(Exactness),
     /// This machine for the planner: `unisono plan CONFIG local` and `unisono train` predict steps from what it finds
     Local(Local),
     /// Steps of a config on every layout, predicted next to measured
@@ -44,43 +48,43 @@ pub enum Bench {
 pub struct Sizes {
     /// Tokens of the vocabulary, at most 4,096
     #[arg(long, default_value_t = 4096)]
-    vocab: usize,
+    pub vocab: usize,
     /// Width of the model
     #[arg(long, default_value_t = 256)]
-    d_model: usize,
+    pub d_model: usize,
     /// Layers, each with experts
     #[arg(long, default_value_t = 4)]
-    layers: usize,
+    pub layers: usize,
     /// Query heads
     #[arg(long, default_value_t = 4)]
-    heads: usize,
+    pub heads: usize,
     /// Key and value heads
     #[arg(long, default_value_t = 2)]
-    kv_heads: usize,
+    pub kv_heads: usize,
     /// Routed experts
     #[arg(long, default_value_t = 16)]
-    experts: usize,
+    pub experts: usize,
     /// Experts a token visits
     #[arg(long, default_value_t = 2)]
-    top_k: usize,
+    pub top_k: usize,
     /// Shared experts
     #[arg(long, default_value_t = 1)]
-    shared: usize,
+    pub shared: usize,
     /// Hidden width of an expert
     #[arg(long, default_value_t = 256)]
-    expert_ff: usize,
+    pub expert_ff: usize,
     /// Tokens of a sequence
     #[arg(long, default_value_t = 256)]
-    seq: usize,
+    pub seq: usize,
     /// Sequences of a step
     #[arg(long, default_value_t = 32)]
-    batch: usize,
+    pub batch: usize,
     /// Sequences of a replica in one accumulation step
     #[arg(long, default_value_t = 8)]
-    micro: usize,
+    pub micro: usize,
     /// Print one JSON object
     #[arg(long)]
-    json: bool,
+    pub json: bool,
 }
 
 /// `unisono bench step`
@@ -128,25 +132,6 @@ pub struct Baseline {
     steps: usize,
 }
 
-/// `unisono bench overlap`
-#[derive(Debug, Args)]
-pub struct Overlap {
-    #[command(flatten)]
-    sizes: Sizes,
-    /// Ranks, each with one thread and a node of its own; more than there are cores measures the cores
-    #[arg(long, default_value_t = 2)]
-    ranks: usize,
-    /// Megabytes a second of each rank's link
-    #[arg(long, default_value_t = 200.0)]
-    link_mb_per_s: f64,
-    /// Rounds of the three ways in turn
-    #[arg(long, default_value_t = 5)]
-    rounds: usize,
-    /// Steps of a round; the first warms up
-    #[arg(long, default_value_t = 4)]
-    steps: usize,
-}
-
 /// `unisono bench`
 pub fn run(args: Bench) -> Result<u8, CliError> {
     match args {
@@ -155,14 +140,16 @@ pub fn run(args: Bench) -> Result<u8, CliError> {
         Bench::Fold(args) => fold(&args),
         Bench::Baseline(args) => baseline(&args),
         Bench::Collectives(args) => bench_collectives::run(&args),
-        Bench::Overlap(args) => overlap(&args),
+        Bench::Overlap(args) => bench_ways::overlap(&args),
+        Bench::Dispatch(args) => bench_ways::dispatch(&args),
+        Bench::Exactness(args) => bench_ways::exactness(&args),
         Bench::Local(args) => bench_local::local(&args),
         Bench::Layouts(args) => bench_local::layouts(&args),
     }
 }
 
 /// The computation: `micro` sequences at a time on one rank, all slots of a wave together.
-fn config(sizes: &Sizes, replicas: usize, expert_group: usize) -> Result<RunConfig, CliError> {
+pub fn config(sizes: &Sizes, replicas: usize, expert_group: usize) -> Result<RunConfig, CliError> {
     let share = |what: &str, whole: usize, parts: usize| match whole.is_multiple_of(parts) && whole >= parts {
         true => Ok(whole / parts),
         false => Err(CliError::usage(format!("{what} = {whole} cannot be shared out evenly over {parts}"))),
@@ -205,7 +192,7 @@ fn rows_at_a_time(config: &RunConfig, slots: usize) -> usize {
     slots * config.train.micro_batch * config.train.sequence_length
 }
 
-fn print(json: bool, value: &Value, lines: Vec<String>) -> Result<u8, CliError> {
+pub fn print(json: bool, value: &Value, lines: Vec<String>) -> Result<u8, CliError> {
     if json {
         say(&format!("{value}\n"));
     } else {
@@ -331,29 +318,4 @@ fn baseline(args: &Baseline) -> Result<u8, CliError> {
         }
     }
     print(args.sizes.json, &json!({"ways": list}), table(&rows, 2))
-}
-
-fn overlap(args: &Overlap) -> Result<u8, CliError> {
-    let mut config = config(&args.sizes, args.ranks, args.ranks)?;
-    config.train.reduce_every = ReduceEvery::Microbatch;
-    config.layout = LayoutConfig { zero: 3, ..LayoutConfig::default() };
-    let bench = OverlapBench {
-        config,
-        ranks: args.ranks,
-        bytes_per_s: args.link_mb_per_s * 1e6,
-        rounds: args.rounds,
-        steps: args.steps,
-    };
-    let measured = bench_overlap(&bench)?;
-    let milliseconds = |name: &str, seconds: f64| vec![name.into(), format!("{:.1}", seconds * 1e3)];
-    let rows = vec![
-        ["gathers", "ms a step"].map(String::from).to_vec(),
-        milliseconds("beside computation", measured.overlapped_s),
-        milliseconds("waited for", measured.serial_s),
-        milliseconds("without a link", measured.without_s),
-        vec!["hidden".into(), format!("{:.0}%", measured.hidden() * 100.0)],
-    ];
-    let json =
-        json!({"measured": measured, "hidden": measured.hidden(), "link_mb_per_s": args.link_mb_per_s});
-    print(args.sizes.json, &json, table(&rows, 1))
 }

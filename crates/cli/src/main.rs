@@ -4,6 +4,7 @@ mod args;
 mod bench;
 mod bench_collectives;
 mod bench_local;
+mod bench_ways;
 mod checkpoint;
 mod compare;
 mod config;

@@ -49,6 +49,8 @@ struct Compiled {
     roots: Vec<(usize, usize)>,
     route: Route,
     shard_len: usize,
+    /// What a reduce-scatter of a library would send, if it could: `(segment, elements)` by receiver, and how many each gets.
+    plain: Option<(Vec<(usize, Range<usize>)>, Vec<usize>)>,
     /// Buffers of earlier inner stages, to be used again.
     spare: Mutex<Vec<Vec<f32>>>,
 }
@@ -104,10 +106,33 @@ impl ReducePlan {
             compiled: Arc::new(Compiled {
                 roots: roots.collect(),
                 route: Route::new(&self.segments, &layouts, node_of, me, bucket),
+                plain: self.plain(comm),
                 shard_len: self.segments.iter().map(|segment| segment.shards[me].len()).sum(),
                 spare: Mutex::default(),
             }),
         })
+    }
+}
+
+impl ReducePlan {
+    /// The plan as a reduce-scatter over the world, where each rank holds the leaf of its number.
+    fn plain(&self, comm: &Communicator) -> Option<(Vec<(usize, Range<usize>)>, Vec<usize>)> {
+        let size = comm.size();
+        let one_each = |segment: &Segment| {
+            segment.items == size
+                && segment.held.iter().enumerate().all(|(rank, held)| *held == (rank..rank + 1))
+        };
+        if size != comm.core().transport.size() || !self.segments.iter().all(one_each) {
+            return None;
+        }
+        let shards = |rank: usize| {
+            self.segments
+                .iter()
+                .enumerate()
+                .map(move |(index, segment)| (index, segment.shards[rank].clone()))
+        };
+        let count = |rank: usize| shards(rank).map(|(_, shard)| shard.len()).sum();
+        Some(((0..size).flat_map(shards).collect(), (0..size).map(count).collect()))
     }
 }
 
@@ -165,6 +190,10 @@ impl Reducer {
             return Err(self.refuse(format!("the output has {len} elements, the shards have {need}")));
         }
         self.check_roots(roots)?;
+        if let Some(summed) = self.sum_natively(roots, out.as_mut()) {
+            summed?;
+            return Ok(PendingReduce { reducer: self.clone(), stage: PendingStage::Summed(out) });
+        }
         let Some(inner) = &compiled.route.inner else {
             let outer = self.start_outer(roots, None, out)?;
             return Ok(PendingReduce { reducer: self.clone(), stage: PendingStage::Outer(outer, None) });
@@ -204,6 +233,18 @@ impl Reducer {
         self.comm.start_combine(kind, sends, landing, take_sum::<R>)
     }
 
+    /// The sum by the transport's own reduce-scatter, if it is to be used and can express the plan.
+    fn sum_natively(&self, roots: &[Vec<Part<f32>>], out: &mut [f32]) -> Option<Result<(), CommError>> {
+        let (cuts, counts) = self.compiled.plain.as_ref()?;
+        let sums = self.comm.core().transport.native_sums()?;
+        let mut send: Vec<f32> = Vec::with_capacity(counts.iter().sum());
+        for (segment, range) in cuts {
+            let piece = roots[*segment][0].slice(range.clone()).into_piece();
+            send.extend_from_slice(bytemuck::cast_slice(piece.bytes()));
+        }
+        Some(sums.reduce_scatter(&send, counts, out))
+    }
+
     fn check_roots(&self, roots: &[Vec<Part<f32>>]) -> Result<(), CommError> {
         if roots.len() != self.compiled.roots.len() {
             let (given, need) = (roots.len(), self.compiled.roots.len());
@@ -240,6 +281,8 @@ enum PendingStage<R> {
     Inner { pending: Pending<Vec<f32>>, roots: Vec<Vec<Part<f32>>>, out: R },
     /// Sums of the receivers, and what this rank has joined for them.
     Outer(Pending<R>, Option<Arc<Vec<f32>>>),
+    /// The sums, which were the library's.
+    Summed(R),
 }
 
 impl<R: AsMut<[f32]> + Send + 'static> PendingReduce<R> {
@@ -255,7 +298,7 @@ impl<R: AsMut<[f32]> + Send + 'static> PendingReduce<R> {
                 let outer = reducer.start_outer(&roots, Some(&joined), out)?;
                 PendingStage::Outer(outer, Some(joined))
             }
-            outer => outer,
+            later => later,
         };
         Ok(Self { reducer, stage })
     }
@@ -274,6 +317,7 @@ impl<R: AsMut<[f32]> + Send + 'static> PendingReduce<R> {
                 }
                 Ok(out)
             }
+            PendingStage::Summed(out) => Ok(out),
             PendingStage::Inner { .. } => {
                 Err(reducer.refuse("its sums inside nodes are not finished".into()))
             }

@@ -39,6 +39,19 @@ impl Place {
         }
     }
 
+    /// For benchmarks: whether sums are the MPI library's own from now on (see `MpiRanks::sum_natively`). Thread ranks have
+    /// none: false if so.
+    pub fn sum_natively(&self, on: bool) -> bool {
+        match self {
+            Self::Threads => !on,
+            #[cfg(feature = "mpi")]
+            Self::Mpi(ranks) => {
+                ranks.sum_natively(on);
+                true
+            }
+        }
+    }
+
     /// How many of a run's `ranks` share this machine's memory.
     pub fn ranks_here(&self, ranks: usize) -> usize {
         match self {

@@ -124,6 +124,15 @@ pub struct Done {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Ticket(pub u64);
 
+/// Sums of a library, whose order is its own.
+pub trait NativeSums {
+    /// Sums `send` over the world; rank r receives `counts[r]` elements of it, one rank's after another's.
+    ///
+    /// # Errors
+    /// If the library fails.
+    fn reduce_scatter(&self, send: &[f32], counts: &[usize], out: &mut [f32]) -> Result<(), CommError>;
+}
+
 /// Moves bytes between ranks. One object per rank; one thread at a time speaks for a rank.
 pub trait Transport: Send + Sync {
     /// This rank, in the world.
@@ -170,6 +179,11 @@ pub trait Transport: Send + Sync {
     /// # Errors
     /// If the run has failed or fails meanwhile.
     fn finish(&self, ticket: Ticket) -> Result<Done, CommError>;
+
+    /// For benchmarks: the library's own sums, if there are any and they are to be used.
+    fn native_sums(&self) -> Option<&dyn NativeSums> {
+        None
+    }
 
     /// Gives up a started call: peers need not wait for this rank to take what they sent it.
     fn cancel(&self, ticket: Ticket);

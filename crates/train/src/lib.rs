@@ -17,7 +17,6 @@ mod local;
 mod memory;
 mod norm;
 mod optimizer;
-pub mod overlap;
 mod parameters;
 mod probe;
 mod rank;
@@ -32,6 +31,7 @@ pub mod system;
 mod tensorboard;
 mod trace;
 mod verify;
+pub mod ways;
 
 pub use agreement::{Moved, StepTimeRecord, TrafficRecord};
 pub use checkpointing::Extra;

@@ -33,6 +33,8 @@ pub(super) struct Engine {
     pub options: MpiOptions,
     pub recorder: FlightRecorder,
     pub step: AtomicU64,
+    /// Sums are the library's, for benchmarks.
+    pub native_sums: AtomicBool,
     /// The rank's own thread polls, so nobody else needs to.
     pub waits: AtomicBool,
     state: Mutex<State>,
@@ -109,6 +111,7 @@ impl Engine {
             options,
             recorder: FlightRecorder::default(),
             step: AtomicU64::new(0),
+            native_sums: AtomicBool::new(false),
             waits: AtomicBool::new(false),
             state: Mutex::new(state),
         })

@@ -4,10 +4,12 @@ use std::ffi::c_int;
 
 use mpi::ffi;
 
+use super::engine::Engine;
 use super::ranks::MpiRanks;
 use super::raw::Channel;
 use crate::bench::{Collective, Native};
 use crate::error::CommError;
+use crate::transport::NativeSums;
 
 impl Native for MpiRanks {
     fn name(&self) -> String {
@@ -57,5 +59,26 @@ impl Native for MpiRanks {
         } else {
             Err(CommError::Transport(format!("MPI's {} failed", collective.name())))
         }
+    }
+}
+
+impl NativeSums for Engine {
+    fn reduce_scatter(&self, send: &[f32], counts: &[usize], out: &mut [f32]) -> Result<(), CommError> {
+        let refuse = || CommError::Transport("the library's reduce-scatter has wrong buffers".into());
+        let fits = counts.len() == self.size && out.len() >= counts[self.rank];
+        if !fits || counts.iter().sum::<usize>() != send.len() {
+            return Err(refuse());
+        }
+        let counts = counts.iter().map(|&count| c_int::try_from(count));
+        let counts: Vec<c_int> = counts.collect::<Result<_, _>>().map_err(|_| refuse())?;
+        let state = self.lock();
+        let comm = state.library.communicator(Channel::Data);
+        // SAFETY: `send` and `out` have the elements that `counts` says, one count a rank, as checked above; the call is
+        // blocking, so no memory is touched after it returns.
+        let code = unsafe {
+            let (from, to) = (send.as_ptr().cast(), out.as_mut_ptr().cast());
+            ffi::MPI_Reduce_scatter(from, to, counts.as_ptr(), ffi::RSMPI_FLOAT, ffi::RSMPI_SUM, comm)
+        };
+        if code == 0 { Ok(()) } else { Err(CommError::Transport("MPI's reduce-scatter failed".into())) }
     }
 }

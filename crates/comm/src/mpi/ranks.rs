@@ -16,7 +16,7 @@ use super::wire::Message;
 use crate::communicator::Communicator;
 use crate::error::{Cause, CommError, Failure, RunError};
 use crate::flight::FlightRecorder;
-use crate::transport::{Call, Done, GroupId, Ticket, Transport};
+use crate::transport::{Call, Done, GroupId, NativeSums, Ticket, Transport};
 
 type Boxed = Box<dyn Error + Send + Sync>;
 
@@ -97,6 +97,12 @@ impl MpiRanks {
     /// This rank's handle on all ranks.
     pub fn world(&self) -> &Communicator {
         &self.world
+    }
+
+    /// For benchmarks: whether sums of vectors over all ranks, of which each holds one leaf, are the MPI library's own from
+    /// now on. They are not exact. All ranks say the same.
+    pub fn sum_natively(&self, on: bool) {
+        self.engine.native_sums.store(on, Ordering::Relaxed);
     }
 
     pub(super) fn engine(&self) -> &Engine {
@@ -299,6 +305,10 @@ impl Transport for MpiTransport {
         let done = done?;
         let moving: Duration = done.moving.iter().sum();
         Ok(Done { wait: begin.elapsed().saturating_sub(moving), ..done })
+    }
+
+    fn native_sums(&self) -> Option<&dyn NativeSums> {
+        self.engine.native_sums.load(Ordering::Relaxed).then_some(&*self.engine as &dyn NativeSums)
     }
 
     fn cancel(&self, ticket: Ticket) {

@@ -40,8 +40,8 @@ impl std::fmt::Debug for Meanwhile {
 pub struct PretendedLink {
     /// Bytes a second of each rank's link.
     pub bytes_per_s: f64,
-    /// The kind of calls that take it; others arrive at once.
-    pub kind: &'static str,
+    /// The kinds of calls that take it; others arrive at once.
+    pub kinds: &'static [&'static str],
 }
 
 /// One thread rank's side of the world.
@@ -197,7 +197,8 @@ impl ThreadTransport {
 
     /// When what a call sends to other nodes arrives, where a link is pretended.
     fn arrivals(&self, call: &Call) -> Vec<(usize, Instant)> {
-        let Some(link) = self.world.link.filter(|link| call.site.kind == link.kind) else {
+        let Some(link) = self.world.link.filter(|link| link.kinds.iter().any(|kind| call.site.kind == *kind))
+        else {
             return Vec::new();
         };
         let mut free = self.world.ranks[self.rank].link_free.lock().unwrap_or_else(PoisonError::into_inner);

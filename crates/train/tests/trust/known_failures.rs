@@ -1,4 +1,8 @@
 //! One test for each failure that users of other systems report and that could happen here. The names say where.
+//!
+//! Two are elsewhere: which rank did not join a collective (nccl#1260) is `watchdog.rs`; memory that skewed routing exhausts
+//! (megablocks#154, Megatron-LM#716) is `every_token_on_one_expert_trains_within_the_bound` in `tests/dispatch.rs`. A loss
+//! that differs between tensor-parallel sizes (torchtitan#1750) cannot happen yet: there is no tensor parallelism.
 
 use std::fs;
 use std::path::Path;
