@@ -7,8 +7,8 @@ use unisono_mesh::{ExpertPlacement, Fold, tree};
 use crate::layout::Layout;
 use crate::model::ModelConfig;
 
-/// Standard deviations above the mean that a normal variable exceeds once in twenty.
-const PERCENTILE_95: f64 = 1.645;
+/// Standard deviations above the mean that a normal variable exceeds once in a hundred.
+const PERCENTILE_99: f64 = 2.326;
 
 /// Which activations are kept; see the engine's option of the same name.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -254,15 +254,15 @@ impl<'a> Walk<'a> {
 
 /// How many times the even share of rows a rank of `ranks` receives while a new router finds its balance: in some of the first
 /// hundred steps nearly all tokens agree on few experts. Where those are `2 top_k` of `E`, an expert's load has the relative
-/// variance `E / (2 top_k) - 1`, the mean over the `E / ranks` experts of a rank about `(ranks - 1) / E` of it. This is the 95th
-/// percentile of that, and at most all rows there are.
+/// variance `E / (2 top_k) - 1`, the mean over the `E / ranks` experts of a rank about `(ranks - 1) / E` of it. This is the 99th
+/// percentile of that, as befits the fullest of a hundred steps, and at most all rows there are.
 pub fn early_imbalance(model: &ModelConfig, ranks: usize) -> f64 {
     if model.force_balance || model.num_experts == 0 || ranks < 2 {
         return 1.0;
     }
     let [experts, top_k, ranks] = [model.num_experts, model.top_k, ranks].map(|count| count as f64);
     let variance = (experts / (2.0 * top_k) - 1.0).max(0.0);
-    (1.0 + PERCENTILE_95 * (variance * (ranks - 1.0) / experts).sqrt()).min(ranks)
+    (1.0 + PERCENTILE_99 * (variance * (ranks - 1.0) / experts).sqrt()).min(ranks)
 }
 
 /// Rows of a wave on one rank: its own tokens, and what its experts receive in a layer.

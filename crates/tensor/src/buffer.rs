@@ -26,9 +26,9 @@ struct Shelf {
     peak: usize,
 }
 
-/// A free buffer serves a request of at least this share of its size (numerator over 4): less would leave memory in use that nobody
-/// asked for, more would let row counts that vary take new memory.
-const SMALLEST_SHARE_OF_4: usize = 3;
+/// A free buffer serves a request of at least this share of its size (numerator over 4): with three quarters less memory would lie
+/// idle, but a row count that was not there before would take new memory in any step.
+const SMALLEST_SHARE_OF_4: usize = 2;
 
 impl Pool {
     /// A buffer of `len` elements with unspecified contents.

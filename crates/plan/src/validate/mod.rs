@@ -129,8 +129,6 @@ pub struct Outcome {
     pub precision: String,
     /// The framework as printed.
     pub framework: String,
-    /// Release of the software where the source names one, in hundredths: 2604 for 26.04.
-    pub release: Option<u64>,
     /// Whether the model has experts.
     pub sparse: bool,
     /// The layout that was priced.
@@ -159,7 +157,6 @@ impl Outcome {
             gpus: case.gpus.unwrap_or(0),
             precision: case.precision.clone(),
             framework: case.framework.clone(),
-            release: case.release,
             sparse: case.shape.experts.is_some() || !case.routing.is_empty(),
             plan: String::new(),
             complete: false,

@@ -15,8 +15,8 @@ pub fn keep_freed_memory() {
             (libc::M_ARENA_MAX, 1),
             (libc::M_MMAP_THRESHOLD, LARGEST_KEPT_BLOCK),
             (libc::M_TRIM_THRESHOLD, i32::MAX),
-            // The heap grows in large steps.
-            (libc::M_TOP_PAD, 16 << 20),
+            // The heap grows in large steps, of which pages that nobody has used take no memory.
+            (libc::M_TOP_PAD, 64 << 20),
         ];
         for (option, value) in options {
             // SAFETY: mallopt takes any option and value; it only sets parameters of the allocator, under its lock.
