@@ -25,6 +25,7 @@ mod shards;
 pub mod simulate;
 mod software;
 mod table;
+mod unevenness;
 pub mod validate;
 
 pub use advice::{Change, Place, bottleneck, changes};
@@ -44,7 +45,8 @@ pub use parallelism::{
     Modules, Optimizer, Parallelism, ParallelismError, Recomputation, Routing, Sharding, Training,
 };
 pub use precision::{Precision, PrecisionError};
-pub use pricing::{Axis, Breakdown, Passes, Priced, Pricer, SimulatedStep, Traffic, Work, price};
+pub use pricing::{Axis, Breakdown, Passes, Priced, Pricer, RoutedStep, SimulatedStep, Traffic, Work, price};
 pub use rank_memory::{Kept, RankMemory};
 pub use shards::{Piece, SegmentKind, ShardedSegment, Shards};
 pub use software::{DispatchKind, Software, Trainable};
+pub use unevenness::{Percentiles, Unevenness};

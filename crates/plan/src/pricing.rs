@@ -14,8 +14,9 @@ mod work;
 use crate::architecture::{Architecture, LayerKind};
 use crate::calibration::Calibration;
 use crate::hardware::Cluster;
-use crate::parallelism::{Parallelism, ParallelismError, Training};
+use crate::parallelism::{Parallelism, ParallelismError, Routing, Training};
 use crate::rank_memory::RankMemory;
+use crate::unevenness::{Percentiles, Unevenness};
 
 pub use simulated::SimulatedStep;
 pub use traffic::{Axis, Traffic};
@@ -111,6 +112,19 @@ pub struct Pricer {
     pub(crate) training: Training,
     pub(crate) stages: Stages,
     rates: Rates,
+    /// How uneven routing is over ranks.
+    uneven: Unevenness,
+    /// Which step of it is priced.
+    step: RoutedStep,
+}
+
+/// A step among those that differ in how tokens spread over experts.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum RoutedStep {
+    /// The median.
+    Median,
+    /// One that nineteen of twenty are faster than.
+    Slow,
 }
 
 /// Prices one layout; [`Pricer`] prices many.
@@ -139,12 +153,30 @@ impl Pricer {
         training: &Training,
         calibration: Calibration,
     ) -> Self {
+        let stages = Stages::of(model);
+        let uneven = match &model.moe {
+            Some(moe) => Unevenness::new(&training.routing, moe.experts, stages.moe_layers()),
+            None => Unevenness::new(&Routing::Balanced, 0, 0),
+        };
         Self {
-            stages: Stages::of(model),
+            stages,
             model: model.clone(),
             training: training.clone(),
             rates: Rates::new(cluster, calibration),
+            uneven,
+            step: RoutedStep::Median,
         }
+    }
+
+    /// The same for another step; a new pricer prices the median.
+    pub fn of_step(mut self, step: RoutedStep) -> Self {
+        self.step = step;
+        self
+    }
+
+    /// Rows of the fullest expert-parallel rank over its even share, in the median step and in one of twenty.
+    pub fn unevenness(&self, layout: &Parallelism) -> Percentiles {
+        self.uneven.over(layout.expert)
     }
 
     /// The price of `layout`.
@@ -170,7 +202,12 @@ impl Pricer {
     }
 
     fn sizes<'a>(&'a self, layout: &'a Parallelism) -> Sizes<'a> {
-        Sizes { model: &self.model, layout, training: &self.training, rates: &self.rates }
+        let uneven = self.unevenness(layout);
+        let uneven = match self.step {
+            RoutedStep::Median => uneven.p50,
+            RoutedStep::Slow => uneven.p95,
+        };
+        Sizes { model: &self.model, layout, training: &self.training, rates: &self.rates, uneven }
     }
 
     /// The passes of every distinct kind of layer.

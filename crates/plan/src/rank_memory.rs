@@ -74,10 +74,11 @@ impl Pricer {
         self.memory_of(layout, rank, &self.kept_by_kind(layout))
     }
 
-    /// Tensors that one layer of each kind keeps for a micro-batch's backward, in the order of [`Pricer::kinds`].
+    /// Tensors that one layer of each kind keeps for a micro-batch's backward, on the fullest rank in one step of twenty, in the order of [`Pricer::kinds`].
     pub fn kept_by_kind(&self, layout: &Parallelism) -> Vec<Kept> {
         let kinds = self.kinds().iter();
-        kinds.map(|(kind, _)| Kept::of(&self.model, layout, &self.training, *kind)).collect()
+        let uneven = self.unevenness(layout).p95;
+        kinds.map(|(kind, _)| Kept::of(&self.model, layout, &self.training, *kind, uneven)).collect()
     }
 
     fn memory_of(&self, layout: &Parallelism, rank: usize, kept: &[Kept]) -> RankMemory {

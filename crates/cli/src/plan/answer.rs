@@ -5,8 +5,8 @@ use std::time::Duration;
 
 use unisono_plan::search::{Found, Plan, Search};
 use unisono_plan::{
-    Architecture, Change, Cluster, Outlook, Parallelism, Pricer, RankMemory, SimulatedStep, Traffic,
-    Training, changes,
+    Architecture, Change, Cluster, Outlook, Parallelism, Percentiles, Pricer, RankMemory, RoutedStep,
+    SimulatedStep, Traffic, Training, changes,
 };
 
 use crate::error::CliError;
@@ -45,6 +45,15 @@ pub struct Answer {
     pub changes: Vec<Change>,
 }
 
+/// A step of which nineteen of twenty are faster, for how tokens spread.
+#[derive(Debug, Clone, Copy)]
+pub struct SlowStep {
+    /// Rows of the fullest expert-parallel rank over its even share.
+    pub rows: Percentiles,
+    /// Its seconds.
+    pub step_s: f64,
+}
+
 impl Answer {
     /// Prices the layout that is given, or searches for the fastest that fits.
     pub fn to(
@@ -80,6 +89,16 @@ impl Answer {
     /// A pricer of the question.
     pub fn pricer(&self) -> Pricer {
         Pricer::new(&self.model, &self.cluster, &self.training)
+    }
+
+    /// What uneven routing makes of the chosen layout; `None` when it is even.
+    pub fn slow_step(&self) -> Option<SlowStep> {
+        let rows = self.pricer().unevenness(&self.chosen.layout);
+        if rows == Percentiles::EVEN {
+            return None;
+        }
+        let slow = self.pricer().of_step(RoutedStep::Slow).price(&self.chosen.layout).ok()?;
+        Some(SlowStep { rows, step_s: slow.step_s })
     }
 
     /// The chosen layout's step, op by op.

@@ -36,6 +36,12 @@ pub fn object(answer: &Answer) -> Value {
         })),
         "chosen": plan(answer, &answer.chosen),
         "tflops_per_gpu": answer.flops_per_s_per_gpu() / 1e12,
+        "routing": answer.slow_step().map(|slow| json!({
+            "fullest_rank_p50": slow.rows.p50,
+            "fullest_rank_p95": slow.rows.p95,
+            "step_p50_s": answer.chosen.priced.step_s,
+            "step_p95_s": slow.step_s,
+        })),
         "breakdown_s": parts(&answer.chosen.priced.breakdown.parts()),
         "hidden_communication_s": answer.chosen.priced.breakdown.hidden_s,
         "memory_bytes_by_pipeline_rank": answer.memory.iter().map(memory).collect::<Vec<_>>(),

@@ -1,12 +1,13 @@
 //! What is asked: model, cluster and training, as typed and as values.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use clap::{Args, ValueEnum};
 use unisono_plan::{
     Architecture, Cluster, DispatchKind, ModelConfig, Optimizer, Precision, Routing, Software, Trainable,
     Training,
 };
+use unisono_train::run_folder::read_summary;
 
 use crate::error::{BAD_INPUT, CliError};
 
@@ -31,6 +32,9 @@ pub struct TrainingArgs {
     /// Exponent of the power law by which experts are popular; 0 is balanced, published routers are near 1.0 to 1.2
     #[arg(long, value_name = "A", default_value_t = 0.0)]
     pub skew: f64,
+    /// Routing as a run of unisono measured it, from its folder
+    #[arg(long, value_name = "RUN", conflicts_with = "skew")]
+    pub routing: Option<PathBuf>,
     /// Rows go to an expert's rank one by one, not once to a server
     #[arg(long)]
     pub no_deduplication: bool,
@@ -86,16 +90,32 @@ impl TrainingArgs {
             compute: self.precision,
             wire: self.wire,
             optimizer,
-            routing: if self.skew > 0.0 {
-                Routing::PowerLaw { exponent: self.skew }
-            } else {
-                Routing::Balanced
+            routing: match &self.routing {
+                Some(run) => measured_routing(run)?,
+                None if self.skew > 0.0 => Routing::PowerLaw { exponent: self.skew },
+                None => Routing::Balanced,
             },
             dispatch: DispatchKind { deduplicated: !self.no_deduplication, overlapped: !self.no_overlap },
             trainable: Trainable::All,
             software: Software::default(),
         })
     }
+}
+
+/// How the router of a finished run spread rows over experts, each layer relative to its mean.
+fn measured_routing(run: &Path) -> Result<Routing, CliError> {
+    let summary = read_summary(run)?.ok_or_else(|| {
+        CliError::usage(format!("--routing {}: holds no run that has ended (no summary.json)", run.display()))
+    })?;
+    let of_mean = |layer: &Vec<u64>| {
+        let mean = layer.iter().sum::<u64>() as f64 / layer.len().max(1) as f64;
+        layer.iter().map(|rows| *rows as f64 / mean.max(1.0)).collect::<Vec<f64>>()
+    };
+    let loads: Vec<f64> = summary.expert_load.iter().flat_map(of_mean).collect();
+    if loads.is_empty() {
+        return Err(CliError::usage(format!("--routing {}: its model has no experts", run.display())));
+    }
+    Ok(Routing::Measured { loads })
 }
 
 /// A model: a built-in name, a Hugging Face `config.json` or the folder that has one, or a config of ours.

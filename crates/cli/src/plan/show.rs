@@ -112,7 +112,7 @@ fn interval([low, high]: [f64; 2]) -> String {
 
 fn step(answer: &Answer) -> Vec<String> {
     let priced = &answer.chosen.priced;
-    vec![
+    let mut lines = vec![
         format!("  step {:.3} s, 80% interval {}", priced.step_s, interval(priced.interval_s)),
         format!(
             "  {} tokens/s, {:.0} TFLOP/s a GPU (causal, recomputation not counted), {} of the bf16 peak",
@@ -127,7 +127,15 @@ fn step(answer: &Answer) -> Vec<String> {
             priced.worst_rank,
             answer.chosen.headroom_bytes / GIB
         ),
-    ]
+    ];
+    if let Some(slow) = answer.slow_step() {
+        lines.push(format!(
+            "  uneven routing: the fullest of {} expert-parallel ranks gets {:.2} times its share in the median step, {:.2} times in one \
+             of twenty, which takes {:.3} s; memory is for the latter",
+            answer.chosen.layout.expert, slow.rows.p50, slow.rows.p95, slow.step_s
+        ));
+    }
+    lines
 }
 
 fn breakdown(answer: &Answer) -> Vec<String> {

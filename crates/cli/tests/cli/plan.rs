@@ -5,7 +5,7 @@ use std::fs;
 use serde_json::Value;
 use tempfile::tempdir;
 
-use crate::common::{TINY, dataset, run};
+use crate::common::{TINY, dataset, run, train};
 
 /// DeepSeek-V3 on the cluster it was trained on.
 const DEEPSEEK: [&str; 8] = [
@@ -67,4 +67,29 @@ fn the_impossible_names_the_nearest_possible() {
         let done = run(folder.path(), 2, arguments);
         assert!(done.err.contains(expected), "{arguments:?}: {}", done.err);
     }
+}
+
+#[test]
+fn uneven_routing_costs_time_and_memory() {
+    let folder = tempdir().unwrap();
+    let folder = folder.path();
+    let price = |more: &[&str]| -> Value {
+        let layout = ["plan", "qwen3-30b-a3b", "h100x64", "--layout", "ep8 dp64 mb2 zero2", "--json"];
+        serde_json::from_str(&run(folder, 0, &[&layout[..], more].concat()).out).unwrap()
+    };
+    let (even, skewed) = (price(&[]), price(&["--skew", "1.2"]));
+    let of = |plan: &Value, key: &str| plan["chosen"][key].as_f64().unwrap();
+    assert!(even["routing"].is_null());
+    let routing = |key: &str| skewed["routing"][key].as_f64().unwrap();
+    assert_eq!(of(&skewed, "step_s"), routing("step_p50_s"));
+    assert!(
+        of(&skewed, "step_s") > 1.05 * of(&even, "step_s") && routing("step_p95_s") > routing("step_p50_s")
+    );
+    assert!(of(&skewed, "memory_bytes") > 1.05 * of(&even, "memory_bytes"));
+
+    train(folder, "run", &["--steps", "3", "--ranks", "1"]);
+    let measured = price(&["--routing", "run"]);
+    assert!(measured["routing"]["fullest_rank_p50"].as_f64().unwrap() > 1.0);
+    let said = run(folder, 2, &["plan", "qwen3-30b-a3b", "h100x64", "--routing", "nowhere"]).err;
+    assert!(said.contains("nowhere") && said.contains("no run that has ended"), "{said}");
 }

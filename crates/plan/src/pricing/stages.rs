@@ -2,7 +2,7 @@
 
 use std::ops::Range;
 
-use crate::architecture::{Architecture, LayerKind};
+use crate::architecture::{Architecture, FeedForward, LayerKind};
 use crate::parallelism::Parallelism;
 use crate::schedule::ScheduleKind;
 
@@ -50,6 +50,13 @@ impl Stages {
             model.active_parameters().saturating_sub(model.embedding_parameters()) / model.layers.max(1);
         let head_layers = (heads as f64 / layers.max(1) as f64).round() as usize;
         Self { kinds, before, with_head: model.mtp_layers, head_layers }
+    }
+
+    /// Layers with experts, those of multi-token prediction included.
+    pub fn moe_layers(&self) -> usize {
+        let all = self.before.last().into_iter().flatten();
+        let of_kind = all.zip(&self.kinds).filter(|(_, (kind, _))| kind.ffn == FeedForward::Moe);
+        of_kind.map(|(layers, _)| *layers as usize).sum()
     }
 
     pub fn kinds(&self) -> &[(LayerKind, bool)] {

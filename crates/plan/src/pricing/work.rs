@@ -92,6 +92,8 @@ pub(super) struct Sizes<'a> {
     pub layout: &'a Parallelism,
     pub training: &'a Training,
     pub rates: &'a Rates,
+    /// Rows of the fullest expert-parallel rank over the even share.
+    pub uneven: f64,
 }
 
 /// Bytes of an activation; residual streams and inputs of norms stay in 16 bits whatever products use.
@@ -110,10 +112,10 @@ impl Sizes<'_> {
         if self.layout.sequence_parallel { self.tokens() / self.layout.tensor as f64 } else { self.tokens() }
     }
 
-    /// Rows that a rank's experts get from a micro-batch when routing is balanced.
+    /// Rows that the experts of the fullest rank get from a micro-batch.
     pub fn expert_rows(&self, moe: &MoeShape) -> f64 {
         let of_rank = self.tokens() / self.layout.tensor as f64;
-        of_rank * (moe.top_k * self.layout.expert_tensor) as f64
+        of_rank * (moe.top_k * self.layout.expert_tensor) as f64 * self.uneven
     }
 
     /// The passes of a layer of `kind`.
@@ -370,8 +372,10 @@ impl Sizes<'_> {
             let sent = self.training.wire.bytes().min(width(self.training)) * dispatched;
             let once = self.training.dispatch.deduplicated;
             let back = width(self.training) * dispatched;
-            let there = self.rates.dispatch(Way::Dispatch, tokens, sent, moe, self.layout, once);
-            let home = self.rates.dispatch(Way::Combine, tokens, back, moe, self.layout, once);
+            // An exchange takes as long as the rank that receives, or sends back, most.
+            let exchange =
+                |way, bytes| self.uneven * self.rates.dispatch(way, tokens, bytes, moe, self.layout, once);
+            let (there, home) = (exchange(Way::Dispatch, sent), exchange(Way::Combine, back));
             passes.forward.expert_s += there + home;
             passes.input.expert_s += 2.0 * home;
             self.count(passes, 4.0);

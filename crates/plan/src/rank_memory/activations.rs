@@ -32,12 +32,13 @@ pub struct Kept {
 }
 
 impl Kept {
-    /// The tensors of a layer of `kind` for one micro-batch.
+    /// The tensors of a layer of `kind` for one micro-batch, on a rank whose experts get `uneven` times the even share of rows.
     pub(super) fn of(
         model: &Architecture,
         layout: &Parallelism,
         training: &Training,
         kind: LayerKind,
+        uneven: f64,
     ) -> Self {
         let sizes = Sizes::of(model, layout, training);
         let mut kept = Self { tensors: Vec::with_capacity(24) };
@@ -64,7 +65,7 @@ impl Kept {
             kept.push("norm before the network", Part::Norm, sizes.input * sizes.split * sizes.hidden);
         }
         match (kind.ffn, &model.moe) {
-            (FeedForward::Moe, Some(moe)) => kept.experts(model, moe, layout, &sizes),
+            (FeedForward::Moe, Some(moe)) => kept.experts(model, moe, layout, &sizes, uneven),
             _ => kept.network(model, model.ffn_dense, Part::Mlp, &sizes),
         }
         kept
@@ -125,8 +126,15 @@ impl Kept {
         self.push("network after its activation", part, sizes.input * inner);
     }
 
-    fn experts(&mut self, model: &Architecture, moe: &MoeShape, layout: &Parallelism, sizes: &Sizes) {
-        let rows = sizes.tokens / sizes.tensor * (moe.top_k * layout.expert_tensor) as f64;
+    fn experts(
+        &mut self,
+        model: &Architecture,
+        moe: &MoeShape,
+        layout: &Parallelism,
+        sizes: &Sizes,
+        uneven: f64,
+    ) {
+        let rows = sizes.tokens / sizes.tensor * (moe.top_k * layout.expert_tensor) as f64 * uneven;
         let inner = rows * moe.expert_ffn as f64 / layout.expert_tensor as f64;
         let gates = model.ffn_matrices() as f64 - 1.0;
         let dispatched = model.dispatch_width() as f64;
