@@ -44,7 +44,7 @@ pub enum Command {
     /// Train a dense and a sparse model of equal active compute on the same data, side by side
     Compare(crate::compare::Compare),
     /// Price layouts of a model on a cluster before a machine is rented
-    Plan(crate::plan::Plan),
+    Plan(Box<crate::plan::Plan>),
     /// Measure this machine: steps, products, folds, collectives, baselines
     #[command(subcommand)]
     Bench(crate::bench::Bench),

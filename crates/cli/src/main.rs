@@ -66,6 +66,6 @@ fn run(command: Command) -> Result<u8, CliError> {
         Command::Config(args) => config::run(&args),
         Command::Compare(args) => compare::run(args),
         Command::Bench(args) => bench::run(args),
-        Command::Plan(args) => plan::run(args),
+        Command::Plan(args) => plan::run(*args),
     }
 }
