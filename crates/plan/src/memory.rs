@@ -85,7 +85,7 @@ impl MemoryEstimate {
         ]
     }
 
-    /// The estimate for `rank`, with the routing of [`early_imbalance`]. Buffers are rounded up to an eighth of a power of two, which is a
+    /// The estimate for `rank`, with the uneven routing of a new router. Buffers are rounded up to an eighth of a power of two, which is a
     /// twentieth on average.
     pub fn new(model: &ModelConfig, fold: &Fold, rank: usize, step: StepShape, states: &StateShape) -> Self {
         let walk = Walk::new(model, fold, rank, step, states);
@@ -256,7 +256,7 @@ impl<'a> Walk<'a> {
 /// hundred steps nearly all tokens agree on few experts. Where those are `2 top_k` of `E`, an expert's load has the relative
 /// variance `E / (2 top_k) - 1`, the mean over the `E / ranks` experts of a rank about `(ranks - 1) / E` of it. This is the 99th
 /// percentile of that, as befits the fullest of a hundred steps, and at most all rows there are.
-pub fn early_imbalance(model: &ModelConfig, ranks: usize) -> f64 {
+fn early_imbalance(model: &ModelConfig, ranks: usize) -> f64 {
     if model.force_balance || model.num_experts == 0 || ranks < 2 {
         return 1.0;
     }
