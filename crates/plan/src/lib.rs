@@ -49,4 +49,4 @@ pub use pricing::{Axis, Breakdown, Passes, Priced, Pricer, RoutedStep, Simulated
 pub use rank_memory::{Kept, RankMemory};
 pub use shards::{Piece, SegmentKind, ShardedSegment, Shards};
 pub use software::{DispatchKind, Software, Trainable};
-pub use unevenness::{Percentiles, Unevenness};
+pub use unevenness::Percentiles;

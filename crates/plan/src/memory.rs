@@ -85,8 +85,8 @@ impl MemoryEstimate {
         ]
     }
 
-    /// The estimate for `rank`, with the uneven routing of a new router. Buffers are rounded up to an eighth of a power of two, which is a
-    /// twentieth on average.
+    /// The estimate for `rank`, with the uneven routing of a new router. Buffers are rounded up to an eighth of a power of
+    /// two, which is a twentieth on average.
     pub fn new(model: &ModelConfig, fold: &Fold, rank: usize, step: StepShape, states: &StateShape) -> Self {
         let walk = Walk::new(model, fold, rank, step, states);
         let owned: usize = states.owned.iter().sum();

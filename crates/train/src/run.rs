@@ -88,16 +88,15 @@ impl RunOptions {
             predicted_step_s: None,
         }
     }
+}
 
-    /// # Errors
-    /// [`TrainError::Nodes`] unless the pretended nodes hold all ranks.
-    fn check_nodes(&self) -> Result<(), TrainError> {
-        let (nodes, ranks) = (self.nodes.clone(), self.ranks);
-        if nodes.is_empty() || (nodes.iter().sum::<usize>() == ranks && !nodes.contains(&0)) {
-            return Ok(());
-        }
-        Err(TrainError::Nodes { nodes, ranks })
+/// # Errors
+/// [`TrainError::Nodes`] unless the pretended nodes, of so many ranks each, hold all ranks.
+pub(crate) fn check_nodes(nodes: &[usize], ranks: usize) -> Result<(), TrainError> {
+    if nodes.is_empty() || (nodes.iter().sum::<usize>() == ranks && !nodes.contains(&0)) {
+        return Ok(());
     }
+    Err(TrainError::Nodes { nodes: nodes.to_vec(), ranks })
 }
 
 /// After so many checkpoints in a row that could not be written the run ends.
@@ -193,7 +192,7 @@ pub fn train_on(
     observer: &dyn Observer,
 ) -> Result<Summary, TrainError> {
     let fold = Fold::new(config.grid, options.ranks)?;
-    options.check_nodes()?;
+    check_nodes(&options.nodes, options.ranks)?;
     let memory = estimate(config, &fold);
     let (folder, trace) = (Mutex::default(), Mutex::default());
     let place = &options.place;

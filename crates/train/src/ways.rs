@@ -13,7 +13,7 @@ use unisono_tensor::Cpu;
 use crate::config::{RunConfig, WireConfig};
 use crate::error::TrainError;
 use crate::rank::RankState;
-use crate::run::root_cause;
+use crate::run::{check_nodes, root_cause};
 
 /// Calls that bring rows to experts and back, with the counts and choices they need.
 const DISPATCH: [&str; 7] = [
@@ -77,8 +77,9 @@ type Numbers = [f64; 4];
 /// Trains in all ways, and returns what each took, on every rank the same.
 ///
 /// # Errors
-/// If a config cannot be run on so many ranks, or a way needs what its place has not.
+/// If a config cannot be run on so many ranks, the nodes do not share them out, or a way needs what its place has not.
 pub fn bench_ways(bench: &WaysBench) -> Result<Vec<WayMeasured>, TrainError> {
+    check_nodes(&bench.nodes, bench.ranks)?;
     let mut measured: Vec<Vec<Numbers>> = vec![Vec::new(); bench.ways.len()];
     for _ in 0..bench.rounds.max(1) {
         for (way, numbers) in bench.ways.iter().zip(&mut measured) {

@@ -107,10 +107,12 @@ fn ask(args: &Ask) -> Result<u8, CliError> {
             ("--emit", args.emit.is_some()),
             ("--trace", args.trace.is_some()),
             ("--report", args.report.is_some()),
+            ("--skew", args.training.skew > 0.0),
+            ("--routing", args.training.routing.is_some()),
         ];
         if let Some((option, _)) = gpu_only.iter().find(|(_, given)| *given) {
             return Err(CliError::usage(format!(
-                "{option} is for clusters; `local` prices every layout of a config"
+                "{option} is for clusters; `local` prices every layout of a config, routing as even"
             )));
         }
         let path = args.model.as_ref().map(Path::new).unwrap_or(Path::new(""));

@@ -20,7 +20,7 @@ fn refused(folder: &Path, code: i32, args: &[&str], parts: &[&str]) {
 fn configs() {
     let folder = tempfile::tempdir().unwrap();
     let folder = folder.path();
-    refused(folder, 2, &["train", "none.toml"], &["none.toml"]);
+    refused(folder, 2, &["train", "none.toml"], &["none.toml", "`unisono config --print > FILE`"]);
     fs::write(folder.join("key.toml"), "# a comment\n[train]\nstep = 3\n").unwrap();
     refused(folder, 2, &["train", "key.toml"], &["key.toml: line 3: unknown field `step`", "`steps`"]);
     fs::write(folder.join("syntax.toml"), "[train\n").unwrap();
@@ -39,6 +39,10 @@ fn configs() {
 fn layouts_and_folders() {
     let folder = tempfile::tempdir().unwrap();
     let folder = folder.path();
+    let nodes = ["bench", "dispatch", "--ranks", "4", "--nodes", "1,2"];
+    refused(folder, 2, &nodes, &["1, 2", "4 ranks"]);
+    let skew = ["plan", TINY, "local", "--skew", "1"];
+    refused(folder, 2, &skew, &["--skew is for clusters"]);
     refused(
         folder,
         2,
