@@ -212,7 +212,9 @@ fn measure_overlap(args: &Overlap, job: &Job) -> Result<u8, CliError> {
     };
     let link = threads.then_some(PretendedLink { bytes_per_s: args.link_mb_per_s * 1e6, kinds });
     let ways = |ranks: usize| {
-        let mut config = unfolded(&args.measuring, ranks)?;
+        // Experts that every rank holds are gathered, too, and no row travels.
+        let expert_group = if matches!(args.what, Hidden::Gathers) { 1 } else { ranks };
+        let mut config = config(&args.measuring.sizes, ranks, expert_group)?;
         let overlapped = match args.what {
             Hidden::Gathers => {
                 config.train.reduce_every = ReduceEvery::Microbatch;

@@ -20,7 +20,8 @@ use crate::transport::{Call, Done, GroupId, NativeSums, Ticket, Transport};
 
 type Boxed = Box<dyn Error + Send + Sync>;
 
-/// How often started calls are looked after while the rank computes.
+/// How soon started calls are looked after again where something has come while the rank computes. Without news the pause
+/// doubles up to [`IDLE`]: each look interrupts the computation for longer than it takes itself.
 const BUSY: Duration = Duration::from_micros(50);
 /// How often messages are looked for while nothing is under way.
 const IDLE: Duration = Duration::from_millis(1);
@@ -207,17 +208,18 @@ fn panic_message(payload: &(dyn Any + Send)) -> String {
 
 /// Looks after started calls while the rank's own thread does not.
 fn help(engine: &Engine, stop: &AtomicBool) {
+    let mut pause = IDLE;
     while !stop.load(Ordering::Acquire) {
-        let mut busy = false;
+        pause = IDLE.min(2 * pause);
         if !engine.waits.load(Ordering::Acquire) {
             let mut state = engine.lock();
             // An error comes up again in the rank's next call.
-            if state.progress(engine).is_err() {
-                return;
+            let Ok(news) = state.progress(engine) else { return };
+            if news && state.is_busy() {
+                pause = BUSY;
             }
-            busy = state.is_busy();
         }
-        thread::sleep(if busy { BUSY } else { IDLE });
+        thread::sleep(pause);
     }
 }
 

@@ -4,16 +4,14 @@ use super::gemm::{Matrix, MatrixMut, gemm};
 use super::{DisjointMut, Threads};
 use crate::backend::{Dims, Product};
 
-/// Columns of a tile: multiples of this, so that no tile ends within a vector.
-const COLUMN_STEP: usize = 64;
-/// Rows of a tile: multiples of this.
-const ROW_STEP: usize = 24;
-/// Rows of a tile of a tall result at most.
+/// Columns of a tile: multiples of this, so that no tile ends within the register tile of the product.
+const COLUMN_STEP: usize = 32;
+/// Rows of a tile: multiples of this, for the same reason.
+const ROW_STEP: usize = 6;
+/// Rows of a tile at most: their packed values stay in the second-level cache.
 const MOST_ROWS: usize = 384;
 /// Multiply-adds below which a tile costs more in packing and dispatch than it gains.
 const SMALLEST_TILE: usize = 1 << 20;
-/// Tiles a thread, so that a late thread does not hold up the others for long.
-const TILES_A_THREAD: usize = 1;
 
 /// [`crate::Backend::matmul`].
 pub(super) fn matmul(
@@ -68,18 +66,18 @@ pub(super) fn tiled(
     });
 }
 
-/// Rows and columns of a tile. Any shape gives the same bits. Tall results are cut by rows alone, short enough that the
-/// packed rows stay in the second-level cache; others so that every thread has a tile that is as square as possible,
-/// because an operand is packed once for each tile that reads it.
+/// Rows and columns of a tile. Any shape gives the same bits. One thread takes whole rows; several share out equal tiles, as
+/// many to each, in the grid that packs the fewest elements: an operand is packed once for each tile that reads it.
 fn tile(dims: Dims, threads: usize) -> (usize, usize) {
     let Dims { m, n, k } = dims;
-    let wanted = (threads * TILES_A_THREAD).min(m * n * k.max(1) / SMALLEST_TILE).max(1);
-    if threads == 1 || m >= wanted * MOST_ROWS / 2 {
-        let parts = m.div_ceil(MOST_ROWS).next_multiple_of(wanted);
-        return (m.div_ceil(parts).next_multiple_of(ROW_STEP).min(m), n);
-    }
-    let side = ((m * n / wanted) as f64).sqrt() as usize;
-    let columns = side.next_multiple_of(COLUMN_STEP).min(n);
-    let rows = (m * n / wanted / columns).max(1).next_multiple_of(ROW_STEP).min(m);
-    (rows, columns)
+    let least_down = m.div_ceil(MOST_ROWS);
+    let wanted = threads.min(m * n * k.max(1) / SMALLEST_TILE).max(1);
+    let grids = (1..=wanted).map(|across| {
+        let down = wanted.div_ceil(across).max(least_down);
+        let even = (down * across).is_multiple_of(wanted);
+        (if even { down } else { down.next_multiple_of(wanted) }, across)
+    });
+    let (down, across) = grids.min_by_key(|&(down, across)| across * m + down * n).unwrap_or((1, 1));
+    let part = |len: usize, parts: usize, step: usize| len.div_ceil(parts).next_multiple_of(step).min(len);
+    (part(m, down, ROW_STEP), part(n, across, COLUMN_STEP))
 }
