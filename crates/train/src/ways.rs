@@ -63,6 +63,8 @@ pub struct WayMeasured {
     pub name: String,
     /// Seconds of a step on the slowest rank.
     pub step_s: f64,
+    /// Seconds of a step that the rank which waited least spent in calls.
+    pub communication_s: f64,
     /// Seconds of a step that ranks spent in calls of dispatch and combine, on average.
     pub dispatch_s: f64,
     /// Bytes of a step that went from node to node in such calls.
@@ -71,8 +73,9 @@ pub struct WayMeasured {
     pub copies: f64,
 }
 
-/// Numbers of one step: seconds, seconds of dispatch, bytes between nodes in all calls of dispatch, those of rows alone.
-type Numbers = [f64; 4];
+/// Numbers of one step: seconds, seconds of communication, seconds of dispatch, bytes between nodes in all calls of dispatch,
+/// those of rows alone.
+type Numbers = [f64; 5];
 
 /// Trains in all ways, and returns what each took, on every rank the same.
 ///
@@ -103,12 +106,13 @@ fn summary(way: &Way, numbers: &[Numbers]) -> WayMeasured {
     let layers = (0..config.model.num_hidden_layers).filter(|&layer| config.model.is_moe(layer)).count();
     // To the experts and back, forward and backward.
     let chances = (4 * layers * config.tokens_per_step() * config.model.hidden_size * bytes) as f64;
-    let mean = numbers.iter().map(|step| step[3]).sum::<f64>() / numbers.len() as f64;
+    let mean = numbers.iter().map(|step| step[4]).sum::<f64>() / numbers.len() as f64;
     WayMeasured {
         name: way.name.clone(),
         step_s: median(0),
-        dispatch_s: median(1),
-        crossing_bytes: median(2),
+        communication_s: median(1),
+        dispatch_s: median(2),
+        crossing_bytes: median(3),
         copies: mean / chances,
     }
 }
@@ -135,6 +139,7 @@ fn steps(bench: &WaysBench, way: &Way) -> Result<Vec<Numbers>, TrainError> {
                 let rows = crossing().filter(|row| [kind::DISPATCH, kind::COMBINE].contains(&&*row.kind));
                 own.extend([
                     begin.elapsed().as_secs_f64(),
+                    moved.rows.iter().map(|row| row.wait_seconds + row.move_seconds).sum(),
                     dispatch().map(|row| row.wait_seconds + row.move_seconds).sum(),
                     crossing().map(|row| row.bytes_sent).sum::<u64>() as f64,
                     rows.map(|row| row.bytes_sent).sum::<u64>() as f64,
@@ -142,10 +147,12 @@ fn steps(bench: &WaysBench, way: &Way) -> Result<Vec<Numbers>, TrainError> {
             }
         }
         let all = comm.all_gather_values(&own)?;
-        let of = |step: usize, which: usize| all.iter().map(move |rank| rank[4 * step + which]);
+        let of = |step: usize, which: usize| all.iter().map(move |rank| rank[5 * step + which]);
         let join = |step: usize| {
-            let dispatch = of(step, 1).sum::<f64>() / all.len() as f64;
-            [of(step, 0).fold(0.0, f64::max), dispatch, of(step, 2).sum(), of(step, 3).sum()]
+            let dispatch = of(step, 2).sum::<f64>() / all.len() as f64;
+            let (longest, least) =
+                (of(step, 0).fold(0.0, f64::max), of(step, 1).fold(f64::INFINITY, f64::min));
+            [longest, least, dispatch, of(step, 3).sum(), of(step, 4).sum()]
         };
         Ok::<_, TrainError>((0..bench.steps).map(join).collect::<Vec<Numbers>>())
     };

@@ -22,7 +22,7 @@ type Boxed = Box<dyn Error + Send + Sync>;
 
 /// How soon started calls are looked after again where something has come while the rank computes. Without news the pause
 /// doubles up to [`IDLE`]: each look interrupts the computation for longer than it takes itself.
-const BUSY: Duration = Duration::from_micros(50);
+const BUSY: Duration = Duration::from_micros(250);
 /// How often messages are looked for while nothing is under way.
 const IDLE: Duration = Duration::from_millis(1);
 /// How often a waiting rank looks before it gives way to others.

@@ -182,7 +182,8 @@ impl GradientGrid {
         let mut columns = GRADIENT_COLUMNS;
         loop {
             let pair = (Self { m: d, n: 2 * f, columns }, Self { m: f, n: d, columns });
-            let enough = threads == 1 || runs * (pair.0.tiles() + pair.1.tiles()) >= threads * GRADIENT_TILES_A_THREAD;
+            let enough =
+                threads == 1 || runs * (pair.0.tiles() + pair.1.tiles()) >= threads * GRADIENT_TILES_A_THREAD;
             if enough || columns <= LEAST_GRADIENT_COLUMNS {
                 return pair;
             }
