@@ -130,6 +130,13 @@ impl CollectiveModel {
         if self.is_mesh() {
             return self.mesh_s(collective, bytes, ranks);
         }
+        let level = &self.cluster.levels[0];
+        if collective == Collective::AllToAll {
+            let others = bytes * collective.wire_share(ranks);
+            if let Some(seconds) = self.exchanges.all_to_all_s(others, ranks, level.bytes_per_s) {
+                return seconds;
+            }
+        }
         match self.curves.and_then(|curves| curves.seconds(collective, bytes, ranks, self.inner_scale)) {
             Some(seconds) => seconds,
             None => network::seconds(&self.cluster.levels[..1], collective, bytes, ranks, 1),
@@ -178,8 +185,11 @@ impl CollectiveModel {
         if traffic.ranks_touched <= 0.0 || exchange.group.size <= 1 {
             return 0.0;
         }
-        let network = &self.cluster.levels[self.cluster.levels.len().min(2) - 1];
-        self.exchanges.seconds(way, exchange, &traffic, self.inner_scale, network.shared_bytes_per_s())
+        let levels = &self.cluster.levels;
+        let network = &levels[levels.len().min(2) - 1];
+        let rates = [levels[0].bytes_per_s, network.shared_bytes_per_s()];
+        let inner = exchange.group.within(levels[0].width);
+        self.exchanges.seconds(way, exchange, &traffic, self.inner_scale, rates, inner)
     }
 
     /// Bytes that a rank sends in an exchange, by kind of link.

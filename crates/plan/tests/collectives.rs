@@ -5,8 +5,8 @@ use std::collections::BTreeMap;
 use unisono_plan::collectives::{Collective, CollectiveModel, Exchange, Group, Way};
 use unisono_plan::{Cluster, Gpu};
 
-/// Rows of `nccl,gpu,collective,ranks,bytes,us`, `within,gpu,way,multiprocessors,tokens,row bytes,experts,top-k,ranks,us` and
-/// `across,gpu,way,servers,multiprocessors,tokens,us`, all of 1 MiB and above.
+/// Rows of `nccl,gpu,collective,ranks,bytes,us`, `within,gpu,way,multiprocessors,tokens,row bytes,experts,top-k,ranks,us`,
+/// `domain,gpu,way,ranks,tokens,row bytes,experts,top-k,us` and `across,gpu,way,servers,multiprocessors,tokens,us`, all of 1 MiB and above.
 const HELD_BACK: &str = include_str!("data/collectives_held_back.csv");
 
 fn model(gpu: &str, gpus: usize) -> CollectiveModel {
@@ -40,6 +40,18 @@ fn predicted_s(kind: &str, gpu: &str, operation: &str, sizes: &[usize]) -> f64 {
                 multiprocessors,
             };
             model(gpu, 8).exchange_s(way(operation), &exchange)
+        }
+        ("domain", &[ranks, tokens, row_bytes, experts, top_k]) => {
+            let exchange = Exchange {
+                tokens: tokens as f64,
+                row_bytes: row_bytes as f64,
+                top_k,
+                experts,
+                group: Group { size: ranks, stride: 1 },
+                max_servers: None,
+                multiprocessors: 20,
+            };
+            model(gpu, 72).exchange_s(way(operation), &exchange)
         }
         ("across", &[servers, multiprocessors, tokens]) => {
             let row_bytes = if operation == "dispatch" { 7168.0 * (1.0 + 4.0 / 128.0) } else { 7168.0 * 2.0 };
@@ -90,11 +102,11 @@ fn sizes_left_out_are_within_ten_percent_at_the_median_and_mostly_throughout() {
         assert!(median <= 0.1, "{}: median {median:.3}", key.join(" "));
     }
     // Kind, least share of rows within 10%; NCCL's changes of protocol between two sizes are what is missed.
-    for (kind, least) in [("nccl", 0.88), ("within", 0.88), ("across", 0.98)] {
+    for (kind, least) in [("nccl", 0.88), ("within", 0.88), ("domain", 1.0), ("across", 0.98)] {
         let of: Vec<f64> =
             errors.iter().filter(|(key, _)| key[0] == kind).flat_map(|(_, e)| e.clone()).collect();
         let share = of.iter().filter(|error| **error <= 0.1).count() as f64 / of.len() as f64;
         println!("{kind}: {} rows, {:.1}% of them within 10%", of.len(), 100.0 * share);
-        assert!(of.len() > 80 && share >= least, "{kind}: {share:.3} of {} rows within 10%", of.len());
+        assert!(of.len() > 40 && share >= least, "{kind}: {share:.3} of {} rows within 10%", of.len());
     }
 }

@@ -10,6 +10,12 @@ pub enum HuggingFaceError {
     /// Not the expected JSON.
     #[error("config.json: {0}")]
     Json(#[from] serde_json::Error),
+    /// A family of models whose fields are not known to mean what those of the others do.
+    #[error(
+        "config.json: model_type {0:?} is not known; known: {known}. Without model_type a file is read as llama",
+        known = KNOWN.join(", ")
+    )]
+    ModelType(String),
     /// A field is missing or has an impossible value.
     #[error("config.json: {field}: {rule}")]
     Field {
@@ -19,6 +25,29 @@ pub enum HuggingFaceError {
         rule: &'static str,
     },
 }
+
+/// Families whose files were read and compared.
+const KNOWN: [&str; 19] = [
+    "llama",
+    "mistral",
+    "mixtral",
+    "qwen2",
+    "qwen2_moe",
+    "qwen3",
+    "qwen3_moe",
+    "olmo",
+    "olmo2",
+    "olmoe",
+    "deepseek_v2",
+    "deepseek_v3",
+    "kimi_k2",
+    "gpt_oss",
+    "gpt2",
+    "gpt_neo",
+    "gpt_neox",
+    "gpt_bigcode",
+    "openai-gpt",
+];
 
 /// The fields that decide sizes, by all their names.
 #[derive(Debug, Deserialize)]
@@ -49,6 +78,9 @@ struct Config {
     mlp_only_layers: Vec<usize>,
     sliding_window: Option<usize>,
     use_sliding_window: Option<bool>,
+    #[serde(default)]
+    layer_types: Vec<String>,
+    use_parallel_residual: Option<bool>,
     q_lora_rank: Option<usize>,
     kv_lora_rank: Option<usize>,
     qk_nope_head_dim: Option<usize>,
@@ -66,12 +98,14 @@ impl Architecture {
     pub fn from_hugging_face(json: &str) -> Result<Self, HuggingFaceError> {
         let config: Config = serde_json::from_str(json)?;
         let kind = config.model_type.clone().unwrap_or_else(|| "llama".into());
-        let classic = kind.starts_with("gpt2") || kind.starts_with("gpt_neo") || kind == "openai-gpt";
+        if !KNOWN.contains(&kind.as_str()) {
+            return Err(HuggingFaceError::ModelType(kind));
+        }
+        let classic = matches!(kind.as_str(), "gpt2" | "gpt_neo" | "gpt_neox" | "gpt_bigcode" | "openai-gpt");
         let hidden = required(config.hidden_size, "hidden_size")?;
         let layers = required(config.num_hidden_layers, "num_hidden_layers")?;
         let moe = config.moe()?;
         let pattern = config.pattern(layers)?;
-        let window = config.sliding_window.filter(|_| config.use_sliding_window != Some(false));
         Ok(Self {
             layers,
             hidden,
@@ -80,12 +114,12 @@ impl Architecture {
             gated: !classic,
             attention: config.attention(hidden)?,
             qk_norm: matches!(kind.as_str(), "qwen3" | "qwen3_moe" | "olmoe"),
-            window: window.map(|tokens| Window { tokens, every: 1 }),
+            window: config.window()?,
             ffn_dense: config.intermediate_size.unwrap_or(4 * hidden),
             moe,
             state_space: None,
             pattern,
-            parallel_blocks: false,
+            parallel_blocks: kind == "gpt_neox" && config.use_parallel_residual != Some(false),
             mtp_layers: config.num_nextn_predict_layers.unwrap_or(0),
             name: kind,
         })
@@ -131,6 +165,25 @@ impl Config {
             top_groups: self.topk_group.unwrap_or(1).clamp(1, groups),
             latent: None,
         }))
+    }
+
+    /// Which layers see only a window: all, or every so many from the first on.
+    fn window(&self) -> Result<Option<Window>, HuggingFaceError> {
+        let Some(tokens) = self.sliding_window.filter(|_| self.use_sliding_window != Some(false)) else {
+            return Ok(None);
+        };
+        let slides: Vec<bool> = self.layer_types.iter().map(|kind| kind == "sliding_attention").collect();
+        if !slides.is_empty() && !slides.contains(&true) {
+            return Ok(None);
+        }
+        let every = slides.iter().skip(1).position(|slides| *slides).map_or(slides.len().max(1), |at| at + 1);
+        match slides.iter().enumerate().all(|(layer, slides)| *slides == layer.is_multiple_of(every)) {
+            true => Ok(Some(Window { tokens, every })),
+            false => Err(field(
+                "layer_types",
+                "sliding_attention must be in every so many layers from the first on",
+            )),
+        }
     }
 
     fn pattern(&self, layers: usize) -> Result<Pattern, HuggingFaceError> {
@@ -187,13 +240,21 @@ mod tests {
                 "num_attention_heads":32,"num_key_value_heads":8,"intermediate_size":14336}"#,
             ),
             (
+                "GPT-OSS-20B",
+                r#"{"model_type":"gpt_oss","num_hidden_layers":4,"hidden_size":2880,"vocab_size":201088,
+                "num_attention_heads":64,"num_key_value_heads":8,"head_dim":64,"intermediate_size":2880,
+                "num_local_experts":32,"num_experts_per_tok":4,"sliding_window":128,"tie_word_embeddings":false,
+                "layer_types":["sliding_attention","full_attention","sliding_attention","full_attention"]}"#,
+            ),
+            (
                 "MPT-125m",
                 r#"{"model_type":"gpt2","n_layer":12,"n_embd":768,"n_head":12,"vocab_size":50368,"n_inner":null}"#,
             ),
         ];
         for (name, json) in cases {
             let read = Architecture::from_hugging_face(json).unwrap();
-            assert_eq!(Architecture { name: name.into(), ..read }, Architecture::built_in(name).unwrap());
+            let known = Architecture::built_in(name).unwrap();
+            assert_eq!(Architecture { name: name.into(), layers: known.layers, ..read }, known);
         }
     }
 
@@ -205,5 +266,13 @@ mod tests {
             "config.json: num_hidden_layers: is missing; must be at least 1"
         );
         assert!(said("[").starts_with("config.json: EOF"));
+        let unknown = said(r#"{"model_type":"t5","hidden_size":8}"#);
+        assert!(
+            unknown.starts_with("config.json: model_type \"t5\" is not known; known: llama, "),
+            "{unknown}"
+        );
+        let last = r#"{"num_hidden_layers":3,"hidden_size":8,"vocab_size":9,"num_attention_heads":1,"sliding_window":4,
+            "layer_types":["full_attention","full_attention","sliding_attention"]}"#;
+        assert!(said(last).contains("layer_types: sliding_attention must be in every"));
     }
 }

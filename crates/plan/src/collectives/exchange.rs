@@ -4,7 +4,7 @@
 use std::sync::LazyLock;
 
 use super::Group;
-use crate::hardware::Cluster;
+use crate::hardware::{Cluster, Gpu};
 
 /// To the experts or back.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -85,16 +85,31 @@ impl Exchange {
 #[derive(Debug)]
 pub(super) struct Tables {
     gpu: String,
+    /// GPUs of the server on which `within` was measured.
+    server: usize,
     within: Vec<Within>,
+    domain: Vec<Domain>,
     across: Vec<Across>,
 }
 
-/// Within a server: coefficients of 1, tokens, tokens x row bytes, tokens x ranks, tokens x ranks x row bytes.
+/// Coefficients of 1, tokens, tokens x row bytes, tokens x ranks, tokens x ranks x row bytes.
+#[derive(Debug)]
+struct Coefficients([f64; 5]);
+
+/// Within a server.
 #[derive(Debug)]
 struct Within {
     way: Way,
     multiprocessors: usize,
-    seconds: [f64; 5],
+    seconds: Coefficients,
+}
+
+/// Over an NVLink domain of many servers, by the number of ranks: coefficients as within a server.
+#[derive(Debug)]
+struct Domain {
+    way: Way,
+    ranks: usize,
+    seconds: Coefficients,
 }
 
 /// Across servers: bytes over a network card and seconds, ascending.
@@ -105,6 +120,13 @@ struct Across {
     multiprocessors: usize,
     points: Vec<(f64, f64)>,
 }
+
+/// GPUs of a server where its GPU is not known.
+const USUAL_SERVER: usize = 8;
+
+/// The GPU whose NVLink domain of many servers was measured, and what a GPU sends into it.
+const MEASURED_DOMAIN: &str = "GB200";
+const MEASURED_DOMAIN_BYTES_PER_S: f64 = 900e9;
 
 /// Network cards of the measured servers.
 const MEASURED_NETWORK_BYTES_PER_S: f64 = 50e9;
@@ -127,28 +149,42 @@ fn parse(text: &str) -> Vec<Tables> {
         let words: Vec<&str> = line.split(' ').collect();
         let [kind, gpu, way, rest @ ..] = &words[..] else { continue };
         let at = out.iter().position(|tables| tables.gpu == *gpu).unwrap_or_else(|| {
-            out.push(Tables { gpu: gpu.to_string(), within: Vec::new(), across: Vec::new() });
+            let server = Gpu::named(gpu).map_or(USUAL_SERVER, |gpu| gpu.per_server);
+            let (within, domain, across) = (Vec::new(), Vec::new(), Vec::new());
+            out.push(Tables { gpu: gpu.to_string(), server, within, domain, across });
             out.len() - 1
         });
         let way = if *way == "dispatch" { Way::Dispatch } else { Way::Combine };
         match *kind {
-            "within" => out[at].within.extend(Within::parse(way, rest)),
+            "within" => {
+                out[at].within.extend(Coefficients::parse(rest).map(|(multiprocessors, seconds)| Within {
+                    way,
+                    multiprocessors,
+                    seconds,
+                }))
+            }
+            "domain" => out[at].domain.extend(Coefficients::parse(rest).map(|(ranks, seconds)| Domain {
+                way,
+                ranks,
+                seconds,
+            })),
             _ => out[at].across.extend(Across::parse(way, rest)),
         }
     }
     out
 }
 
-impl Within {
-    fn parse(way: Way, words: &[&str]) -> Option<Self> {
+impl Coefficients {
+    /// What they are for, multiprocessors or ranks, and they.
+    fn parse(words: &[&str]) -> Option<(usize, Self)> {
         let numbers: Vec<f64> = words.iter().filter_map(|word| word.parse().ok()).collect();
-        let [multiprocessors, coefficients @ ..] = &numbers[..] else { return None };
+        let [of, coefficients @ ..] = &numbers[..] else { return None };
         let us: [f64; 5] = coefficients.try_into().ok()?;
-        Some(Self { way, multiprocessors: *multiprocessors as usize, seconds: us.map(|c| c * 1e-6) })
+        Some((*of as usize, Self(us.map(|c| c * 1e-6))))
     }
 
     fn at(&self, tokens: f64, row_bytes: f64, ranks: f64, scale: f64) -> f64 {
-        let [fixed, token, byte, rank, rank_byte] = self.seconds;
+        let [fixed, token, byte, rank, rank_byte] = self.0;
         fixed + tokens * (token + byte * row_bytes + ranks * (rank + rank_byte * row_bytes * scale))
     }
 }
@@ -181,25 +217,52 @@ impl Across {
 }
 
 impl Tables {
-    /// `inner_scale` is the time of a byte on NVLink over that of the measured server. Across servers the slower of network
-    /// and NVLink decides: both are pipelined.
+    /// Seconds to bring `(tokens, row bytes, ranks a row goes to)` to `inner` ranks that NVLink joins beyond the server that
+    /// [`Tables::within`] knows; `None` within that.
+    fn domain_s(
+        &self,
+        way: Way,
+        (tokens, row_bytes, ranks): (f64, f64, f64),
+        inner: usize,
+        bytes_per_s: f64,
+    ) -> Option<f64> {
+        if inner <= self.server {
+            return None;
+        }
+        let lines = tables(MEASURED_DOMAIN).domain.iter().filter(|line| line.way == way);
+        let line = lines.min_by_key(|line| line.ranks.abs_diff(inner))?;
+        let scale = MEASURED_DOMAIN_BYTES_PER_S / bytes_per_s;
+        Some(line.seconds.at(tokens, row_bytes, ranks, scale))
+    }
+
+    /// Seconds of an all-to-all of `bytes` that a rank sends to the others of `inner`: the rows of the measured exchange, as
+    /// many as amount to that.
+    pub(super) fn all_to_all_s(&self, bytes: f64, inner: usize, bytes_per_s: f64) -> Option<f64> {
+        let ranks = places_touched(MEASURED_EXPERTS, MEASURED_TOP_K, inner);
+        let row_bytes = 2.0 * MEASURED_HIDDEN;
+        let tokens = bytes / (row_bytes * ranks * (1.0 - 1.0 / inner as f64));
+        self.domain_s(Way::Dispatch, (tokens, row_bytes, ranks), inner, bytes_per_s)
+    }
+
+    /// `inner_scale` is the time of a byte on NVLink over that of the measured server, `inner` the ranks of the group that
+    /// NVLink joins at `inner_bytes_per_s`. Across servers the slower of network and NVLink decides: both are pipelined.
     pub(super) fn seconds(
         &self,
         way: Way,
         exchange: &Exchange,
         traffic: &Traffic,
         inner_scale: f64,
-        network_bytes_per_s: f64,
+        [inner_bytes_per_s, network_bytes_per_s]: [f64; 2],
+        inner: usize,
     ) -> f64 {
         let units = exchange.multiprocessors;
         let nearest = |have: usize| have.abs_diff(units);
-        let within = self
-            .within
-            .iter()
-            .filter(|line| line.way == way)
-            .min_by_key(|line| nearest(line.multiprocessors));
-        let inside = within.map_or(0.0, |line| {
-            line.at(exchange.tokens, exchange.row_bytes, traffic.ranks_touched, inner_scale)
+        let of_row = (exchange.tokens, exchange.row_bytes, traffic.ranks_touched);
+        let inside = self.domain_s(way, of_row, inner, inner_bytes_per_s).unwrap_or_else(|| {
+            let (tokens, row_bytes, ranks) = of_row;
+            let lines = self.within.iter().filter(|line| line.way == way);
+            let line = lines.min_by_key(|line| nearest(line.multiprocessors));
+            line.map_or(0.0, |line| line.seconds.at(tokens, row_bytes, ranks, inner_scale))
         });
         if traffic.servers == 0.0 {
             return inside;
