@@ -13,7 +13,7 @@ mod work;
 
 use crate::architecture::{Architecture, LayerKind};
 use crate::calibration::Calibration;
-use crate::hardware::Cluster;
+use crate::hardware::{Cluster, Gpu};
 use crate::parallelism::{Parallelism, ParallelismError, Routing, Training};
 use crate::rank_memory::RankMemory;
 use crate::unevenness::{Percentiles, Unevenness};
@@ -172,6 +172,11 @@ impl Pricer {
     pub fn of_step(mut self, step: RoutedStep) -> Self {
         self.step = step;
         self
+    }
+
+    /// The GPU that layouts are priced on.
+    pub(crate) fn gpu(&self) -> &Gpu {
+        &self.rates.cluster.gpu
     }
 
     /// Rows of the fullest expert-parallel rank over its even share, in the median step and in one of twenty.

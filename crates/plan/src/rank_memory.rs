@@ -30,8 +30,18 @@ pub struct RankMemory {
     pub workspace: f64,
 }
 
-/// Bytes that libraries set aside on a GPU: the intercept of peaks that Megatron's tests record, over their layers.
-const WORKSPACE_BYTES: f64 = 48e6;
+/// Bytes that are set aside on a GPU whatever runs: the intercept of peaks that Megatron's tests record on A100, over their layers,
+/// without workspaces.
+const BASE_BYTES: f64 = 36e6;
+
+/// Workspaces of products: PyTorch's own and Transformer Engine's. Grouped products use as many more of the latter as streams.
+const WORKSPACES_AMPERE: [f64; 2] = [8.1 * MIB, 4.0 * MIB];
+/// The same since Hopper.
+const WORKSPACES: [f64; 2] = [32.0 * MIB, 32.0 * MIB];
+/// Streams of grouped products.
+const STREAMS: f64 = 4.0;
+
+const MIB: f64 = (1u64 << 20) as f64;
 
 impl RankMemory {
     /// The names and bytes of all parts, in the order in which they are printed.
@@ -155,9 +165,15 @@ impl Pricer {
                 Sharding::Zero3 => 2.0 * width * layer + optimizer.gradients.bytes() * layer,
                 _ => 0.0,
             },
-            workspace: WORKSPACE_BYTES,
+            workspace: self.workspace(),
             ..RankMemory::default()
         }
+    }
+
+    fn workspace(&self) -> f64 {
+        let [own, engine] = if self.gpu().name == "A100" { WORKSPACES_AMPERE } else { WORKSPACES };
+        let streams = if self.model.moe.is_some() { STREAMS } else { 0.0 };
+        BASE_BYTES + own + (1.0 + streams) * engine
     }
 }
 

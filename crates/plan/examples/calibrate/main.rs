@@ -121,6 +121,9 @@ fn show(cases: &Cases, constants: &Constants, family: Option<&String>) {
         if let Some(time) = row.time {
             println!("    {}", parts(cases, at, constants, time.predicted_s));
         }
+        if row.memory.is_some() {
+            println!("    {}", held(cases, at, constants));
+        }
     }
 }
 
@@ -140,6 +143,28 @@ fn parts(cases: &Cases, row: usize, constants: &Constants, predicted_s: f64) -> 
     let percent = |(name, seconds): (&str, f64)| format!("{name} {:.0}", 100.0 * seconds / predicted_s);
     let shown = breakdown.parts().into_iter().filter(|(_, seconds)| *seconds > 0.005 * predicted_s);
     shown.map(percent).collect::<Vec<_>>().join(", ")
+}
+
+/// What the first and the last pipeline rank of row `row` hold, in GiB.
+fn held(cases: &Cases, row: usize, constants: &Constants) -> String {
+    let best: RefCell<(f64, String)> = RefCell::new((f64::INFINITY, String::new()));
+    cases.outcome(row, &|model, cluster, layout, training| {
+        let calibration = constants.of(&cluster.gpu, training.software);
+        let pricer = Pricer::with_calibration(model, cluster, training, calibration);
+        let found = Prediction::of(&pricer, layout)?;
+        let of = |rank: usize| {
+            let memory = pricer.rank_memory(layout, rank);
+            let gib = |bytes: f64| bytes / (1u64 << 30) as f64;
+            let parts = memory.parts().map(|(name, bytes)| format!("{name} {:.3}", gib(bytes)));
+            format!("rank {rank} {:.2} GiB: {}", gib(memory.total()), parts.join(", "))
+        };
+        if found.step_s < best.borrow().0 {
+            let said = [0, layout.pipeline - 1].map(of).join("\n    ");
+            *best.borrow_mut() = (found.step_s, said);
+        }
+        Some(found)
+    });
+    best.into_inner().1
 }
 
 fn main() -> Result<(), Box<dyn Error>> {

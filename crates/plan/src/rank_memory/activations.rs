@@ -98,9 +98,10 @@ impl Kept {
         }
         self.push("softmax statistics", Part::Other, 4.0 * sizes.tokens * heads);
         if sizes.unfused {
-            // Korthikanti et al. (2022): softmax and dropout in 16 bits, and its mask.
+            // Korthikanti et al. (2022): softmax in 16 bits; GPT's dropout and its mask.
             let scores = sizes.tokens * sizes.sequence * heads;
-            self.push("attention scores", Part::Core, (2.0 * sizes.width + 1.0) * scores);
+            let dropout = if model.gated { 0.0 } else { sizes.width + 1.0 };
+            self.push("attention scores", Part::Core, (sizes.width + dropout) * scores);
         }
         self.push("attention output", Part::Other, of(heads * v));
         if sizes.input < sizes.width {

@@ -3,6 +3,8 @@
 use crate::parallelism::{Parallelism, Sharding};
 use crate::table::Row;
 
+use super::{GIB, golden};
+
 /// Bytes that PyTorch's allocator reserves for each that is allocated at the peak.
 const RESERVED: f64 = 1.12;
 
@@ -121,6 +123,8 @@ impl Case {
             memory_gib: row.positive("mem_max_gib"),
         };
         case.read_names();
+        // A test sets what it does not leave at 1.
+        case.not_interleaved |= case.kind == Kind::Golden && case.degrees.virtual_stages.is_none();
         let interleaved = case.mentions("interleaved") || case.mentions("vpp");
         case.not_interleaved |= (case.mentions("1f1b") && !interleaved) || case.is_zero_bubble();
         case
@@ -146,26 +150,14 @@ impl Case {
         fill(&mut self.global_batch, &["gbs"]);
         fill(&mut self.shape.layers, &["layers"]);
         if self.kind == Kind::Golden {
-            // Megatron's tests name the layers of a virtual stage.
-            let layers = self.shape.layers.zip(spelled(&names, "vp"));
-            let of_rank = layers.zip(self.degrees.pipeline).map(|((layers, of), pp)| layers / (of * pp));
-            self.degrees.virtual_stages =
-                self.degrees.virtual_stages.or(of_rank.filter(|stages| *stages > 1));
+            let stages = golden::virtual_stages(self, spelled(&names, "vp"));
+            self.degrees.virtual_stages = self.degrees.virtual_stages.or(stages);
         }
     }
 
     /// Whether the pipeline's schedule is one of the zero-bubble family.
     pub(super) fn is_zero_bubble(&self) -> bool {
         ["zero-bubble", "zbv", "v-half", "v-min", "dualpipe"].iter().any(|name| self.mentions(name))
-    }
-
-    /// Whether a test of Megatron runs fused attention. The small ones ask for the unfused kernel, and without Transformer
-    /// Engine there is no other; those that resume (on all of their clusters but one) or split the context have the fused one.
-    pub(super) fn fused_attention(&self) -> bool {
-        let small = self.sequence.is_some_and(|sequence| sequence <= 1024);
-        let engine = self.printed.contains("_te_");
-        let resumed = self.mentions("resume") && !self.source.contains("dracooci");
-        !small || self.degrees.context.is_some_and(|degree| degree > 1) || engine && resumed
     }
 
     /// Whether memory depends on a number of replicas that the row does not print. Tests run on one server where they do not say;
@@ -182,16 +174,21 @@ impl Case {
         sizes.iter().all(Option::is_none)
     }
 
-    /// The kind of memory that the row gives, of the peaks on the fullest and on the last rank. Megatron's tests record what the
-    /// last rank, which writes the log, has allocated, but for those that are about memory; so does Primus; torchtitan what is
-    /// reserved.
+    /// The kind of memory that the row gives, of the peaks on the fullest and on the last rank. Software that is built on Megatron
+    /// prints what the last rank, which knows the loss and writes the log, has allocated; torchtitan what is reserved.
     pub(super) fn memory_bytes(&self, fullest: f64, last: f64) -> f64 {
         match self.kind {
             Kind::Golden if !self.printed.contains("memory") => last,
-            _ if self.mentions("primus") => last,
+            _ if ["primus", "nemo", "megatron-bridge"].iter().any(|name| self.mentions(name)) => last,
             _ if self.mentions("torchtitan") => RESERVED * fullest,
             _ => fullest,
         }
+    }
+
+    /// The measured peak in GiB. Megatron-Bridge prints billions of bytes, whatever its tables call them.
+    pub(super) fn measured_gib(&self) -> Option<f64> {
+        let unit = if self.mentions("megatron-bridge") { 1e9 / GIB } else { 1.0 };
+        self.memory_gib.map(|printed| unit * printed)
     }
 
     /// Whether any name of the row contains `word`, in any case.

@@ -1,7 +1,7 @@
 //! From a row to what is priced. What the row leaves open becomes several candidates, of which the caller takes the fastest
 //! that fits: whoever published a number had looked for it.
 
-use crate::architecture::Architecture;
+use crate::architecture::{Architecture, Attention};
 use crate::hardware::{Cluster, Gpu};
 use crate::parallelism::{Modules, Optimizer, Parallelism, Recomputation, Routing, Sharding, Training};
 use crate::precision::Precision;
@@ -9,6 +9,7 @@ use crate::schedule::ScheduleKind;
 use crate::software::{DispatchKind, Software, Trainable};
 
 use super::case::{Case, Kind};
+use super::golden;
 use super::neighbours::fully_sharded;
 
 /// Micro-batches of a pipeline stage where no batch is printed: enough that the bubble is small.
@@ -49,7 +50,7 @@ pub(super) fn interpret(case: &Case, models: &[Architecture]) -> Result<Setup, S
     let candidates: Vec<_> = layouts(case, &architecture, &cluster)
         .into_iter()
         .filter_map(|layout| {
-            let training = training(case, precision, &layout);
+            let training = training(case, &architecture, precision, &layout);
             layout.check(&architecture, &training).is_ok().then_some((layout, training))
         })
         .collect();
@@ -102,7 +103,7 @@ fn precision(case: &Case) -> Precision {
     }
 }
 
-fn training(case: &Case, compute: Precision, layout: &Parallelism) -> Training {
+fn training(case: &Case, model: &Architecture, compute: Precision, layout: &Parallelism) -> Training {
     let unit = layout.data * layout.micro_batch;
     let wanted = case.global_batch.map_or(unit * MICRO_BATCHES_A_STAGE * layout.pipeline, |b| b as usize);
     // Interleaved schedules take rounds of as many micro-batches as there are ranks.
@@ -113,7 +114,7 @@ fn training(case: &Case, compute: Precision, layout: &Parallelism) -> Training {
         tokens: 1e12,
         compute,
         wire: if case.mentions("hai-llm") { Precision::Fp8 } else { Precision::Bf16 },
-        optimizer: optimizer(case),
+        optimizer: optimizer(case, model),
         routing: Routing::Balanced,
         dispatch: DispatchKind {
             deduplicated: deduplicates(case),
@@ -135,17 +136,23 @@ fn deduplicates(case: &Case) -> bool {
     named || recipe && case.mentions("megatron-bridge") || case.framework.trim() == "Megatron-Core"
 }
 
-/// NVIDIA's recipes accumulate and reduce gradients in 16 bits; Megatron itself, and its tests, in 32.
-fn optimizer(case: &Case) -> Optimizer {
-    let narrow = ["nemo", "megatron-bridge", "maxtext"].iter().any(|name| case.mentions(name));
-    Optimizer { gradients: if narrow { Precision::Bf16 } else { Precision::F32 }, ..Optimizer::default() }
+/// NVIDIA's recipes accumulate and reduce gradients in 16 bits; Megatron itself, and its tests, in 32. For models with latent attention
+/// Megatron-Bridge's recipes keep moments in 16 bits, too.
+fn optimizer(case: &Case, model: &Architecture) -> Optimizer {
+    let of = |narrow: bool| if narrow { Precision::Bf16 } else { Precision::F32 };
+    let latent = matches!(model.attention, Attention::Latent { .. });
+    Optimizer {
+        gradients: of(["nemo", "megatron-bridge", "maxtext"].iter().any(|name| case.mentions(name))),
+        moments: of(latent && case.mentions("megatron-bridge")),
+        ..Optimizer::default()
+    }
 }
 
 /// The family of software, by the names of frameworks and releases.
 fn software(case: &Case) -> Software {
     let graphs = case.release.is_some_and(|release| release >= GRAPHS_SINCE) && case.gpu.starts_with("GB");
     match () {
-        () if case.kind == Kind::Golden && !case.fused_attention() => Software::Megatron2021,
+        () if case.kind == Kind::Golden && !golden::fused_attention(case) => Software::Megatron2021,
         () if case.framework == "DeepSpeed" => Software::DeepSpeed2021,
         () if case.mentions("megatron-deepspeed") => Software::Megatron2021,
         () if case.mentions("megatron-lm") && case.gpu.starts_with("A100") => Software::Megatron2021,
@@ -206,6 +213,7 @@ fn fold(case: &Case, gpus: usize, [tensor, mut pipeline, mut context]: [usize; 3
         return None;
     }
     let mut data = gpus / (tensor * pipeline * context);
+    data = golden::most_replicas(case).map_or(data, |most| data.min(most as usize));
     while case.global_batch.is_some_and(|batch| data as u64 > batch) && data.is_multiple_of(2) {
         data /= 2;
         context *= 2;
@@ -222,12 +230,14 @@ fn fold(case: &Case, gpus: usize, [tensor, mut pipeline, mut context]: [usize; 3
     })
 }
 
-/// Megatron splits the sequence between tensor-parallel regions since 2022; its tests only where their name says so.
+/// Megatron splits the sequence between tensor-parallel regions since 2022, and must for experts; its tests only where their name
+/// says so.
 fn sequence_parallel(case: &Case) -> bool {
     let old = case.mentions("megatron-deepspeed")
         || case.file.contains("2021")
         || case.file.contains("korthikanti");
-    case.mentions("+sp") || case.mentions("sequence_parallel") || !(old || case.kind == Kind::Golden)
+    let named = case.mentions("+sp") || case.mentions("sequence_parallel");
+    named || case.shape.experts.is_some() || !(old || case.kind == Kind::Golden)
 }
 
 fn schedule(case: &Case, virtual_stages: usize) -> ScheduleKind {
@@ -332,7 +342,10 @@ fn recomputations(case: &Case) -> Vec<Recomputation> {
     }
     let names: Vec<&str> = text.split(|c: char| !c.is_ascii_alphanumeric() && c != '_').collect();
     let modules = Modules {
-        core_attention: names.contains(&"core_attn") || text.starts_with("selective"),
+        // By itself, or where no list says otherwise; what is offloaded is not there either.
+        core_attention: names.contains(&"core_attn")
+            || text.starts_with("selective") && !text.contains('[')
+            || case.mentions("offload"),
         mla_up_projection: names.contains(&"mla_up_proj"),
         // Torchtitan's selective recomputation keeps every other product.
         mlp: names.contains(&"mlp") || names.contains(&"sac") || case.mentions("torchtitan"),

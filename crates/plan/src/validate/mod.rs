@@ -3,6 +3,7 @@
 
 mod baseline;
 mod case;
+mod golden;
 mod interpret;
 mod measured;
 mod model;
@@ -317,7 +318,7 @@ impl Row {
         if case.kind != Kind::OutOfMemory && !self.printed.unknown_replicas(layout) {
             let bytes = case.memory_bytes(priced.memory_bytes, priced.last_rank_bytes);
             outcome.memory =
-                case.memory_gib.map(|measured_gib| Memory { measured_gib, predicted_gib: bytes / GIB });
+                case.measured_gib().map(|measured_gib| Memory { measured_gib, predicted_gib: bytes / GIB });
         }
         outcome.skipped = match case.kind {
             Kind::Golden => Some("a test's golden value: counts for memory, not for time".into()),

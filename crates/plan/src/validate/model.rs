@@ -3,6 +3,7 @@
 use crate::architecture::{Architecture, Attention, MoeShape, Pattern, Window};
 
 use super::case::Case;
+use super::golden;
 
 /// Vocabulary of GPT-2 padded to a multiple of 1,024, which GPT rows use that print none.
 const GPT_VOCAB: usize = 51_200;
@@ -10,6 +11,9 @@ const GPT_VOCAB: usize = 51_200;
 /// Fine-tuning recipes pack examples of a few hundred tokens into a sequence, and attention stays within each: a token meets half of its
 /// example on average.
 const PACKED: Window = Window { tokens: 256, every: 1 };
+
+/// A number of parameters off its name's by so much, in logarithms, is a misprint: names round, and some leave the embedding out.
+const MISPRINT: f64 = 0.2;
 
 /// The architecture, or why there is none.
 pub(super) fn architecture(case: &Case, models: &[Architecture]) -> Result<Architecture, String> {
@@ -23,6 +27,10 @@ pub(super) fn architecture(case: &Case, models: &[Architecture]) -> Result<Archi
     if ["finetuning", "sft", "lora"].iter().any(|word| case.mentions(word)) {
         model.window = Some(PACKED);
     }
+    if golden::is_latent(case) {
+        golden::make_latent(&mut model);
+    }
+    model.mtp_layers = model.mtp_layers.max(golden::mtp_layers(case));
     if case.mentions("w/o mtp") {
         model.mtp_layers = 0;
     }
@@ -50,7 +58,23 @@ fn known(case: &Case, models: &[Architecture]) -> Option<Architecture> {
         }
         best.cloned()
     };
-    named(true).or_else(|| named(false))
+    let found = named(true).or_else(|| named(false))?;
+    // A table may misprint a known model, such as the gate of its networks; the number in its name tells.
+    let same = models.iter().filter(|model| plain(&model.name) == plain(&found.name));
+    let off = |model: &Architecture| {
+        billions(&model.name).map_or(0.0, |of| (model.parameters() as f64 / of).ln().abs())
+    };
+    let misprinted = off(&found) > MISPRINT;
+    let right =
+        same.min_by(|a, b| off(a).total_cmp(&off(b))).filter(|right| misprinted && off(right) < MISPRINT);
+    Some(right.cloned().unwrap_or(found))
+}
+
+/// The number of parameters that a model's name gives: the first word like `30B` or `1.5B`.
+fn billions(name: &str) -> Option<f64> {
+    name.split('-')
+        .find_map(|word| word.strip_suffix('B')?.parse::<f64>().ok())
+        .map(|billions| 1e9 * billions)
 }
 
 /// The known model with experts of exactly the printed numbers, which say less than its name.
@@ -82,7 +106,9 @@ fn from_shape(case: &Case) -> Result<Architecture, String> {
     let hidden = shape.hidden.ok_or_else(|| format!("{} and custom_arch gives no width", named()))? as usize;
     let heads = shape.heads.ok_or_else(|| format!("{} and custom_arch gives no heads", named()))? as usize;
     let layers = shape.layers.ok_or_else(|| format!("{} and custom_arch gives no layers", named()))? as usize;
-    let gated = case.mentions("swiglu");
+    // Networks of 8/3 of the width have a gate and as many parameters as GPT's.
+    let narrow = shape.ffn.is_some_and(|width| (2 * hidden..4 * hidden).contains(&(width as usize)));
+    let gated = case.mentions("swiglu") || narrow;
     // Megatron keeps the number of parameters when it adds a gate.
     let usual = if gated { 8 * hidden / 3 / 64 * 64 } else { 4 * hidden };
     let ffn = shape.ffn.map_or(usual, |width| width as usize);
@@ -99,7 +125,7 @@ fn from_shape(case: &Case) -> Result<Architecture, String> {
         name: case.model_name().to_string(),
         layers,
         hidden,
-        vocab: shape.vocab.map_or(GPT_VOCAB, |vocab| vocab as usize),
+        vocab: shape.vocab.map_or(golden::vocab(case).unwrap_or(GPT_VOCAB), |vocab| vocab as usize),
         tied_embeddings: !case.mentions("untie"),
         gated,
         attention: Attention::Grouped {

@@ -14,6 +14,9 @@ pub(super) fn fully_sharded(case: &Case) -> bool {
 /// without a similar one of their own framework, stay as they are.
 pub(super) fn filled(case: &Case, all: &[Case]) -> Case {
     let mut case = case.clone();
+    if case.recompute == "final" {
+        case.recompute = best_before(&case, all).unwrap_or_default();
+    }
     let blank = case.degrees.tensor.is_none() || case.degrees.pipeline.is_none();
     // A pipeline whose virtual stages are not printed, as opposed to printed as not applicable.
     let stages = case.degrees.pipeline.is_some_and(|stages| stages > 1) && !case.not_interleaved;
@@ -37,6 +40,17 @@ pub(super) fn filled(case: &Case, all: &[Case]) -> Case {
         own.virtual_stages = own.virtual_stages.or(theirs.virtual_stages);
     }
     case
+}
+
+/// What the fastest of the other variants of a series says of itself: the last one is called final.
+fn best_before(case: &Case, all: &[Case]) -> Option<String> {
+    let same = |other: &&Case| {
+        let (of, theirs) =
+            ((&case.file, case.model_name(), &case.gpu), (&other.file, other.model_name(), &other.gpu));
+        of == theirs && other.gpus == case.gpus && other.id != case.id
+    };
+    let others = all.iter().filter(same).filter_map(|other| Some((other.step_s?, &other.recompute)));
+    others.min_by(|a, b| a.0.total_cmp(&b.0)).map(|(_, variant)| variant.clone())
 }
 
 fn nearest<'a>(case: &Case, all: &'a [Case], blank: bool) -> Option<&'a Case> {

@@ -1,0 +1,88 @@
+//! What Megatron's functional tests leave out of their names. Their configurations are public and follow customs, which this file
+//! states as rules: none is about one test.
+
+use crate::architecture::{Architecture, Attention, Pattern};
+
+use super::case::{Case, Kind};
+
+/// No head of ordinary attention is narrower. Tests that name narrower ones, without groups of keys, are small copies of DeepSeek-V3
+/// whose heads have its widths.
+const NARROWEST_HEAD: u64 = 64;
+
+/// Layers of a stage where a pipeline is laid out by hand.
+const LAYERS_A_STAGE: u64 = 2;
+
+/// BERT's vocabulary of 30,522 words, padded.
+const BERT_VOCAB: usize = 30_592;
+
+/// The vocabulary of a test, where it is not GPT-2's.
+pub(super) fn vocab(case: &Case) -> Option<usize> {
+    (case.kind == Kind::Golden && case.printed.starts_with("bert")).then_some(BERT_VOCAB)
+}
+
+/// Whether a test runs fused attention. The small ones and those with latent attention ask for the unfused kernel, and without
+/// Transformer Engine there is no other; those that resume (on all of their clusters but one, and with experts under the newer of
+/// two releases only) or split the context have the fused one.
+pub(super) fn fused_attention(case: &Case) -> bool {
+    let small = case.sequence.is_some_and(|sequence| sequence <= 1024);
+    let engine = case.printed.contains("_te_");
+    let newer = case.source.contains("dev_dgx") && !case.source.contains("dracooci");
+    let fused = if case.shape.experts.is_some() { newer } else { !case.source.contains("dracooci") };
+    let split = case.degrees.context.is_some_and(|degree| degree > 1);
+    !is_latent(case) && (!small || split || engine && case.mentions("resume") && fused)
+}
+
+/// Whether the row is a test with the latent attention of DeepSeek-V3.
+pub(super) fn is_latent(case: &Case) -> bool {
+    let shape = &case.shape;
+    let narrow = shape.hidden.zip(shape.heads).is_some_and(|(hidden, heads)| hidden / heads < NARROWEST_HEAD);
+    case.kind == Kind::Golden && shape.experts.is_some() && shape.kv_heads.is_none() && narrow
+}
+
+/// Makes a small copy of DeepSeek-V3 of a mixture of experts with the printed widths: latent attention, gates, one shared expert and a
+/// dense layer at the front.
+pub(super) fn make_latent(model: &mut Architecture) {
+    let heads = model.attention.heads();
+    model.attention = Attention::Latent {
+        heads,
+        q_lora_rank: Some(1536),
+        kv_lora_rank: 512,
+        nope: 128,
+        rope: 64,
+        value: 128,
+    };
+    if let Some(moe) = &mut model.moe {
+        moe.shared_ffn = moe.expert_ffn;
+    }
+    (model.gated, model.tied_embeddings) = (true, false);
+    model.pattern = Pattern::Uniform { first_dense: 1, moe_every: 1 };
+}
+
+/// Layers of multi-token prediction. Small copies of DeepSeek-V3 have one, and so have models with experts whose odd number of layers
+/// leaves it a place.
+pub(super) fn mtp_layers(case: &Case) -> usize {
+    let odd = case.shape.layers.is_some_and(|layers| !layers.is_multiple_of(2));
+    let predicts = case.kind == Kind::Golden && case.shape.experts.is_some() && (odd || is_latent(case));
+    usize::from(predicts && !case.mentions("no_mtp"))
+}
+
+/// Stages a rank. A number in the name counts the layers of a stage, or the stages where it does not divide the layers. Layers
+/// that the ranks do not divide are laid out by hand: two a stage, the loss alone on the last. So do tests of speed, evenly.
+pub(super) fn virtual_stages(case: &Case, named: Option<u64>) -> Option<u64> {
+    let layers = case.shape.layers?;
+    let ranks = case.degrees.pipeline.filter(|ranks| *ranks > 1)?;
+    let stages = match named {
+        Some(of) if layers.is_multiple_of(of * ranks) => layers / (of * ranks),
+        Some(of) => of,
+        None if !layers.is_multiple_of(ranks) => layers.div_ceil(LAYERS_A_STAGE) / ranks + 1,
+        None if case.mentions("speed") || is_latent(case) => layers / (LAYERS_A_STAGE * ranks),
+        None => 1,
+    };
+    (stages > 1).then_some(stages)
+}
+
+/// Replicas that a test keeps busy: its batch may have fewer micro-batches than its server has room for replicas.
+pub(super) fn most_replicas(case: &Case) -> Option<u64> {
+    let batches = case.global_batch? / case.degrees.micro_batch?;
+    (case.kind == Kind::Golden).then_some(batches.max(1))
+}
