@@ -113,6 +113,8 @@ impl Pricer {
             // In 32 bits as the loss needs them, which becomes the gradient in place, and that in 16. Frameworks that leave
             // the loss to autograd hold logits and gradients in both formats.
             let bytes = match self.training.software {
+                // Split over tensor-parallel ranks, the loss keeps the logarithms of probabilities beside them.
+                Software::TorchEager | Software::TorchCompiled if layout.tensor > 1 => 16.0,
                 Software::TorchEager | Software::TorchCompiled => 12.0,
                 _ => 6.0,
             };

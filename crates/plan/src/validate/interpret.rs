@@ -157,7 +157,7 @@ fn software(case: &Case) -> Software {
         () if case.mentions("megatron-deepspeed") => Software::Megatron2021,
         () if case.mentions("megatron-lm") && case.gpu.starts_with("A100") => Software::Megatron2021,
         () if case.mentions("llm-foundry") || case.framework.starts_with("FSDP") => Software::TorchEager,
-        () if case.mentions("torchtitan") || case.mentions("automodel") => Software::TorchCompiled,
+        () if case.mentions("torchtitan") => Software::TorchCompiled,
         () if case.mentions("maxtext") || case.mentions("paxml") => Software::Xla,
         () if graphs && case.mentions("megatron-bridge") => Software::MegatronCoreGraphs,
         () => Software::MegatronCore,
@@ -270,9 +270,11 @@ fn experts(case: &Case, model: &Architecture, cluster: &Cluster, grid: &Parallel
     if let Some(degree) = printed.filter(fits) {
         return vec![degree];
     }
-    let widest = printed.unwrap_or(cluster.nvlink_domain().max(8));
+    // AutoModel spreads experts over all ranks that share states.
+    let spread = case.mentions("automodel");
+    let widest = printed.unwrap_or(if spread { ranks } else { cluster.nvlink_domain().max(8) });
     let mut choices: Vec<usize> = (1..=widest.min(moe.experts)).filter(fits).collect();
-    if printed.is_some() {
+    if printed.is_some() || spread {
         choices = choices.last().copied().into_iter().collect();
     }
     choices
