@@ -242,7 +242,7 @@ pub const FITTED: Constants = Constants {
         norm: 5.94,
         step_s: 0.0119,
         spread: 0.116,
-        spread_moe: 0.22,
+        spread_moe: 0.195,
     },
 };
 
