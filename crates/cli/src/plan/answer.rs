@@ -6,7 +6,7 @@ use std::time::Duration;
 use unisono_plan::search::{Found, Plan, Search};
 use unisono_plan::{
     Architecture, Change, Cluster, Outlook, Parallelism, Percentiles, Pricer, RankMemory, RoutedStep,
-    SimulatedStep, Traffic, Training, changes,
+    Routing, SimulatedStep, Traffic, Training, changes,
 };
 
 use crate::error::CliError;
@@ -45,13 +45,17 @@ pub struct Answer {
     pub changes: Vec<Change>,
 }
 
-/// A step of which nineteen of twenty are faster, for how tokens spread.
+/// What uneven routing makes of the chosen layout, whose price is of the median step and of the memory in a slow one.
 #[derive(Debug, Clone, Copy)]
-pub struct SlowStep {
+pub struct Uneven {
     /// Rows of the fullest expert-parallel rank over its even share.
     pub rows: Percentiles,
-    /// Its seconds.
-    pub step_s: f64,
+    /// Seconds of a step of which nineteen of twenty are faster.
+    pub slow_step_s: f64,
+    /// Seconds of a step if routing were even.
+    pub even_step_s: f64,
+    /// Bytes on the fullest rank if routing were even.
+    pub even_bytes: f64,
 }
 
 impl Answer {
@@ -92,13 +96,17 @@ impl Answer {
     }
 
     /// What uneven routing makes of the chosen layout; `None` when it is even.
-    pub fn slow_step(&self) -> Option<SlowStep> {
-        let rows = self.pricer().unevenness(&self.chosen.layout);
+    pub fn uneven(&self) -> Option<Uneven> {
+        let (layout, pricer) = (&self.chosen.layout, self.pricer());
+        let rows = pricer.unevenness(layout);
         if rows == Percentiles::EVEN {
             return None;
         }
-        let slow = self.pricer().of_step(RoutedStep::Slow).price(&self.chosen.layout).ok()?;
-        Some(SlowStep { rows, step_s: slow.step_s })
+        let training = Training { routing: Routing::Balanced, ..self.training.clone() };
+        let even = Pricer::new(&self.model, &self.cluster, &training).price(layout).ok()?;
+        let slow = pricer.of_step(RoutedStep::Slow).price(layout).ok()?;
+        let (even_step_s, even_bytes) = (even.step_s, even.memory.total());
+        Some(Uneven { rows, slow_step_s: slow.step_s, even_step_s, even_bytes })
     }
 
     /// The chosen layout's step, op by op.

@@ -11,6 +11,8 @@ use crate::error::{CliError, DONE};
 use crate::screen::{complain, say};
 use crate::style::{Paint, duration, grouped, percent, table};
 
+const GIB: f64 = (1u64 << 30) as f64;
+
 /// `unisono plan compare`
 #[derive(Debug, Args)]
 pub struct Compare {
@@ -95,6 +97,13 @@ fn print(answers: &[Answer], baselines: bool) {
     say(&format!("{}\n", paint.strong("The fastest layout that fits, each")));
     say(&format!("{}\n", rows(answers).join("\n")));
     say(&format!("{}\n", paint.faint("hours a T: GPU-hours of training for 10^12 tokens; M$ with failures")));
+    let rows = uneven(answers);
+    if rows.len() > 1 {
+        say(&format!("\n{}\n", paint.strong("Uneven routing")));
+        say(&format!("{}\n", table(&rows, 2).join("\n")));
+        let note = "fullest rank: rows of the fullest expert-parallel rank over an even share, in the median step and in one of twenty";
+        say(&format!("{}\n", paint.faint(note)));
+    }
     if !baselines {
         return;
     }
@@ -116,6 +125,37 @@ fn print(answers: &[Answer], baselines: bool) {
         ]
     }));
     say(&format!("{}\n", table(&rows, 2).join("\n")));
+}
+
+/// What uneven routing makes of each, with its head.
+fn uneven(answers: &[Answer]) -> Vec<Vec<String>> {
+    let head = [
+        "model",
+        "cluster",
+        "fullest rank",
+        "even step",
+        "median",
+        "one of twenty",
+        "GiB, even",
+        "GiB",
+        "free",
+    ];
+    let mut rows = vec![head.map(String::from).to_vec()];
+    rows.extend(answers.iter().filter_map(|answer| {
+        let (uneven, priced) = (answer.uneven()?, &answer.chosen.priced);
+        Some(vec![
+            answer.model.name.clone(),
+            cluster(answer),
+            format!("{:.2}, {:.2}", uneven.rows.p50, uneven.rows.p95),
+            duration(uneven.even_step_s),
+            duration(priced.step_s),
+            duration(uneven.slow_step_s),
+            format!("{:.1}", uneven.even_bytes / GIB),
+            format!("{:.1}", priced.memory.total() / GIB),
+            format!("{:.1}", answer.chosen.headroom_bytes / GIB),
+        ])
+    }));
+    rows
 }
 
 /// GPUs and what their network gives each.

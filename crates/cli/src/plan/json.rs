@@ -36,11 +36,14 @@ pub fn object(answer: &Answer) -> Value {
         })),
         "chosen": plan(answer, &answer.chosen),
         "tflops_per_gpu": answer.flops_per_s_per_gpu() / 1e12,
-        "routing": answer.slow_step().map(|slow| json!({
-            "fullest_rank_p50": slow.rows.p50,
-            "fullest_rank_p95": slow.rows.p95,
+        "routing": answer.uneven().map(|uneven| json!({
+            "fullest_rank_p50": uneven.rows.p50,
+            "fullest_rank_p95": uneven.rows.p95,
+            "step_even_s": uneven.even_step_s,
             "step_p50_s": answer.chosen.priced.step_s,
-            "step_p95_s": slow.step_s,
+            "step_p95_s": uneven.slow_step_s,
+            "memory_even_bytes": uneven.even_bytes,
+            "memory_p95_bytes": answer.chosen.priced.memory.total(),
         })),
         "breakdown_s": parts(&answer.chosen.priced.breakdown.parts()),
         "hidden_communication_s": answer.chosen.priced.breakdown.hidden_s,

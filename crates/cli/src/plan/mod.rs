@@ -15,6 +15,7 @@ mod validate;
 use std::path::{Path, PathBuf};
 
 use clap::{Args, Subcommand};
+use unisono_plan::simulate::svg;
 use unisono_plan::{Architecture, Gpu, Parallelism};
 
 use crate::error::{CliError, DONE, STORAGE};
@@ -62,6 +63,9 @@ struct Ask {
     /// Write a Chrome trace of the predicted step, which opens in Perfetto
     #[arg(long, value_name = "FILE")]
     trace: Option<PathBuf>,
+    /// Write the order of passes on every pipeline rank: drawn if the file ends in .svg, else a line a rank
+    #[arg(long, value_name = "FILE")]
+    schedule: Option<PathBuf>,
     /// Write a page with timeline, memory, Pareto front and bytes
     #[arg(long, value_name = "FILE.html")]
     report: Option<PathBuf>,
@@ -69,10 +73,10 @@ struct Ask {
     #[arg(long, value_name = "FILE")]
     machine: Option<PathBuf>,
     /// List the built-in models
-    #[arg(long, exclusive = true)]
+    #[arg(long, conflicts_with_all = ["model", "gpus"])]
     models: bool,
     /// List the built-in GPUs
-    #[arg(long, exclusive = true)]
+    #[arg(long, conflicts_with = "model")]
     gpus: bool,
 }
 
@@ -96,7 +100,7 @@ pub fn run(args: Plan) -> Result<u8, CliError> {
 
 fn ask(args: &Ask) -> Result<u8, CliError> {
     if args.models || args.gpus {
-        list(args.models);
+        list(args.models, args.json);
         return Ok(DONE);
     }
     let text = |value: &Option<String>| value.clone().unwrap_or_default();
@@ -106,6 +110,7 @@ fn ask(args: &Ask) -> Result<u8, CliError> {
             ("--explain", args.explain),
             ("--emit", args.emit.is_some()),
             ("--trace", args.trace.is_some()),
+            ("--schedule", args.schedule.is_some()),
             ("--report", args.report.is_some()),
             ("--skew", args.training.skew > 0.0),
             ("--routing", args.training.routing.is_some()),
@@ -128,6 +133,12 @@ fn ask(args: &Ask) -> Result<u8, CliError> {
     if let Some(path) = &args.trace {
         write(path, &trace::chrome(&answer)?)?;
     }
+    if let Some(path) = &args.schedule {
+        let step = answer.simulate()?;
+        let drawn = path.extension().is_some_and(|extension| extension == "svg");
+        let text = if drawn { svg(&step.schedule, &step.simulated) } else { step.schedule.to_string() };
+        write(path, &text)?;
+    }
     if let Some(path) = &args.report {
         write(path, &report::page(&answer)?)?;
     }
@@ -142,16 +153,14 @@ fn ask(args: &Ask) -> Result<u8, CliError> {
     Ok(DONE)
 }
 
-fn list(models: bool) {
-    if models {
-        for model in Architecture::all_built_in() {
-            say(&format!("{}\n", model.name));
-        }
-    } else {
-        for gpu in Gpu::all() {
-            say(&format!("{}\n", gpu.name));
-        }
-    }
+/// The built-in models or GPUs, one a line or as one JSON array.
+fn list(models: bool, as_json: bool) {
+    let names: Vec<String> = match models {
+        true => Architecture::all_built_in().iter().map(|model| model.name.to_string()).collect(),
+        false => Gpu::all().iter().map(|gpu| gpu.name.to_string()).collect(),
+    };
+    let text = if as_json { serde_json::json!(names).to_string() } else { names.join("\n") };
+    say(&format!("{text}\n"));
 }
 
 /// Writes a whole file.

@@ -77,6 +77,20 @@ impl TrainingArgs {
         if !(self.skew >= 0.0 && self.skew <= 3.0) {
             return Err(CliError::usage(format!("--skew {}: must be between 0 and 3", self.skew)));
         }
+        let has = |format: &Precision| match format {
+            Precision::Fp8 | Precision::Mxfp8 => cluster.gpu.fp8_flops > cluster.gpu.bf16_flops,
+            Precision::Nvfp4 => cluster.gpu.fp4_flops > cluster.gpu.fp8_flops,
+            _ => true,
+        };
+        if !has(&self.precision) {
+            let nearest = [Precision::Fp8, Precision::Bf16].into_iter().find(|format| has(format));
+            return Err(CliError::usage(format!(
+                "--precision {}: {} has no units for it; nearest: {}",
+                self.precision,
+                cluster.gpu.name,
+                nearest.unwrap_or(Precision::Bf16)
+            )));
+        }
         let sequence = self.sequence as usize;
         let usual = ((4 << 20) / sequence).next_power_of_two().max(cluster.gpus.next_power_of_two());
         let optimizer = match self.optimizer {

@@ -44,6 +44,13 @@ pub fn page(answer: &Answer) -> Result<String, CliError> {
         answer.cluster.gpu.memory_bytes / GIB
     );
     section(&mut body, "Memory", &note, &charts::memory(answer));
+    if let Some(uneven) = answer.uneven() {
+        let note = format!(
+            "A step waits in every MoE layer for the fullest of {} expert-parallel ranks. Memory is planned for one step of twenty.",
+            answer.chosen.layout.expert
+        );
+        section(&mut body, "Uneven routing", &note, &charts::routing(answer, &uneven));
+    }
     if let Some(found) = &answer.found {
         let note = format!(
             "{} of {} layouts fit. Each dot is one that no other beats in time, free memory and cost at once; larger dots cost more.",

@@ -128,11 +128,16 @@ fn step(answer: &Answer) -> Vec<String> {
             answer.chosen.headroom_bytes / GIB
         ),
     ];
-    if let Some(slow) = answer.slow_step() {
+    if let Some(uneven) = answer.uneven() {
         lines.push(format!(
             "  uneven routing: the fullest of {} expert-parallel ranks gets {:.2} times its share in the median step, {:.2} times in one \
-             of twenty, which takes {:.3} s; memory is for the latter",
-            answer.chosen.layout.expert, slow.rows.p50, slow.rows.p95, slow.step_s
+             of twenty, which takes {:.3} s; memory is for the latter; evenly, {:.3} s and {:.1} GiB",
+            answer.chosen.layout.expert,
+            uneven.rows.p50,
+            uneven.rows.p95,
+            uneven.slow_step_s,
+            uneven.even_step_s,
+            uneven.even_bytes / GIB
         ));
     }
     lines

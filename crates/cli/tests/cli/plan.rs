@@ -32,6 +32,20 @@ fn a_plan_is_one_json_object_whose_parts_add_up() {
 }
 
 #[test]
+fn lists_are_json_too_and_schedules_are_text_or_drawings() {
+    let folder = tempdir().unwrap();
+    let models: Value =
+        serde_json::from_str(&run(folder.path(), 0, &["plan", "--models", "--json"]).out).unwrap();
+    assert!(models.as_array().is_some_and(|models| models.len() >= 40));
+    run(folder.path(), 0, &[&DEEPSEEK[..], &["--schedule", "list.txt"]].concat());
+    let list = fs::read_to_string(folder.path().join("list.txt")).unwrap();
+    assert_eq!(list.lines().count(), 16);
+    assert!(list.starts_with("rank 0 stages 0 31: F0@0"), "{}", &list[..80]);
+    run(folder.path(), 0, &[&DEEPSEEK[..], &["--schedule", "list.svg"]].concat());
+    assert!(fs::read_to_string(folder.path().join("list.svg")).unwrap().starts_with("<svg"));
+}
+
+#[test]
 fn what_a_plan_emits_trains_and_what_the_engine_lacks_is_named() {
     let folder = tempdir().unwrap();
     let ask = ["plan", TINY, "h100x2", "--precision", "f32", "--sequence", "32", "--batch", "8"];
@@ -57,11 +71,13 @@ fn what_a_plan_emits_trains_and_what_the_engine_lacks_is_named() {
 #[test]
 fn the_impossible_names_the_nearest_possible() {
     let folder = tempdir().unwrap();
-    let cases: [(&[&str], &str); 4] = [
+    let cases: [(&[&str], &str); 6] = [
         (&["plan", "deepseek-v4", "h800x8"], "nearest: DeepSeek-V3"),
         (&["plan", "DeepSeek-V3", "h900x8"], "nearest: H"),
         (&["plan", "Llama-3.1-8B", "h100x64", "--layout", "tp3 dp16"], "nearest: 2"),
         (&["plan", "DeepSeek-V3", "h800x8"], "256 GPUs with a batch of"),
+        (&["plan", "Llama-3.1-8B", "a100x8", "--precision", "fp8"], "nearest: bf16"),
+        (&["plan", "Llama-3.1-8B", "h100x8", "--precision", "nvfp4"], "nearest: fp8"),
     ];
     for (arguments, expected) in cases {
         let done = run(folder.path(), 2, arguments);
@@ -86,8 +102,19 @@ fn uneven_routing_costs_time_and_memory() {
         of(&skewed, "step_s") > 1.05 * of(&even, "step_s") && routing("step_p95_s") > routing("step_p50_s")
     );
     assert!(of(&skewed, "memory_bytes") > 1.05 * of(&even, "memory_bytes"));
+    assert_eq!(routing("step_even_s"), of(&even, "step_s"));
+    assert_eq!(routing("memory_even_bytes"), of(&even, "memory_bytes"));
 
     train(folder, "run", &["--steps", "3", "--ranks", "1"]);
+    let ask =
+        ["plan", "compare", "--model", "qwen3-30b-a3b", "--cluster", "h100x64", "--skew", "1.2", "--dense"];
+    let compared = run(folder, 0, &ask).out;
+    let lines = compared.lines().skip_while(|line| *line != "Uneven routing").skip(2);
+    assert_eq!(
+        lines.filter(|line| line.contains("64 x H100")).count(),
+        1,
+        "dense models route nothing: {compared}"
+    );
     let measured = price(&["--routing", "run"]);
     assert!(measured["routing"]["fullest_rank_p50"].as_f64().unwrap() > 1.0);
     let said = run(folder, 2, &["plan", "qwen3-30b-a3b", "h100x64", "--routing", "nowhere"]).err;

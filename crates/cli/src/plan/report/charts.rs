@@ -4,7 +4,7 @@ use std::fmt::Write as _;
 
 use unisono_plan::search::Plan;
 
-use super::super::answer::Answer;
+use super::super::answer::{Answer, Uneven};
 use super::{GIB, escape, sending};
 
 const WIDTH: f64 = 1080.0;
@@ -63,6 +63,30 @@ pub fn breakdown(answer: &Answer) -> String {
         block(&mut svg, 0, [LABEL + 30.0, y + 4.0, width, ROW - 9.0], name);
         let label = format!("{seconds:.3} s, {:.1}%", 100.0 * seconds / priced.step_s);
         text(&mut svg, "chart-text", "start", LABEL + 36.0 + width, y + 17.0, &label);
+    }
+    svg + "</svg>"
+}
+
+/// The step with even routing, in the median and in one of twenty; rows and memory of the fullest rank beside it.
+pub fn routing(answer: &Answer, uneven: &Uneven) -> String {
+    let priced = &answer.chosen.priced;
+    let steps = [
+        ("even", 1.0, uneven.even_step_s, Some(uneven.even_bytes)),
+        ("median", uneven.rows.p50, priced.step_s, None),
+        ("one of twenty", uneven.rows.p95, uneven.slow_step_s, Some(priced.memory.total())),
+    ];
+    let mut svg = open(ROW * steps.len() as f64 + 4.0);
+    for (at, (name, rows, seconds, bytes)) in steps.into_iter().enumerate() {
+        let y = ROW * at as f64;
+        let width = (WIDTH - LABEL - 430.0) * seconds / uneven.slow_step_s;
+        text(&mut svg, "chart-soft", "start", 0.0, y + 17.0, name);
+        block(&mut svg, 0, [LABEL, y + 4.0, width, ROW - 9.0], name);
+        let memory = bytes.map_or_else(String::new, |bytes| {
+            let free = answer.cluster.gpu.memory_bytes - bytes;
+            format!(", {:.1} GiB held, {:.1} free", bytes / GIB, free / GIB)
+        });
+        let label = format!("{seconds:.3} s, {rows:.2} times its rows{memory}");
+        text(&mut svg, "chart-text", "start", LABEL + 8.0 + width, y + 17.0, &label);
     }
     svg + "</svg>"
 }
