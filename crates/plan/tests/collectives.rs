@@ -17,6 +17,21 @@ fn way(name: &str) -> Way {
     if name == "dispatch" { Way::Dispatch } else { Way::Combine }
 }
 
+/// Within a server or domain of `gpus`; `sizes` are tokens, bytes of a row, experts, top-k and ranks.
+fn within(gpus: usize, gpu: &str, operation: &str, multiprocessors: usize, sizes: &[usize]) -> f64 {
+    let (tokens, row_bytes, experts, top_k, ranks) = (sizes[0], sizes[1], sizes[2], sizes[3], sizes[4]);
+    let exchange = Exchange {
+        tokens: tokens as f64,
+        row_bytes: row_bytes as f64,
+        top_k,
+        experts,
+        group: Group { size: ranks, stride: 1 },
+        max_servers: None,
+        multiprocessors,
+    };
+    model(gpu, gpus).exchange_s(way(operation), &exchange)
+}
+
 fn predicted_s(kind: &str, gpu: &str, operation: &str, sizes: &[usize]) -> f64 {
     match (kind, sizes) {
         ("nccl", &[ranks, bytes]) => {
@@ -29,29 +44,9 @@ fn predicted_s(kind: &str, gpu: &str, operation: &str, sizes: &[usize]) -> f64 {
             };
             model(gpu, 8).seconds(collective, bytes as f64, Group { size: ranks, stride: 1 })
         }
-        ("within", &[multiprocessors, tokens, row_bytes, experts, top_k, ranks]) => {
-            let exchange = Exchange {
-                tokens: tokens as f64,
-                row_bytes: row_bytes as f64,
-                top_k,
-                experts,
-                group: Group { size: ranks, stride: 1 },
-                max_servers: None,
-                multiprocessors,
-            };
-            model(gpu, 8).exchange_s(way(operation), &exchange)
-        }
+        ("within", &[multiprocessors, ref of @ ..]) => within(8, gpu, operation, multiprocessors, of),
         ("domain", &[ranks, tokens, row_bytes, experts, top_k]) => {
-            let exchange = Exchange {
-                tokens: tokens as f64,
-                row_bytes: row_bytes as f64,
-                top_k,
-                experts,
-                group: Group { size: ranks, stride: 1 },
-                max_servers: None,
-                multiprocessors: 20,
-            };
-            model(gpu, 72).exchange_s(way(operation), &exchange)
+            within(72, gpu, operation, 20, &[tokens, row_bytes, experts, top_k, ranks])
         }
         ("across", &[servers, multiprocessors, tokens]) => {
             let row_bytes = if operation == "dispatch" { 7168.0 * (1.0 + 4.0 / 128.0) } else { 7168.0 * 2.0 };
