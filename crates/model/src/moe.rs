@@ -172,9 +172,8 @@ impl<B: Backend> Transformer<B> {
             run_shared(0..batch.rows());
             (self.rounds_forward(layer, parameters, batch, &route, &routing, &normed)?, None)
         } else {
-            // First what is small: it is not to arrive behind all rows.
-            let weights = self.start_row_weights(&route, &routing)?;
             let moving = self.start_dispatch(&route, &normed)?;
+            let weights = self.start_row_weights(&route, &routing)?;
             run_shared(0..cut);
             let row_weight =
                 profile.communicate("dispatch", || weights.finish()).map(|host| host.as_ref().to_vec())?;

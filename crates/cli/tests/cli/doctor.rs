@@ -38,7 +38,7 @@ fn the_late_rank_is_named_also_from_what_is_left_of_the_records() {
     for part in [
         "a: start 1, ended by the watchdog after step 3 of 20\n",
         "  rank 2 is late: training, it has not come to combine (call ",
-        " on group 'experts', step 4); it was in step 4, its last call was dispatch (call ",
+        " on group 'experts', step 4); it was in step 4, its last call was dispatch_weights (call ",
         "  rank 3 waits in combine (call ",
         ") for rank 2\n",
         "  flight records: 4 of 4 ranks, the last of 20",

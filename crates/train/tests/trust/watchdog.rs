@@ -25,7 +25,7 @@ fn which_rank_did_not_join_nccl_1260() {
     assert!(matches!(failure.cause, Cause::Stalled { .. }), "{failure}");
     assert_eq!((failure.rank, failure.step), (2, 4));
     let text = failure.to_string();
-    assert!(text.contains("is late: training, it has not come to dispatch (call "), "{text}");
+    assert!(text.contains("is late: training, it has not come to dispatch_weights (call "), "{text}");
     assert!(text.contains(" on group 'experts', step 4) for rank 2"), "{text}");
 
     let found = read_records(&folder.path().join(FLIGHT)).expect("a folder of records");
@@ -38,7 +38,7 @@ fn which_rank_did_not_join_nccl_1260() {
     let diagnosis = diagnose(&found.records);
     assert_eq!(diagnosis.culprits.len(), 1);
     assert!(
-        matches!(&diagnosis.culprits[0].verdict, Verdict::Late { missing: Some(call), .. } if call.kind == "dispatch")
+        matches!(&diagnosis.culprits[0].verdict, Verdict::Late { missing: Some(call), .. } if call.kind == "dispatch_weights")
     );
 }
 
