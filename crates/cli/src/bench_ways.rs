@@ -206,6 +206,11 @@ pub fn overlap(args: &Overlap) -> Result<u8, CliError> {
 }
 
 fn measure_overlap(args: &Overlap, job: &Job) -> Result<u8, CliError> {
+    if job.ranks().unwrap_or(args.measuring.ranks) < 2 {
+        return Err(CliError::usage(
+            "bench overlap: one rank sends nothing that could hide; give it at least 2",
+        ));
+    }
     let threads = job.ranks().is_none();
     let kinds: &[&str] = match args.what {
         Hidden::Gathers => &[kind::ALL_GATHER],

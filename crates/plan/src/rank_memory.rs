@@ -2,6 +2,7 @@
 
 mod activations;
 
+use crate::calibration::Constants;
 use crate::parallelism::{Parallelism, Recomputation, Sharding};
 use crate::precision::Precision;
 use crate::pricing::{Pricer, Share};
@@ -173,7 +174,11 @@ impl Pricer {
     }
 
     fn workspace(&self) -> f64 {
-        let [own, engine] = if self.gpu().name == "A100" { WORKSPACES_AMPERE } else { WORKSPACES };
+        let [own, engine] = if Constants::generation(self.gpu()) == Constants::AMPERE {
+            WORKSPACES_AMPERE
+        } else {
+            WORKSPACES
+        };
         let streams = if self.model.moe.is_some() { STREAMS } else { 0.0 };
         BASE_BYTES + own + (1.0 + streams) * engine
     }

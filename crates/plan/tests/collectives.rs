@@ -96,12 +96,15 @@ fn sizes_left_out_are_within_ten_percent_at_the_median_and_mostly_throughout() {
         );
         assert!(median <= 0.1, "{}: median {median:.3}", key.join(" "));
     }
-    // Kind, least share of rows within 10%; NCCL's changes of protocol between two sizes are what is missed.
-    for (kind, least) in [("nccl", 0.88), ("within", 0.88), ("domain", 1.0), ("across", 0.98)] {
+    // Kind, more rows than which there are, least share of them within 10%; NCCL's changes of protocol between two sizes are
+    // what is missed.
+    for (kind, rows, least) in
+        [("nccl", 80, 0.88), ("within", 80, 0.88), ("domain", 71, 1.0), ("across", 80, 0.98)]
+    {
         let of: Vec<f64> =
             errors.iter().filter(|(key, _)| key[0] == kind).flat_map(|(_, e)| e.clone()).collect();
         let share = of.iter().filter(|error| **error <= 0.1).count() as f64 / of.len() as f64;
         println!("{kind}: {} rows, {:.1}% of them within 10%", of.len(), 100.0 * share);
-        assert!(of.len() > 40 && share >= least, "{kind}: {share:.3} of {} rows within 10%", of.len());
+        assert!(of.len() > rows && share >= least, "{kind}: {share:.3} of {} rows within 10%", of.len());
     }
 }

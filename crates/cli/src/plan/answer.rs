@@ -9,6 +9,7 @@ use unisono_plan::{
     Routing, SimulatedStep, Traffic, Training, changes,
 };
 
+use super::GIB;
 use crate::error::CliError;
 use crate::layout::cores;
 use crate::screen::Screen;
@@ -16,8 +17,6 @@ use crate::style::short;
 
 /// The template of the bar of a search.
 pub const BAR: &str = "searching layouts {bar:30} {pos}/{len} parts  {elapsed}";
-
-const GIB: f64 = (1u64 << 30) as f64;
 
 /// Parts that a search is cut into: enough for a bar that moves.
 const PARTS: usize = 64;

@@ -4,14 +4,13 @@ use clap::Args;
 use serde_json::{Value, json};
 use unisono_plan::{Architecture, Cluster, Synchronisation};
 
+use super::GIB;
 use super::answer::Answer;
 use super::question::{self, TrainingArgs};
 use super::{json as as_json, show};
 use crate::error::{CliError, DONE};
 use crate::screen::{complain, say};
 use crate::style::{Paint, duration, grouped, percent, table};
-
-const GIB: f64 = (1u64 << 30) as f64;
 
 /// `unisono plan compare`
 #[derive(Debug, Args)]

@@ -23,6 +23,13 @@ use crate::screen::say;
 use answer::Answer;
 use question::TrainingArgs;
 
+/// Bytes of a GiB.
+const GIB: f64 = (1u64 << 30) as f64;
+
+/// What asks about a model, which a list of them does not.
+const NOT_WITH_LISTS: [&str; 8] =
+    ["model", "layout", "explain", "emit", "trace", "schedule", "report", "machine"];
+
 /// `unisono plan`
 #[derive(Debug, Args)]
 #[command(args_conflicts_with_subcommands = true, subcommand_negates_reqs = true)]
@@ -73,10 +80,10 @@ struct Ask {
     #[arg(long, value_name = "FILE")]
     machine: Option<PathBuf>,
     /// List the built-in models
-    #[arg(long, conflicts_with_all = ["model", "gpus"])]
+    #[arg(long, conflicts_with_all = NOT_WITH_LISTS, conflicts_with = "gpus")]
     models: bool,
     /// List the built-in GPUs
-    #[arg(long, conflicts_with = "model")]
+    #[arg(long, conflicts_with_all = NOT_WITH_LISTS)]
     gpus: bool,
 }
 

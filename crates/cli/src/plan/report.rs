@@ -8,12 +8,11 @@ use unisono_plan::simulate::svg;
 use unisono_plan::{Axis, bottleneck};
 
 use super::answer::Answer;
-use super::{compare, show};
+use super::{GIB, compare, show};
 use crate::error::CliError;
 use crate::style::{duration, grouped, percent};
 
 const STYLE: &str = include_str!("report/style.css");
-const GIB: f64 = (1u64 << 30) as f64;
 
 /// The page. Searches for dense twins of a sparse model on the way.
 pub fn page(answer: &Answer) -> Result<String, CliError> {

@@ -4,11 +4,10 @@ use unisono_plan::kernels::{Kernel, KernelModel};
 use unisono_plan::search::Plan;
 use unisono_plan::{Axis, Outlook, Place, bottleneck};
 
+use super::GIB;
 use super::answer::Answer;
 use crate::screen::say;
 use crate::style::{Paint, bar, duration, grouped, percent, short, table};
-
-const GIB: f64 = (1u64 << 30) as f64;
 
 /// Everything about the chosen layout, after a table of the best.
 pub fn print(answer: &Answer, rows: usize) {

@@ -18,8 +18,6 @@ const LEAST_ROWS: usize = 48;
 const ROW_STEP: usize = 12;
 /// Tasks a thread, so that a late thread does not hold up the others for long.
 const TASKS_A_THREAD: usize = 6;
-/// Tiles of weight gradients a thread at least; smaller ones pack the rows once more each.
-const GRADIENT_TILES_A_THREAD: usize = 3;
 /// Rows and columns at most of a weight-gradient tile, and columns at least.
 const GRADIENT_ROWS: usize = 512;
 const GRADIENT_COLUMNS: usize = 256;
@@ -182,8 +180,7 @@ impl GradientGrid {
         let mut columns = GRADIENT_COLUMNS;
         loop {
             let pair = (Self { m: d, n: 2 * f, columns }, Self { m: f, n: d, columns });
-            let enough =
-                threads == 1 || runs * (pair.0.tiles() + pair.1.tiles()) >= threads * GRADIENT_TILES_A_THREAD;
+            let enough = threads == 1 || runs * (pair.0.tiles() + pair.1.tiles()) >= threads * TASKS_A_THREAD;
             if enough || columns <= LEAST_GRADIENT_COLUMNS {
                 return pair;
             }

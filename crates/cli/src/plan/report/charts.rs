@@ -4,8 +4,9 @@ use std::fmt::Write as _;
 
 use unisono_plan::search::Plan;
 
+use super::super::GIB;
 use super::super::answer::{Answer, Uneven};
-use super::{GIB, escape, sending};
+use super::{escape, sending};
 
 const WIDTH: f64 = 1080.0;
 const LABEL: f64 = 190.0;
