@@ -127,6 +127,15 @@ fn end(ranks: &unisono_comm::mpi::MpiRanks, outcome: Result<u8, CliError>) -> Re
         Err(error) => error,
     };
     let failure = ranks.fail(error.message.clone());
+    if failure.cause == unisono_comm::Cause::Died {
+        if ranks.is_witness() {
+            crate::screen::complain("error", &error.message);
+        }
+        // The launcher is ending the job already, host by host, and waits for processes that still run. It answers nothing
+        // meanwhile: not what MPI asks at a usual exit.
+        std::thread::sleep(crate::signals::LAST_WORDS);
+        signal_hook::low_level::exit(i32::from(error.code));
+    }
     // The rank at fault speaks at once; should it be stuck or dead, the first of the others does. By then the others have
     // written their flight records: the launcher kills whoever is left when a rank has ended.
     let turn = match ranks.rank() {
@@ -140,10 +149,6 @@ fn end(ranks: &unisono_comm::mpi::MpiRanks, outcome: Result<u8, CliError>) -> Re
     };
     std::thread::sleep(Duration::from_millis(wait_ms));
     crate::screen::complain("error", &error.message);
-    if failure.cause == unisono_comm::Cause::Died {
-        // The launcher is ending the job already, and for a while answers nothing: not what MPI asks at a usual exit.
-        signal_hook::low_level::exit(i32::from(error.code));
-    }
     ranks.abort(i32::from(error.code));
     std::process::exit(i32::from(error.code))
 }

@@ -9,9 +9,9 @@ use signal_hook::iterator::Signals as Arriving;
 
 use crate::error::CliError;
 
-/// How long a process that was told to end lives on: `mpirun` kills all others when one has ended, and they may still be
-/// writing their flight records.
-const LAST_WORDS: Duration = Duration::from_millis(300);
+/// How long a process lives on that was told to end, or that ends because another one has died: `mpirun` kills all others
+/// when one has ended, and they may still be writing their flight records.
+pub const LAST_WORDS: Duration = Duration::from_millis(300);
 
 /// What has arrived so far.
 #[derive(Debug, Default)]

@@ -81,12 +81,15 @@ proptest! {
         let schedule = kind.schedule(ranks, v, micro_batches).expect("allowed sizes");
         let stage = StageCosts::kernels(forward / each, input / each, weights / each);
         let costs = UniformCosts { stages: vec![stage; ranks * v], ..UniformCosts::default() };
-        let simulated = simulate(&schedule, &costs, Replicas::all(1), false).expect("runs");
+        let simulated = simulate(&schedule, &costs, Replicas::all(1), true).expect("runs");
         let work = forward + input + weights;
         let formula = kind.bubble_s(ranks, v, forward, input, weights, work);
-        for rank in &simulated.ranks {
+        for (rank, parts) in simulated.ranks.iter().zip(step_parts(&schedule, &simulated)) {
             let idle = rank.idle_s(simulated.seconds);
             prop_assert!(close(idle, formula), "{kind} {ranks}x{micro_batches}: {idle} is not {formula}");
+            let [passes @ .., other, waiting] = parts.seconds();
+            prop_assert!(close(passes.iter().sum(), work * micro_batches as f64), "{kind}: {parts:?}");
+            prop_assert!(other == 0.0 && close(waiting, formula), "{kind}: {parts:?}, not {formula}");
         }
     }
 

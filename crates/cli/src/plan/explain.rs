@@ -1,8 +1,11 @@
 //! The formulas with their numbers.
 
+use std::iter::once;
+
 use unisono_plan::Work;
 use unisono_plan::collectives::places_touched;
 use unisono_plan::schedule::ScheduleKind;
+use unisono_plan::simulate::{StepParts, step_parts};
 
 use super::answer::Answer;
 use crate::screen::say;
@@ -97,7 +100,7 @@ fn pipeline(answer: &Answer) -> Vec<String> {
         ScheduleKind::ZeroBubble => "(p-1)(F+I-W)",
         ScheduleKind::DualPipeV => "(p-1)(F&B+I-2W)/2 of both chunks of a rank",
     };
-    let step = answer.simulate().map(|step| step.simulated.seconds);
+    let step = answer.simulate();
     let mut lines = vec![
         format!(
             "  {}: bubble {formula}, B = I + W, p = {}, v = {}, {} micro-batches of {} sequences: {:.3} s",
@@ -110,8 +113,29 @@ fn pipeline(answer: &Answer) -> Vec<String> {
         ),
         format!("  the step in closed form {:.3} s", answer.chosen.priced.step_s),
     ];
-    lines.extend(step.map(|seconds| format!("  the step simulated op by op {seconds:.3} s")).ok());
+    if let Ok(step) = step {
+        lines.push(format!(
+            "  the step simulated op by op {:.3} s; of it, in seconds of each rank:",
+            step.simulated.seconds
+        ));
+        lines.extend(parts(&step_parts(&step.schedule, &step.simulated)));
+    }
     lines
+}
+
+/// A line a pipeline rank, and their mean.
+fn parts(ranks: &[StepParts]) -> Vec<String> {
+    let mut rows = vec![once("rank").chain(StepParts::NAMES).map(String::from).collect::<Vec<_>>()];
+    let mut mean = [0.0; StepParts::NAMES.len()];
+    let row = |name: String, seconds: [f64; StepParts::NAMES.len()]| {
+        once(name).chain(seconds.map(|seconds| format!("{seconds:.3}"))).collect::<Vec<_>>()
+    };
+    for (rank, parts) in ranks.iter().enumerate() {
+        rows.push(row(rank.to_string(), parts.seconds()));
+        mean.iter_mut().zip(parts.seconds()).for_each(|(mean, s)| *mean += s / ranks.len() as f64);
+    }
+    rows.push(row("mean".into(), mean));
+    table(&rows, 1)
 }
 
 fn dispatch(answer: &Answer) -> Vec<String> {

@@ -3,6 +3,7 @@
 use serde_json::{Map, Value, json};
 use unisono_plan::kernels::{Kernel, KernelModel};
 use unisono_plan::search::Plan;
+use unisono_plan::simulate::{StepParts, step_parts};
 use unisono_plan::{Axis, Outlook, RankMemory, bottleneck};
 
 use super::answer::Answer;
@@ -46,6 +47,7 @@ pub fn object(answer: &Answer) -> Value {
             "memory_p95_bytes": answer.chosen.priced.memory.total(),
         })),
         "breakdown_s": parts(&answer.chosen.priced.breakdown.parts()),
+        "simulated": simulated(answer),
         "hidden_communication_s": answer.chosen.priced.breakdown.hidden_s,
         "memory_bytes_by_pipeline_rank": answer.memory.iter().map(memory).collect::<Vec<_>>(),
         "sent_bytes_per_gpu": traffic(answer),
@@ -61,6 +63,15 @@ pub fn object(answer: &Answer) -> Value {
 
 fn parts(parts: &[(&'static str, f64)]) -> Value {
     Value::Object(parts.iter().map(|(name, value)| (name.to_string(), json!(value))).collect::<Map<_, _>>())
+}
+
+/// The step op by op: where the time of every pipeline rank goes.
+fn simulated(answer: &Answer) -> Option<Value> {
+    let step = answer.simulate().ok()?;
+    let of_rank =
+        |rank: &StepParts| parts(&StepParts::NAMES.into_iter().zip(rank.seconds()).collect::<Vec<_>>());
+    let ranks: Vec<Value> = step_parts(&step.schedule, &step.simulated).iter().map(of_rank).collect();
+    Some(json!({"step_s": step.simulated.seconds, "parts_s_by_pipeline_rank": ranks}))
 }
 
 /// A layout with its price.

@@ -28,6 +28,13 @@ fn a_plan_is_one_json_object_whose_parts_add_up() {
     let step_s = plan["chosen"]["step_s"].as_f64().unwrap();
     assert!((sum / step_s - 1.0).abs() < 1e-9, "{sum} {step_s}");
     assert_eq!(plan["memory_bytes_by_pipeline_rank"].as_array().map(Vec::len), Some(16));
+    let ranks = plan["simulated"]["parts_s_by_pipeline_rank"].as_array().unwrap();
+    let simulated_s = plan["simulated"]["step_s"].as_f64().unwrap();
+    assert_eq!(ranks.len(), 16);
+    for rank in ranks {
+        let sum: f64 = rank.as_object().unwrap().values().filter_map(Value::as_f64).sum();
+        assert!((sum / simulated_s - 1.0).abs() < 1e-9, "{rank} of {simulated_s}");
+    }
     assert_eq!(plan["measured"]["products"], "borrowed from H100 in bf16");
 }
 

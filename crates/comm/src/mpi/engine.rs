@@ -487,6 +487,11 @@ impl State {
         self.tell_all(&Message::Verdict(failure))
     }
 
+    /// Whether it was this rank that found another one dead.
+    pub fn is_witness(&self) -> bool {
+        self.neighbour.as_ref().is_some_and(Neighbour::was_found_dead)
+    }
+
     /// Brings a failure before rank 0.
     pub fn accuse(&mut self, engine: &Engine, failure: Failure, weight: u32) {
         let decides = engine.rank == 0;

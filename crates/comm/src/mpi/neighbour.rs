@@ -56,6 +56,11 @@ impl Neighbour {
         }
         self.due = Some(now + LOOK);
         self.dead = if self.is_dead() { self.dead + 1 } else { 0 };
+        self.was_found_dead()
+    }
+
+    /// Whether the last look found it dead for good.
+    pub fn was_found_dead(&self) -> bool {
         self.dead >= LOOKS
     }
 

@@ -154,6 +154,11 @@ impl MpiRanks {
         }
     }
 
+    /// Whether it was this rank that found out that another one has died.
+    pub fn is_witness(&self) -> bool {
+        self.engine.lock().is_witness()
+    }
+
     /// Leaves the job in good order: waits until all ranks do, and finalises MPI.
     ///
     /// # Errors

@@ -10,12 +10,14 @@
 mod closed;
 mod costs;
 mod flows;
+mod parts;
 mod queue;
 mod run;
 mod trace;
 
 pub use closed::{PassTimes, PipelineTime, overlapped_time, pipeline_time};
 pub use costs::{Costs, Lane, LinkClass, Segment, StageCosts, Transfer, UniformCosts};
+pub use parts::{StepParts, step_parts};
 pub use trace::{TraceEvent, svg, trace_events};
 
 use crate::schedule::Schedule;
