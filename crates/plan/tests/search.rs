@@ -38,6 +38,8 @@ fn layouts_are_distinct_and_feasible() {
     for layout in &layouts {
         layout.check(&model, &training()).unwrap_or_else(|error| panic!("{layout:?}: {error}"));
         assert!([32, 16, 8].contains(&layout.gpus()));
+        let again = layout.recompute.modules();
+        assert!(!again.mla_up_projection && !again.mlp, "{layout}: the model has neither");
     }
 }
 

@@ -1,6 +1,6 @@
 //! Every feasible layout of a training on a cluster, in a fixed order.
 
-use crate::architecture::Architecture;
+use crate::architecture::{Architecture, Attention, FeedForward};
 use crate::hardware::Cluster;
 use crate::parallelism::{Modules, Parallelism, Recomputation, Sharding, Training};
 use crate::schedule::ScheduleKind;
@@ -13,24 +13,23 @@ const MOST_PIPELINE: usize = 64;
 const MOST_MICRO_BATCH: usize = 16;
 const MOST_STAGES: usize = 8;
 
-/// DeepSeek-V3's recomputation: norms, latent up-projections and the experts' activation. The core of attention is free: fused
-/// attention always computes it again.
-const SMALL: Modules = Modules {
-    core_attention: true,
-    mla_up_projection: true,
-    mlp: false,
-    moe_activation: true,
-    moe: false,
-    layernorm: true,
-};
-
-/// What may be computed again, from nothing to everything.
-const RECOMPUTE: [Recomputation; 4] = [
-    Recomputation::None,
-    Recomputation::Modules(SMALL),
-    Recomputation::Modules(Modules { mlp: true, moe: true, ..SMALL }),
-    Recomputation::Full,
-];
+/// What may be computed again, from nothing to everything, of parts that the model has: first DeepSeek-V3's choice (norms,
+/// latent up-projections and the experts' activation), then whole feed-forward networks as well. The core of attention is
+/// free: fused attention always computes it again.
+fn recomputations(model: &Architecture) -> [Recomputation; 4] {
+    let has = |ffn| (0..model.layers).any(|layer| model.kind(layer).ffn == ffn);
+    let (moe, dense) = (has(FeedForward::Moe), has(FeedForward::Dense));
+    let small = Modules {
+        core_attention: true,
+        mla_up_projection: matches!(model.attention, Attention::Latent { .. }),
+        mlp: false,
+        moe_activation: moe,
+        moe: false,
+        layernorm: true,
+    };
+    let more = Modules { mlp: dense, moe, ..small };
+    [Recomputation::None, Recomputation::Modules(small), Recomputation::Modules(more), Recomputation::Full]
+}
 
 /// The degrees of all feasible layouts: an iterator over layouts with the simplest schedule, a micro-batch of one sequence
 /// and nothing recomputed; [`Layouts::variants`] gives the rest.
@@ -56,13 +55,14 @@ impl Layouts {
     pub fn variants(&self, degrees: Parallelism) -> impl Iterator<Item = Parallelism> {
         let sequences = self.training.global_batch / degrees.data;
         let schedules = schedules(&self.model, degrees.pipeline);
+        let recompute = recomputations(&self.model);
         let micro_batches = powers(MOST_MICRO_BATCH).filter(move |size| sequences.is_multiple_of(*size));
         micro_batches.flat_map(move |micro_batch| {
             let allowed = schedules.clone().into_iter().filter(move |(schedule, virtual_stages)| {
                 schedule.check_sizes(degrees.pipeline, *virtual_stages, sequences / micro_batch).is_ok()
             });
             allowed.flat_map(move |(schedule, virtual_stages)| {
-                RECOMPUTE.into_iter().map(move |recompute| Parallelism {
+                recompute.into_iter().map(move |recompute| Parallelism {
                     micro_batch,
                     schedule,
                     virtual_stages,
