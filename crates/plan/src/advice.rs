@@ -45,7 +45,7 @@ pub fn changes(
     most: usize,
 ) -> Vec<Change> {
     let pricer = Pricer::new(model, cluster, training);
-    let Ok(now) = pricer.price(layout) else { return Vec::new() };
+    let Ok(now) = pricer.price_simulated(layout) else { return Vec::new() };
     let mut found = layout_changes(&pricer, layout, &now);
     found.extend(training_changes(model, cluster, layout, training, &now));
     found.extend(cluster_changes(model, cluster, layout, training, &now));
@@ -95,7 +95,7 @@ fn layout_changes(pricer: &Pricer, layout: &Parallelism, now: &Priced) -> Vec<Ch
         }
     }
     let priced = tried.iter().filter(|other| *other != layout).filter_map(|other| {
-        let then = pricer.price(other).ok()?;
+        let then = pricer.price_simulated(other).ok()?;
         Some(change(Place::Layout, format!("lay it out as {other}"), now, &then, 1.0))
     });
     priced.collect()
@@ -112,7 +112,7 @@ fn training_changes(
     let mut with = |what: &str, batch: f64, edit: &dyn Fn(&mut Training)| {
         let mut other = training.clone();
         edit(&mut other);
-        if let Ok(then) = Pricer::new(model, cluster, &other).price(layout) {
+        if let Ok(then) = Pricer::new(model, cluster, &other).price_simulated(layout) {
             out.push(change(Place::Training, what, now, &then, batch));
         }
     };
@@ -150,7 +150,7 @@ fn cluster_changes(
     let mut with = |what: String, edit: &dyn Fn(&mut Cluster)| {
         let mut other = cluster.clone();
         edit(&mut other);
-        if let Ok(then) = Pricer::new(model, &other, training).price(layout) {
+        if let Ok(then) = Pricer::new(model, &other, training).price_simulated(layout) {
             out.push(change(Place::Cluster, what, now, &then, 1.0));
         }
     };

@@ -79,6 +79,10 @@ pub struct CommonConstants {
     pub spread_moe: f64,
 }
 
+/// Four of five measured peaks of memory lie within this logarithm of the predicted one: families weigh alike, none of the
+/// memory's constants is fitted to a family (`unisono plan validate`).
+pub const MEMORY_BAND: f64 = 0.138;
+
 /// Constants for one GPU and software.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Calibration {

@@ -151,6 +151,12 @@ impl Cluster {
         let last = self.levels.len() - 1;
         self.levels.iter().position(|level| span <= level.width).unwrap_or(last)
     }
+
+    /// The innermost level that two ranks share.
+    pub fn level_between(&self, a: usize, b: usize) -> usize {
+        let last = self.levels.len() - 1;
+        self.levels.iter().position(|level| a / level.width == b / level.width).unwrap_or(last)
+    }
 }
 
 fn check(

@@ -21,6 +21,15 @@ pub enum Sharding {
     Zero3,
 }
 
+/// Exchanges of states in a step.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct StateExchanges {
+    /// Gathers of the parameters.
+    pub weights: f64,
+    /// Reductions of the gradients.
+    pub gradients: f64,
+}
+
 /// Parts of a layer whose activations may be computed again; the names are Megatron's.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
@@ -126,9 +135,9 @@ impl Default for Parallelism {
 pub enum Routing {
     /// Every expert gets the same number of tokens.
     Balanced,
-    /// Popularity falls as a power of the rank: `rank^-exponent`.
+    /// Popularity has the density `x^-exponent`, up to 256 times the least.
     PowerLaw {
-        /// The exponent; 0 is balanced, published routers lie near 1.01 to 1.2.
+        /// Between 0, which is balanced, and [`Routing::STEEPEST`]; kernels were measured at 1.01 and 1.2.
         exponent: f64,
     },
     /// Measured shares of the experts, any scale.
@@ -136,6 +145,11 @@ pub enum Routing {
         /// One weight an expert.
         loads: Vec<f64>,
     },
+}
+
+impl Routing {
+    /// Steeper laws leave nearly all experts alike, and none was measured.
+    pub const STEEPEST: f64 = 1.3;
 }
 
 /// The optimizer and what it keeps for every parameter.
@@ -181,6 +195,14 @@ pub struct Training {
     pub software: Software,
 }
 
+impl Training {
+    /// Bytes of a parameter's master copy; parameters in 32 bits are their own.
+    pub fn master_bytes(&self) -> f64 {
+        let master = self.optimizer.master.filter(|_| self.compute != Precision::F32);
+        master.map_or(0.0, Precision::bytes)
+    }
+}
+
 /// A layout that cannot be.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum ParallelismError {
@@ -213,6 +235,31 @@ impl Parallelism {
     /// Micro-batches that a pipeline passes in a step. The layout is checked.
     pub fn micro_batches(&self, training: &Training) -> usize {
         training.global_batch / (self.data * self.micro_batch)
+    }
+
+    /// How often a step gathers parameters and reduces gradients. Sharded gradients hold no micro-batch's sum whole, so each
+    /// is reduced; stages of a pipeline keep what they gather until the step ends. The layout is checked.
+    pub fn state_exchanges(&self, training: &Training) -> StateExchanges {
+        let each = self.micro_batches(training) as f64;
+        match self.sharding {
+            Sharding::Zero3 if self.pipeline == 1 => StateExchanges { weights: 2.0 * each, gradients: each },
+            Sharding::Zero2 => StateExchanges { weights: 1.0, gradients: each },
+            _ => StateExchanges { weights: 1.0, gradients: 1.0 },
+        }
+    }
+
+    /// GPUs of a pipeline rank: peers of two neighbours are so far apart.
+    pub fn stage_gpus(&self) -> usize {
+        self.tensor * self.context * self.data
+    }
+
+    /// The pipeline rank that holds a chunk of layers.
+    pub fn rank_of_chunk(&self, chunk: usize) -> usize {
+        let (turn, place) = (chunk / self.pipeline, chunk % self.pipeline);
+        match self.schedule {
+            ScheduleKind::DualPipeV if turn % 2 == 1 => self.pipeline - 1 - place,
+            _ => place,
+        }
     }
 
     /// Chunks of layers in the order in which a micro-batch passes them.

@@ -38,6 +38,11 @@ impl Precision {
         }
     }
 
+    /// The format of what is never computed narrowly beside it: attention, router, head.
+    pub fn wide(self) -> Self {
+        if self == Self::F32 { Self::F32 } else { Self::Bf16 }
+    }
+
     /// Whether it is narrower than 16 bits: products then need casts of what is kept in 16 bits.
     pub fn is_narrow(self) -> bool {
         matches!(self, Self::Fp8 | Self::Mxfp8 | Self::Nvfp4)

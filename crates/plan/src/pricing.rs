@@ -12,7 +12,7 @@ mod traffic;
 mod work;
 
 use crate::architecture::{Architecture, LayerKind};
-use crate::calibration::Calibration;
+use crate::calibration::{Calibration, MEMORY_BAND};
 use crate::hardware::{Cluster, Gpu};
 use crate::parallelism::{Parallelism, ParallelismError, Routing, Training};
 use crate::rank_memory::RankMemory;
@@ -86,6 +86,17 @@ impl Breakdown {
     pub fn total_s(&self) -> f64 {
         self.parts().iter().map(|(_, seconds)| seconds).sum()
     }
+
+    /// Makes the parts add up to a step of `step_s`: waiting takes what lacks, and gives what is too much before what the
+    /// schedule may hide.
+    fn settle(&mut self, step_s: f64) {
+        let mut lack = step_s - self.total_s();
+        for part in [&mut self.bubble_s, &mut self.pipeline_s, &mut self.expert_s, &mut self.host_s] {
+            let settled = (*part + lack).max(0.0);
+            lack -= settled - *part;
+            *part = settled;
+        }
+    }
 }
 
 /// The price of a layout.
@@ -103,6 +114,18 @@ pub struct Priced {
     pub memory: RankMemory,
     /// Whether that fits.
     pub fits: bool,
+}
+
+impl Priced {
+    /// The 80% interval of what grows with the step: days, GPU-hours, dollars.
+    pub fn interval_of(&self, value: f64) -> [f64; 2] {
+        self.interval_s.map(|seconds| value * seconds / self.step_s)
+    }
+
+    /// The 80% interval of the bytes on the fullest rank.
+    pub fn memory_interval(&self) -> [f64; 2] {
+        [-MEMORY_BAND, MEMORY_BAND].map(|log| self.memory.total() * log.exp())
+    }
 }
 
 /// Prices layouts of one model on one cluster.
@@ -155,8 +178,8 @@ impl Pricer {
     ) -> Self {
         let stages = Stages::of(model);
         let uneven = match &model.moe {
-            Some(moe) => Unevenness::new(&training.routing, moe.experts, stages.moe_layers()),
-            None => Unevenness::new(&Routing::Balanced, 0, 0),
+            Some(moe) => Unevenness::new(&training.routing, moe.experts, moe.top_k, stages.moe_layers()),
+            None => Unevenness::new(&Routing::Balanced, 0, 0, 0),
         };
         Self {
             stages,

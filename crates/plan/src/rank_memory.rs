@@ -27,9 +27,22 @@ pub struct RankMemory {
     pub logits: f64,
     /// Buffers of collectives: parameters that are gathered, gradients on their way.
     pub communication: f64,
-    /// What libraries of products and collectives set aside.
+    /// What libraries of products set aside.
     pub workspace: f64,
+    /// What the allocator reserves and cannot use: gaps between what comes and goes.
+    pub fragmentation: f64,
+    /// What lies outside the allocator: the driver's context and the buffers of communicators.
+    pub outside: f64,
 }
+
+/// Bytes that PyTorch's allocator reserves for each that is allocated at the peak, as torchtitan reports both.
+pub(crate) const RESERVED: f64 = 1.12;
+
+/// A process on a GPU before it allocates anything.
+const CONTEXT_BYTES: f64 = 512.0 * MIB;
+
+/// Buffers of a communicator: 32 channels, 4 MiB (`NCCL_BUFFSIZE`) to send and to receive.
+const COMMUNICATOR_BYTES: f64 = 32.0 * 2.0 * 4.0 * MIB;
 
 /// Bytes that are set aside on a GPU whatever runs: the intercept of peaks that Megatron's tests record on A100, over their layers,
 /// without workspaces.
@@ -46,7 +59,7 @@ const MIB: f64 = (1u64 << 20) as f64;
 
 impl RankMemory {
     /// The names and bytes of all parts, in the order in which they are printed.
-    pub fn parts(&self) -> [(&'static str, f64); 8] {
+    pub fn parts(&self) -> [(&'static str, f64); 10] {
         [
             ("weights", self.weights),
             ("gradients", self.gradients),
@@ -56,13 +69,20 @@ impl RankMemory {
             ("logits", self.logits),
             ("communication", self.communication),
             ("workspace", self.workspace),
+            ("fragmentation", self.fragmentation),
+            ("outside", self.outside),
         ]
     }
 
-    /// Bytes at the peak, as an allocator reports them. Logits are gone before the backward is in any layer.
+    /// Bytes that the GPU must have. Logits are gone before the backward is in any layer.
     pub fn total(&self) -> f64 {
         let sum: f64 = self.parts().iter().map(|(_, bytes)| bytes).sum();
         sum - self.temporary.min(self.logits)
+    }
+
+    /// Bytes at the peak, as an allocator reports them.
+    pub fn allocated(&self) -> f64 {
+        self.total() - self.fragmentation - self.outside
     }
 }
 
@@ -73,7 +93,7 @@ impl Pricer {
         let mut worst = (0, self.memory_of(layout, 0, &kept));
         for rank in 1..layout.pipeline {
             let memory = self.memory_of(layout, rank, &kept);
-            if memory.total() > worst.1.total() {
+            if memory.allocated() > worst.1.allocated() {
                 worst = (rank, memory);
             }
         }
@@ -121,6 +141,8 @@ impl Pricer {
             };
             memory.logits = bytes * tokens * self.model.vocab as f64 / layout.tensor as f64;
         }
+        let passing = memory.activations + memory.temporary.max(memory.logits) + memory.communication;
+        memory.fragmentation = (RESERVED - 1.0) * passing;
         memory
     }
 
@@ -154,7 +176,7 @@ impl Pricer {
         };
         let layers: u32 = share.layers.iter().sum();
         let layer = all / f64::from(layers.max(1));
-        let master = optimizer.master.map_or(0.0, |master| master.bytes());
+        let master = self.training.master_bytes();
         // Adapters are small beside what they adapt, which gets neither gradients nor moments.
         let trained = if self.training.trainable == Trainable::Adapters { 0.0 } else { 1.0 };
         RankMemory {
@@ -169,6 +191,7 @@ impl Pricer {
                 _ => 0.0,
             },
             workspace: self.workspace(),
+            outside: CONTEXT_BYTES + communicators(layout) as f64 * COMMUNICATOR_BYTES,
             ..RankMemory::default()
         }
     }
@@ -182,6 +205,19 @@ impl Pricer {
         let streams = if self.model.moe.is_some() { STREAMS } else { 0.0 };
         BASE_BYTES + own + (1.0 + streams) * engine
     }
+}
+
+/// Groups of more than one rank that a GPU belongs to.
+fn communicators(layout: &Parallelism) -> usize {
+    let groups = [
+        layout.tensor,
+        layout.context,
+        layout.pipeline,
+        layout.data * layout.context,
+        layout.expert,
+        if layout.expert > 1 { layout.expert_data() } else { 1 },
+    ];
+    groups.iter().filter(|ranks| **ranks > 1).count()
 }
 
 /// Whether nothing but a layer's input is kept.

@@ -42,7 +42,7 @@ pub struct Search {
 }
 
 impl Search {
-    /// A search over every layout that uses the whole cluster, a half or a quarter of it.
+    /// A search over every layout that uses the whole cluster, a half or a quarter of it, or as much as divides well.
     pub fn new(model: &Architecture, cluster: &Cluster, training: &Training) -> Self {
         Self {
             pricer: Pricer::new(model, cluster, training),
@@ -73,6 +73,14 @@ impl Search {
             }
         }
         found
+    }
+
+    /// The plan again, its pipeline simulated op by op.
+    pub fn refine(&self, plan: &Plan) -> Plan {
+        match self.pricer.price_simulated(&plan.layout) {
+            Ok(priced) => self.plan(plan.number, plan.layout, priced),
+            Err(_) => plan.clone(),
+        }
     }
 
     /// The layout that comes nearest to fitting when none does: the one whose fullest rank lacks fewest bytes; the fastest of

@@ -2,8 +2,8 @@
 
 use unisono_plan::collectives::places_touched;
 use unisono_plan::{
-    Architecture, Axis, Cluster, DispatchKind, Optimizer, Outlook, Parallelism, Precision, Pricer,
-    Recomputation, Routing, Software, Trainable, Training, bottleneck, changes,
+    Architecture, Axis, Cluster, DispatchKind, Gpu, Optimizer, Outlook, Parallelism, Precision, Priced,
+    Pricer, Recomputation, Routing, Software, Trainable, Training, bottleneck, changes,
 };
 
 /// DeepSeek-V3's pre-training: 15,360 sequences of 4,096 tokens a step, 14.8 T tokens.
@@ -54,10 +54,112 @@ fn bytes_by_link_follow_the_formulas() {
     let expected = 120.0 * 4096.0 * 59.0 / 16.0 * away * row;
     let network = traffic.bytes[Axis::Expert as usize][1];
     assert!((network / expected - 1.0).abs() < 1e-9, "{network} {expected}");
-    // 31 boundaries between 32 chunks, both ways.
+    // 31 boundaries between 32 chunks, both ways; both chunks at the turn of the V lie on one rank.
     let message = 2.0 * 4096.0 * 7168.0;
-    assert_eq!(traffic.bytes[Axis::Pipeline as usize], [0.0, 120.0 * message * 2.0 * 31.0 / 16.0]);
+    assert_eq!(traffic.bytes[Axis::Pipeline as usize], [0.0, 120.0 * message * 2.0 * 30.0 / 16.0]);
     assert_eq!(traffic.of_level(1), traffic.bytes.iter().map(|levels| levels[1]).sum::<f64>());
+}
+
+#[test]
+fn pipeline_messages_cross_servers_where_neighbours_lie_in_two() {
+    let model = Architecture::built_in("Llama-3.1-70B").unwrap();
+    let training = Training { compute: Precision::Bf16, routing: Routing::Balanced, ..deepseek().2 };
+    let sent = |gpus: &str, layout: &str| {
+        let cluster = Cluster::parse(gpus).unwrap();
+        let layout: Parallelism = layout.parse().unwrap();
+        let pricer = Pricer::new(&model, &cluster, &training);
+        (pricer.traffic(&layout).bytes[Axis::Pipeline as usize].clone(), pricer.price(&layout).unwrap())
+    };
+    // 64 ranks in servers of 8: 7 of 63 boundaries cross, both ways.
+    let (bytes, whole) = sent("h100x64", "pp64 mb1 1f1b zero0 recompute=full");
+    assert!((bytes[1] / (bytes[0] + bytes[1]) - 7.0 / 63.0).abs() < 1e-12, "{bytes:?}");
+    // Half as many boundaries as pairs of ranks: 7 of 15.
+    let (bytes, _) = sent("h100x64", "tp4 pp16 mb1 1f1b zero0 recompute=full");
+    assert!((bytes[1] / (bytes[0] + bytes[1]) - 7.0 / 15.0).abs() < 1e-12, "{bytes:?}");
+    // The slowest message sets the pace: within one NVLink domain it is faster.
+    let (bytes, inside) = sent("gb200x64", "pp64 mb1 1f1b zero0 recompute=full");
+    assert_eq!(bytes.len(), 1);
+    assert!(inside.breakdown.pipeline_s < 0.5 * whole.breakdown.pipeline_s);
+}
+
+#[test]
+fn sharded_gradients_are_reduced_in_every_micro_batch() {
+    let model = Architecture::built_in("Llama-3.1-8B").unwrap();
+    let cluster = Cluster::parse("h100x64").unwrap();
+    let training = Training { compute: Precision::Bf16, global_batch: 1024, ..deepseek().2 };
+    let pricer = Pricer::new(&model, &cluster, &training);
+    let of = |layout: &str| {
+        let layout: Parallelism = layout.parse().unwrap();
+        let bytes: f64 = pricer.traffic(&layout).bytes[Axis::Data as usize].iter().sum();
+        (bytes, pricer.price(&layout).unwrap())
+    };
+    let (whole, sharded) = (of("dp64 mb1 zero1"), of("dp64 mb1 zero2"));
+    // Gradients in 32 bits, parameters in 16: 4 + 2 against 16 x 4 + 2 bytes a parameter.
+    assert!((sharded.0 / whole.0 - 66.0 / 6.0).abs() < 1e-9);
+    let traffic_s = |priced: &Priced| priced.breakdown.data_s + priced.breakdown.hidden_s;
+    assert!(traffic_s(&sharded.1) > 10.0 * traffic_s(&whole.1) && sharded.1.step_s >= whole.1.step_s);
+    assert!(sharded.1.memory.gradients < 0.02 * whole.1.memory.gradients);
+    // Stages of a pipeline gather once a step, in bytes as in seconds.
+    let (once, kept) = (of("pp4 dp16 mb1 1f1b zero1"), of("pp4 dp16 mb1 1f1b zero3"));
+    assert_eq!((once.0, once.1.step_s), (kept.0, kept.1.step_s));
+}
+
+#[test]
+fn what_a_gpu_must_have_is_more_than_what_is_allocated() {
+    let (model, cluster, training, layout) = deepseek();
+    let memory = Pricer::new(&model, &cluster, &training).price(&layout).unwrap().memory;
+    // Gaps between what comes and goes; a context and the communicators of pipeline, data, expert and expert-data groups.
+    let passing = memory.activations + memory.temporary.max(memory.logits) + memory.communication;
+    assert!((memory.fragmentation / passing - 0.12).abs() < 1e-9);
+    assert_eq!(memory.outside, (512.0 + 4.0 * 256.0) * 1048576.0);
+    let more = memory.fragmentation + memory.outside;
+    assert!((memory.total() - memory.allocated() - more).abs() < 1.0);
+    let full = Cluster { gpu: Gpu { memory_bytes: memory.total() - 1.0, ..cluster.gpu }, ..cluster };
+    assert!(!Pricer::new(&model, &full, &training).price(&layout).unwrap().fits);
+}
+
+#[test]
+fn formats_of_32_bits_cost_what_they_are() {
+    let model = Architecture::built_in("Llama-3.1-8B").unwrap();
+    let cluster = Cluster::parse("h100x64").unwrap();
+    let of = |compute| {
+        let optimizer = Optimizer::default();
+        let training = Training { compute, optimizer, global_batch: 256, ..deepseek().2 };
+        Pricer::new(&model, &cluster, &training).price(&"dp64 mb1 zero0".parse().unwrap()).unwrap()
+    };
+    let (wide, narrow) = (of(Precision::F32), of(Precision::Bf16));
+    assert!(wide.breakdown.attention_s > 1.5 * narrow.breakdown.attention_s);
+    // Parameters, gradients and two moments of four bytes each: no master copy.
+    let states = wide.memory.weights + wide.memory.gradients + wide.memory.optimizer;
+    assert!((states / model.parameters() as f64 - 16.0).abs() < 0.01);
+}
+
+#[test]
+fn a_refined_price_is_the_simulation() {
+    let (model, cluster, training, layout) = deepseek();
+    let pricer = Pricer::new(&model, &cluster, &training);
+    let close = |layout: &Parallelism, within: f64| {
+        let refined = pricer.price_simulated(layout).unwrap();
+        let simulated = pricer.simulate(layout, false).unwrap().simulated.seconds;
+        assert!(
+            (refined.step_s / simulated - 1.0).abs() < within,
+            "{layout}: {} {simulated}",
+            refined.step_s
+        );
+        assert!((refined.breakdown.total_s() - refined.step_s).abs() < 1e-9);
+        let spread = |priced: &Priced| priced.interval_s[1] / priced.step_s;
+        assert!((spread(&refined) - spread(&pricer.price(layout).unwrap())).abs() < 1e-12);
+    };
+    close(&layout, 1e-12);
+    // 240 and more micro-batches on 8 ranks repeat themselves.
+    for long in [
+        "pp8 vp2 ep64 dp64 mb1 dualpipev zero1",
+        "pp8 ep64 dp64 mb1 zb1p zero1",
+        "pp8 ep64 dp64 mb1 1f1b zero1",
+    ] {
+        close(&long.parse().unwrap(), 1e-3);
+    }
+    close(&"pp8 vp4 ep64 dp64 mb1 interleaved zero1".parse().unwrap(), 1e-3);
 }
 
 #[test]
@@ -65,7 +167,7 @@ fn changes_are_what_repricing_says_and_come_best_first() {
     let (model, cluster, training, layout) = deepseek();
     let training = Training { compute: Precision::Bf16, ..training };
     let layout = Parallelism { recompute: Recomputation::Full, ..layout };
-    let priced = Pricer::new(&model, &cluster, &training).price(&layout).unwrap();
+    let priced = Pricer::new(&model, &cluster, &training).price_simulated(&layout).unwrap();
     let found = changes(&model, &cluster, &layout, &training, 3);
     assert!(!found.is_empty() && found.len() <= 3);
     assert!(found.is_sorted_by(|a, b| a.saves >= b.saves));

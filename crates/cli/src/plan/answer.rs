@@ -102,8 +102,8 @@ impl Answer {
             return None;
         }
         let training = Training { routing: Routing::Balanced, ..self.training.clone() };
-        let even = Pricer::new(&self.model, &self.cluster, &training).price(layout).ok()?;
-        let slow = pricer.of_step(RoutedStep::Slow).price(layout).ok()?;
+        let even = Pricer::new(&self.model, &self.cluster, &training).price_simulated(layout).ok()?;
+        let slow = pricer.of_step(RoutedStep::Slow).price_simulated(layout).ok()?;
         let (even_step_s, even_bytes) = (even.step_s, even.memory.total());
         Some(Uneven { rows, slow_step_s: slow.step_s, even_step_s, even_bytes })
     }
@@ -142,7 +142,7 @@ fn given(
         )));
     }
     let priced = Pricer::new(model, cluster, training)
-        .price(&layout)
+        .price_simulated(&layout)
         .map_err(|error| CliError::usage(format!("--layout {layout}: {error}")))?;
     let outlook = Outlook::of(&priced, cluster, &layout, training);
     Ok(Plan {
@@ -154,45 +154,53 @@ fn given(
     })
 }
 
-/// Searches on every core; parts are merged in order, so that the result does not depend on the cores.
+/// Searches on every core, then simulates what it found. The result does not depend on the cores.
 pub fn search(model: &Architecture, cluster: &Cluster, training: &Training) -> Found {
     let search = Search::new(model, cluster, training);
-    let (next, done) = (AtomicUsize::new(0), AtomicUsize::new(0));
     let screen = Screen::new(BAR);
-    let mut parts: Vec<(usize, Found)> = std::thread::scope(|scope| {
-        let work = || {
-            let mut found = Vec::new();
+    let parts = spread(&screen, PARTS, |part| search.run(part, PARTS));
+    let found = parts.into_iter().reduce(Found::merge).unwrap_or_else(|| search.run(0, 1));
+    let plans = found.plans();
+    let refined = spread(&screen, plans.len(), |at| search.refine(&plans[at]));
+    screen.finish();
+    found.refined(refined)
+}
+
+/// `work` of every number below `parts`, in order, on every core, with a bar if it takes longer than a moment.
+fn spread<T: Send>(screen: &Screen, parts: usize, work: impl Fn(usize) -> T + Sync) -> Vec<T> {
+    let (next, done) = (AtomicUsize::new(0), AtomicUsize::new(0));
+    let mut results: Vec<(usize, T)> = std::thread::scope(|scope| {
+        let share = || {
+            let mut results = Vec::new();
             loop {
                 let part = next.fetch_add(1, Ordering::Relaxed);
-                if part >= PARTS {
-                    return found;
+                if part >= parts {
+                    return results;
                 }
-                found.push((part, search.run(part, PARTS)));
+                results.push((part, work(part)));
                 done.fetch_add(1, Ordering::Relaxed);
             }
         };
-        let workers: Vec<_> = (0..cores()).map(|_| scope.spawn(work)).collect();
-        watch(&screen, &done, || workers.iter().all(std::thread::ScopedJoinHandle::is_finished));
+        let workers: Vec<_> = (0..cores()).map(|_| scope.spawn(share)).collect();
+        let finished = || workers.iter().all(std::thread::ScopedJoinHandle::is_finished);
+        watch(screen, &done, parts as u64, finished);
         // A worker that panicked has said so; its parts are missed.
         workers.into_iter().filter_map(|worker| worker.join().ok()).flatten().collect()
     });
-    screen.finish();
-    parts.sort_by_key(|(part, _)| *part);
-    let mut parts = parts.into_iter().map(|(_, found)| found);
-    let first = parts.next().unwrap_or_else(|| search.run(0, 1));
-    parts.fold(first, Found::merge)
+    results.sort_by_key(|(part, _)| *part);
+    results.into_iter().map(|(_, result)| result).collect()
 }
 
-/// Moves the bar of a search that takes longer than a moment.
-fn watch(screen: &Screen, done: &AtomicUsize, finished: impl Fn() -> bool) {
+/// Moves the bar of work that takes longer than a moment.
+fn watch(screen: &Screen, done: &AtomicUsize, parts: u64, finished: impl Fn() -> bool) {
     let mut waited = 0u32;
     while !finished() {
         std::thread::sleep(Duration::from_millis(20));
         waited += 1;
         match waited {
             0..25 => {}
-            25 => screen.start(done.load(Ordering::Relaxed) as u64, PARTS as u64),
-            _ => screen.advance(done.load(Ordering::Relaxed) as u64, PARTS as u64, String::new()),
+            25 => screen.start(done.load(Ordering::Relaxed) as u64, parts),
+            _ => screen.advance(done.load(Ordering::Relaxed) as u64, parts, String::new()),
         }
     }
 }

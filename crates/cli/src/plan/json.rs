@@ -12,7 +12,11 @@ use super::answer::Answer;
 pub fn object(answer: &Answer) -> Value {
     let (what, share) = bottleneck(&answer.chosen.priced);
     let kernels = KernelModel::of(&answer.cluster.gpu);
-    let origin = |kernel| kernels.origin(kernel, answer.training.compute).to_string();
+    let precision = answer.training.compute;
+    let origin = |kernel| {
+        let precision = if matches!(kernel, Kernel::Attention) { precision.wide() } else { precision };
+        kernels.origin(kernel, precision).to_string()
+    };
     json!({
         "model": {
             "name": answer.model.name,
@@ -83,6 +87,7 @@ pub fn plan(answer: &Answer, plan: &Plan) -> Value {
         "step_s": plan.priced.step_s,
         "interval_80_s": plan.priced.interval_s,
         "memory_bytes": plan.priced.memory.total(),
+        "memory_interval_80_bytes": plan.priced.memory_interval(),
         "free_bytes": plan.headroom_bytes,
         "fits": plan.priced.fits,
         "days": outlook.days,
@@ -106,8 +111,13 @@ fn traffic(answer: &Answer) -> Value {
 }
 
 fn run(answer: &Answer) -> Value {
-    let outlook = &answer.outlook;
+    let (outlook, priced) = (&answer.outlook, &answer.chosen.priced);
+    let [fast, slow] = priced.interval_of(1.0).map(|times| outlook.tokens_per_s / times);
     json!({
+        "tokens_per_s_interval_80": [slow, fast],
+        "gpu_hours_interval_80": priced.interval_of(outlook.gpu_hours),
+        "days_interval_80": priced.interval_of(outlook.days),
+        "usd_interval_80": priced.interval_of(outlook.usd),
         "steps": outlook.steps,
         "tokens_per_s": outlook.tokens_per_s,
         "gpu_hours": outlook.gpu_hours,

@@ -74,12 +74,16 @@ fn quantity(text: &str) -> Result<f64, String> {
 impl TrainingArgs {
     /// The training on this cluster.
     pub fn training(&self, cluster: &Cluster) -> Result<Training, CliError> {
-        if !(self.skew >= 0.0 && self.skew <= 3.0) {
-            return Err(CliError::usage(format!("--skew {}: must be between 0 and 3", self.skew)));
+        if !(self.skew >= 0.0 && self.skew <= Routing::STEEPEST) {
+            return Err(CliError::usage(format!(
+                "--skew {}: must be between 0 (even) and {}; 1.01 and 1.2 were measured",
+                self.skew,
+                Routing::STEEPEST
+            )));
         }
         let has = |format: &Precision| match format {
-            Precision::Fp8 | Precision::Mxfp8 => cluster.gpu.fp8_flops > cluster.gpu.bf16_flops,
-            Precision::Nvfp4 => cluster.gpu.fp4_flops > cluster.gpu.fp8_flops,
+            Precision::Fp8 => cluster.gpu.fp8_flops > cluster.gpu.bf16_flops,
+            Precision::Mxfp8 | Precision::Nvfp4 => cluster.gpu.fp4_flops > cluster.gpu.fp8_flops,
             _ => true,
         };
         if !has(&self.precision) {

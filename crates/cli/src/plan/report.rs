@@ -90,6 +90,9 @@ fn escape(text: &str) -> String {
 fn figures(answer: &Answer) -> String {
     let (priced, outlook) = (&answer.chosen.priced, &answer.outlook);
     let [low, high] = priced.interval_s;
+    let [fewest, most] = priced.memory_interval();
+    let [shortest, longest] = priced.interval_of(outlook.days);
+    let [cheapest, dearest] = priced.interval_of(outlook.usd / 1e6);
     let figures = [
         (
             "layout",
@@ -109,13 +112,19 @@ fn figures(answer: &Answer) -> String {
         (
             "memory",
             format!("{:.1} GiB", priced.memory.total() / GIB),
-            format!("{:.1} GiB free on the fullest GPU", answer.chosen.headroom_bytes / GIB),
+            format!(
+                "{:.1} GiB free on the fullest GPU; 80% of runs: {:.0} to {:.0} GiB",
+                answer.chosen.headroom_bytes / GIB,
+                fewest / GIB,
+                most / GIB
+            ),
         ),
         (
             "run",
             format!("{:.1} days, ${:.2} M", outlook.days, outlook.usd / 1e6),
             format!(
-                "{} GPU-hours of training, {} goodput",
+                "80% of runs: {shortest:.1} to {longest:.1} days, ${cheapest:.2} to {dearest:.2} M; {} GPU-hours of \
+                 training, {} goodput",
                 grouped(outlook.gpu_hours as u64),
                 percent(outlook.goodput)
             ),

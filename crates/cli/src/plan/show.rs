@@ -22,9 +22,9 @@ pub fn print(answer: &Answer, rows: usize) {
         let (fit, all) = (grouped(found.feasible as u64), grouped(found.priced as u64));
         say(&format!("  {}\n", paint.faint(&format!("{fit} of {all} layouts fit"))));
     }
-    heading(&format!("Chosen: {}", answer.chosen.layout));
+    heading(&format!("Chosen: {}; 80% intervals in brackets", answer.chosen.layout));
     lines(step(answer));
-    heading("The step");
+    heading("The step, on the slowest pipeline rank");
     lines(breakdown(answer));
     heading("Memory by pipeline rank, GiB");
     lines(memory(answer));
@@ -73,7 +73,7 @@ pub fn origin(answer: &Answer) -> String {
     format!(
         "products {}; attention {}; experts {}",
         kernels.origin(Kernel::Gemm, precision),
-        kernels.origin(Kernel::Attention, precision),
+        kernels.origin(Kernel::Attention, precision.wide()),
         kernels.origin(Kernel::GroupedGemm, precision)
     )
 }
@@ -109,19 +109,32 @@ fn interval([low, high]: [f64; 2]) -> String {
     format!("{low:.2} to {high:.2} s")
 }
 
+/// An 80% interval in the unit of what it follows.
+fn range([low, high]: [f64; 2], digits: usize) -> String {
+    format!("{low:.digits$} to {high:.digits$}")
+}
+
+/// The 80% interval of tokens per second.
+fn rates(answer: &Answer) -> String {
+    let [fast, slow] = answer.chosen.priced.interval_of(1.0).map(|times| answer.outlook.tokens_per_s / times);
+    format!("{} to {}", grouped(slow as u64), grouped(fast as u64))
+}
+
 fn step(answer: &Answer) -> Vec<String> {
     let priced = &answer.chosen.priced;
     let mut lines = vec![
-        format!("  step {:.3} s, 80% interval {}", priced.step_s, interval(priced.interval_s)),
+        format!("  step {:.3} s ({})", priced.step_s, interval(priced.interval_s)),
         format!(
-            "  {} tokens/s, {:.0} TFLOP/s a GPU (causal, recomputation not counted), {} of the bf16 peak",
+            "  {} tokens/s ({}), {:.0} TFLOP/s a GPU (causal, recomputation not counted), {} of the bf16 peak",
             grouped(answer.outlook.tokens_per_s as u64),
+            rates(answer),
             answer.flops_per_s_per_gpu() / 1e12,
             percent(answer.model_flops_share())
         ),
         format!(
-            "  {} of {:.1} GiB on the fullest GPU (pipeline rank {}), {:.1} GiB free",
-            format_args!("{:.1}", priced.memory.total() / GIB),
+            "  {:.1} ({}) of {:.1} GiB on the fullest GPU (pipeline rank {}), {:.1} GiB free",
+            priced.memory.total() / GIB,
+            range(priced.memory_interval().map(|bytes| bytes / GIB), 1),
             answer.cluster.gpu.memory_bytes / GIB,
             priced.worst_rank,
             answer.chosen.headroom_bytes / GIB
@@ -210,7 +223,7 @@ fn traffic(answer: &Answer) -> Vec<String> {
 }
 
 fn run(answer: &Answer) -> Vec<String> {
-    let (outlook, training) = (&answer.outlook, &answer.training);
+    let (outlook, training, priced) = (&answer.outlook, &answer.training, &answer.chosen.priced);
     vec![
         format!(
             "  {} steps, {} GPU-hours of training, {} a trillion tokens",
@@ -226,9 +239,11 @@ fn run(answer: &Answer) -> Vec<String> {
             percent(outlook.goodput)
         ),
         format!(
-            "  {:.1} days and ${:.3} M at ${:.2} a GPU-hour (${:.3} M of it trains), ${} a trillion tokens",
+            "  {:.1} days ({}) and ${:.3} M ({}) at ${:.2} a GPU-hour (${:.3} M of it trains), ${} a trillion tokens",
             outlook.days,
+            range(priced.interval_of(outlook.days), 1),
             outlook.usd / 1e6,
+            range(priced.interval_of(outlook.usd / 1e6), 2),
             answer.cluster.price_usd_per_gpu_hour,
             outlook.usd_without_failures / 1e6,
             grouped(outlook.usd_per_trillion(training) as u64)

@@ -156,7 +156,7 @@ fn held(cases: &Cases, row: usize, constants: &Constants) -> String {
             let memory = pricer.rank_memory(layout, rank);
             let gib = |bytes: f64| bytes / (1u64 << 30) as f64;
             let parts = memory.parts().map(|(name, bytes)| format!("{name} {:.3}", gib(bytes)));
-            format!("rank {rank} {:.2} GiB: {}", gib(memory.total()), parts.join(", "))
+            format!("rank {rank} {:.2} GiB: {}", gib(memory.allocated()), parts.join(", "))
         };
         if found.step_s < best.borrow().0 {
             let said = [0, layout.pipeline - 1].map(of).join("\n    ");

@@ -198,7 +198,11 @@ impl Pricer {
         step.bubble_s = match layout.schedule {
             ScheduleKind::OneForwardOneBackward => idle_s,
             ScheduleKind::Interleaved => idle_s / stages + micro_batches * starved_s,
-            ScheduleKind::ZeroBubble | ScheduleKind::DualPipeV => self.even_bubble_s(layout, rank),
+            // Those of other ranks are as much shorter as their work.
+            ScheduleKind::ZeroBubble => {
+                self.even_bubble_s(layout, rank) * idle_s / ((ranks - 1.0) * rank.total_s())
+            }
+            ScheduleKind::DualPipeV => self.even_bubble_s(layout, rank),
         };
     }
 
@@ -217,10 +221,13 @@ impl Pricer {
         schedule.bubble_s(pipeline, virtual_stages, forward_s, input_s, rank.weight_s, overlapped_s).max(0.0)
     }
 
-    /// Seconds of a message from a stage to the next.
+    /// Seconds of a message from a stage to the next, the slowest of them.
     pub(super) fn message_s(&self, layout: &Parallelism) -> f64 {
-        let stride = layout.tensor * layout.context * layout.data;
-        let bytes = 2.0 * self.sizes(layout).split_tokens() * self.model.hidden as f64;
-        self.rates.message(bytes, stride)
+        self.rates.message(self.message_bytes(layout), layout.pipeline, layout.stage_gpus())
+    }
+
+    /// Bytes of a message from a GPU to its peer of the next stage.
+    pub(super) fn message_bytes(&self, layout: &Parallelism) -> f64 {
+        self.element_bytes() * self.sizes(layout).split_tokens() * self.model.hidden as f64
     }
 }

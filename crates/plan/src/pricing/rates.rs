@@ -40,8 +40,8 @@ impl Rates {
     }
 
     /// Fused attention, forward and backward.
-    pub fn attention(&self, shape: &AttentionShape) -> [f64; 2] {
-        let of = |pass| self.kernels.attention(pass, shape, Precision::Bf16) * self.calibration.attention();
+    pub fn attention(&self, shape: &AttentionShape, precision: Precision) -> [f64; 2] {
+        let of = |pass| self.kernels.attention(pass, shape, precision) * self.calibration.attention();
         [of(Pass::Forward), of(Pass::Backward)]
     }
 
@@ -61,8 +61,12 @@ impl Rates {
         self.collectives.seconds(Collective::AllGather, bytes, group) * self.distance(size, stride)
     }
 
-    /// A message to a rank `stride` away.
-    pub fn message(&self, bytes: f64, stride: usize) -> f64 {
+    /// The slowest message between neighbours of `ranks` ranks, `stride` apart.
+    pub fn message(&self, bytes: f64, ranks: usize, stride: usize) -> f64 {
+        // Where some neighbours lie in different groups of a level, those set the pace.
+        let outermost = self.cluster.level_of(ranks, stride);
+        let beyond = outermost.checked_sub(1).map_or(0, |inside| self.cluster.levels[inside].width);
+        let stride = stride.max(beyond);
         let seconds = self.collectives.seconds(Collective::SendRecv, bytes, Group { size: 2, stride });
         seconds * self.distance(2, stride)
     }

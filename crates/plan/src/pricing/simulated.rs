@@ -6,8 +6,8 @@ use crate::simulate::{
     LinkClass, Replicas, Segment, Simulated, StageCosts, Transfer, UniformCosts, simulate,
 };
 
-use super::Pricer;
 use super::work::{Passes, Work};
+use super::{Priced, Pricer};
 
 /// A step of a layout as it is simulated.
 #[derive(Debug, Clone, PartialEq)]
@@ -18,7 +18,45 @@ pub struct SimulatedStep {
     pub simulated: Simulated,
 }
 
+/// A pipeline of more micro-batches a rank than this repeats itself: the rest is extrapolated.
+const WHOLE_TURNS: usize = 8;
+
 impl Pricer {
+    /// [`Pricer::price`] with the schedule run op by op: waiting for other stages, messages, and exchanges that the schedule hides
+    /// are what the simulation says instead of their closed form. Milliseconds a layout.
+    ///
+    /// # Errors
+    /// The layout does not fit the model or the batch.
+    pub fn price_simulated(&self, layout: &Parallelism) -> Result<Priced, ParallelismError> {
+        let priced = self.price(layout)?;
+        if layout.pipeline == 1 {
+            return Ok(priced);
+        }
+        let step_s = self.simulated_s(layout)?;
+        let times = step_s / priced.step_s;
+        let mut breakdown = priced.breakdown;
+        breakdown.settle(step_s);
+        Ok(Priced { step_s, interval_s: priced.interval_s.map(|s| s * times), breakdown, ..priced })
+    }
+
+    /// Seconds of a simulated step of a checked layout.
+    fn simulated_s(&self, layout: &Parallelism) -> Result<f64, ParallelismError> {
+        let costs = self.costs(layout);
+        let micro_batches = layout.micro_batches(&self.training);
+        let seconds = |micro_batches| {
+            let of = layout.schedule.schedule(layout.pipeline, layout.virtual_stages, micro_batches)?;
+            let replicas = Replicas::symmetric(layout.data * layout.context);
+            Ok::<f64, ParallelismError>(run(&of.then_update(), &costs, replicas, false).seconds)
+        };
+        let most = WHOLE_TURNS * layout.pipeline;
+        if micro_batches <= most {
+            return seconds(micro_batches);
+        }
+        let (all, fewer) = (seconds(most)?, seconds(most - 2 * layout.pipeline)?);
+        let each = (all - fewer) / (2 * layout.pipeline) as f64;
+        Ok(all + (micro_batches - most) as f64 * each)
+    }
+
     /// Simulates a step of `layout`, one replica for all, with its spans if they are to be drawn.
     ///
     /// Passes take what [`Pricer::price`] says of them; waiting for other stages and messages, and what overlaps under DualPipeV,
@@ -37,8 +75,7 @@ impl Pricer {
         let schedule = schedule.then_update();
         let costs = self.costs(layout);
         let replicas = Replicas::symmetric(layout.data * layout.context);
-        let simulated = simulate(&schedule, &costs, replicas, keep_spans)
-            .expect("schedules are free of deadlock and one replica waits for no other");
+        let simulated = run(&schedule, &costs, replicas, keep_spans);
         Ok(SimulatedStep { schedule, simulated })
     }
 
@@ -52,13 +89,15 @@ impl Pricer {
             self.stage_costs(layout, &passes, self.stages.chunk(chunk, chunks).len())
         });
         let step = self.breakdown(layout);
-        let stride = layout.tensor * layout.context * layout.data;
         let update = Segment::compute("optimizer", step.optimizer_s);
         let overhead = Segment::compute("overhead", step.overhead_s);
         let states = Segment::exchange("gradients and parameters", step.data_s);
         UniformCosts {
             stages: stages.collect(),
-            transfer: Transfer { seconds: self.message_s(layout), link: self.adapter(stride, 2) },
+            transfer: Transfer {
+                seconds: self.message_s(layout),
+                link: self.adapter(layout.stage_gpus(), layout.pipeline),
+            },
             update: vec![vec![update, overhead]; layout.pipeline],
             gather: vec![vec![states]; layout.pipeline],
             links: vec![LinkClass { name: "network adapter", ranks: 1, capacity: 1.0 }],
@@ -96,6 +135,11 @@ impl Pricer {
             reduce: Vec::new(),
         }
     }
+}
+
+fn run(schedule: &Schedule, costs: &UniformCosts, replicas: Replicas, keep_spans: bool) -> Simulated {
+    simulate(schedule, costs, replicas, keep_spans)
+        .expect("schedules are free of deadlock and one replica waits for no other")
 }
 
 /// A pass layer by layer: attention, dispatch, experts, combine, each half of a layer's kernels and of its exchanges.

@@ -64,14 +64,10 @@ impl Pricer {
         let weights = self.training.compute.bytes().clamp(2.0, 4.0);
         let micro_batches = layout.micro_batches(&self.training) as f64;
         let exposed = self.rates.calibration.software.data_exposed;
-        let (traffic, under) = match layout.sharding {
-            // Stages of a pipeline keep what they gather until the step ends.
-            Sharding::Zero3 if layout.pipeline == 1 => {
-                let each = 2.0 * gather(weights) + gather(gradients);
-                (micro_batches * each, micro_batches * micro_batch_s)
-            }
-            _ => (gather(weights) + gather(gradients), micro_batch_s),
-        };
+        let times = layout.state_exchanges(&self.training);
+        let traffic = times.weights * gather(weights) + times.gradients * gather(gradients);
+        // What happens once hides under the first or the last micro-batch.
+        let under = if times.gradients > 1.0 { micro_batches * micro_batch_s } else { micro_batch_s };
         step.data_s = (exposed * traffic).max(traffic - under);
         step.hidden_s += traffic - step.data_s;
         step.optimizer_s = self.optimizer_s(layout, held.dense, held.experts);
@@ -81,7 +77,7 @@ impl Pricer {
     fn optimizer_s(&self, layout: &Parallelism, dense: f64, experts: f64) -> f64 {
         let optimizer = &self.training.optimizer;
         let gradients = optimizer.gradients.bytes();
-        let states = 2.0 * optimizer.moments.bytes() + optimizer.master.map_or(0.0, |master| master.bytes());
+        let states = 2.0 * optimizer.moments.bytes() + self.training.master_bytes();
         let owned = match layout.sharding {
             Sharding::None => dense + experts,
             _ => dense / (layout.data * layout.context) as f64 + experts / layout.expert_data().max(1) as f64,

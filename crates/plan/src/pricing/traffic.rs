@@ -2,7 +2,7 @@
 
 use crate::architecture::{FeedForward, Mixer};
 use crate::collectives::{Collective, CollectiveModel, Exchange, Group};
-use crate::parallelism::{Parallelism, Recomputation, Sharding};
+use crate::parallelism::{Parallelism, Recomputation};
 use crate::precision::Precision;
 use crate::software::Trainable;
 
@@ -75,12 +75,13 @@ impl Pricer {
         for layer in 0..self.model.layers + self.model.mtp_layers {
             self.layer_traffic(layout, &model, layer, micro_batches / layout.pipeline as f64, &mut traffic);
         }
-        self.pipeline_traffic(layout, &model, micro_batches, &mut traffic);
-        self.state_traffic(layout, &model, micro_batches, &mut traffic);
+        self.pipeline_traffic(layout, micro_batches, &mut traffic);
+        self.state_traffic(layout, &model, &mut traffic);
         traffic
     }
 
-    fn element_bytes(&self) -> f64 {
+    /// Bytes of an element between ranks.
+    pub(super) fn element_bytes(&self) -> f64 {
         if self.training.compute == Precision::F32 { 4.0 } else { 2.0 }
     }
 
@@ -161,29 +162,20 @@ impl Pricer {
         traffic.add(Axis::Expert, &back, times * (3.0 + again));
     }
 
-    /// A rank sends on what each of its chunks made, and the gradient of what it got; the ends have nobody to send to.
-    fn pipeline_traffic(
-        &self,
-        layout: &Parallelism,
-        model: &CollectiveModel,
-        micro_batches: f64,
-        traffic: &mut Traffic,
-    ) {
-        let bytes = self.element_bytes() * self.sizes(layout).split_tokens() * self.model.hidden as f64;
-        let group =
-            Group { size: 2.min(layout.pipeline), stride: layout.tensor * layout.context * layout.data };
-        let sent = model.bytes_by_level(Collective::SendRecv, bytes, group);
-        let sends = 2.0 * (layout.chunks() - 1) as f64 / layout.pipeline as f64;
-        traffic.add(Axis::Pipeline, &sent, sends * micro_batches);
+    /// Each chunk's activations go to the rank of the next one, and their gradients back.
+    fn pipeline_traffic(&self, layout: &Parallelism, micro_batches: f64, traffic: &mut Traffic) {
+        let (bytes, apart) = (self.message_bytes(layout), layout.stage_gpus());
+        let times = 2.0 * micro_batches / layout.pipeline as f64;
+        for chunk in 1..layout.chunks() {
+            let [from, to] = [chunk - 1, chunk].map(|chunk| layout.rank_of_chunk(chunk));
+            if from != to {
+                let level = self.rates.cluster.level_between(from * apart, to * apart);
+                traffic.bytes[Axis::Pipeline as usize][level] += times * bytes;
+            }
+        }
     }
 
-    fn state_traffic(
-        &self,
-        layout: &Parallelism,
-        model: &CollectiveModel,
-        micro_batches: f64,
-        traffic: &mut Traffic,
-    ) {
+    fn state_traffic(&self, layout: &Parallelism, model: &CollectiveModel, traffic: &mut Traffic) {
         if self.training.trainable == Trainable::Adapters {
             return;
         }
@@ -191,15 +183,13 @@ impl Pricer {
         let expert = Group { size: layout.expert_data(), stride: layout.expert * layout.expert_tensor };
         let (gradients, weights) =
             (self.training.optimizer.gradients.bytes(), self.training.compute.bytes().clamp(2.0, 4.0));
-        let (times, each) = match layout.sharding {
-            Sharding::Zero3 => (micro_batches, gradients + 2.0 * weights),
-            _ => (1.0, gradients + weights),
-        };
+        let times = layout.state_exchanges(&self.training);
+        let each = times.gradients * gradients + times.weights * weights;
         for rank in 0..layout.pipeline {
             let held = self.rank_parameters(layout, &self.stages.share(layout, rank));
             for (parameters, group) in [(held.dense, dense), (held.experts, expert)] {
                 let sent = model.bytes_by_level(Collective::AllGather, each * parameters, group);
-                traffic.add(Axis::Data, &sent, times / layout.pipeline as f64);
+                traffic.add(Axis::Data, &sent, 1.0 / layout.pipeline as f64);
             }
         }
     }

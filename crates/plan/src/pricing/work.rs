@@ -102,6 +102,11 @@ fn width(training: &Training) -> f64 {
 }
 
 impl Sizes<'_> {
+    /// The format of products that are never narrow: attention, router, head.
+    pub fn wide(&self) -> Precision {
+        self.training.compute.wide()
+    }
+
     /// Tokens of a micro-batch within a tensor-parallel region.
     pub fn tokens(&self) -> f64 {
         (self.layout.micro_batch * self.training.sequence) as f64 / self.layout.context as f64
@@ -235,7 +240,7 @@ impl Sizes<'_> {
             window: self.model.window.filter(|_| windowed).map(|window| window.tokens),
         };
         let [forward, backward] = match self.training.software.fuses_attention() {
-            true => self.rates.attention(&shape),
+            true => self.rates.attention(&shape, self.wide()),
             false => self.unfused(&shape),
         };
         passes.forward.attention_s += forward;
@@ -255,9 +260,10 @@ impl Sizes<'_> {
     /// five passes over them forward, eight backward.
     fn unfused(&self, shape: &AttentionShape) -> [f64; 2] {
         let (queries, keys) = (shape.queries as f64, shape.keys as f64);
+        let wide = self.wide();
         let products = (shape.batch * shape.heads) as f64
-            * (self.rates.gemm(queries, keys, shape.qk_dim as f64, Precision::Bf16)
-                + self.rates.gemm(queries, shape.v_dim as f64, keys, Precision::Bf16));
+            * (self.rates.gemm(queries, keys, shape.qk_dim as f64, wide)
+                + self.rates.gemm(queries, shape.v_dim as f64, keys, wide));
         let scores = 2.0 * (shape.batch * shape.heads) as f64 * queries * keys;
         let factor = self.rates.calibration.attention();
         [
@@ -342,11 +348,11 @@ impl Sizes<'_> {
     }
 
     fn router(&self, passes: &mut Passes, moe: &MoeShape) {
-        let m = self.split_tokens();
+        let (m, wide) = (self.split_tokens(), self.wide());
         let experts = moe.experts as f64;
-        passes.forward.gemm_s += self.rates.gemm(m, experts, self.model.hidden as f64, Precision::Bf16);
-        passes.input.gemm_s += self.rates.gemm(m, self.model.hidden as f64, experts, Precision::Bf16);
-        passes.weight.gemm_s += self.rates.gemm(experts, self.model.hidden as f64, m, Precision::Bf16);
+        passes.forward.gemm_s += self.rates.gemm(m, experts, self.model.hidden as f64, wide);
+        passes.input.gemm_s += self.rates.gemm(m, self.model.hidden as f64, experts, wide);
+        passes.weight.gemm_s += self.rates.gemm(experts, self.model.hidden as f64, m, wide);
         self.stream(passes, 4.0 * 6.0 * m * experts, 4.0 * 4.0 * m * experts);
         self.count(passes, 12.0);
     }
@@ -454,12 +460,12 @@ impl Sizes<'_> {
     /// Head and loss of a micro-batch.
     pub fn head(&self) -> Passes {
         let mut passes = Passes::default();
-        let (m, d) = (self.tokens(), self.model.hidden as f64);
+        let (m, d, wide) = (self.tokens(), self.model.hidden as f64, self.wide());
         let vocab = self.model.vocab as f64 / self.layout.tensor as f64;
         self.norm(&mut passes);
-        passes.forward.gemm_s += self.rates.gemm(m, vocab, d, Precision::Bf16);
-        passes.input.gemm_s += self.rates.gemm(m, d, vocab, Precision::Bf16);
-        passes.weight.gemm_s += self.rates.gemm(vocab, d, m, Precision::Bf16);
+        passes.forward.gemm_s += self.rates.gemm(m, vocab, d, wide);
+        passes.input.gemm_s += self.rates.gemm(m, d, vocab, wide);
+        passes.weight.gemm_s += self.rates.gemm(vocab, d, m, wide);
         self.stream(&mut passes, 14.0 * m * vocab, 8.0 * m * vocab);
         self.region(&mut passes);
         if self.training.trainable == Trainable::Adapters {

@@ -1,5 +1,7 @@
 //! What a search keeps: the fastest plans and the Pareto front.
 
+use std::collections::BTreeMap;
+
 use super::Plan;
 
 /// Plans found so far.
@@ -37,6 +39,23 @@ impl Found {
         self
     }
 
+    /// Every plan that is kept, once.
+    pub fn plans(&self) -> Vec<Plan> {
+        let all = self.fastest.iter().chain(&self.front);
+        let plans: BTreeMap<usize, &Plan> = all.map(|plan| (plan.number, plan)).collect();
+        plans.into_values().cloned().collect()
+    }
+
+    /// The same counts with these plans in place of those that were kept: [`super::Search::refine`] moves them about.
+    pub fn refined(&self, plans: Vec<Plan>) -> Self {
+        let mut found = Self { fastest: Vec::new(), front: Vec::new(), ..*self };
+        for plan in plans {
+            found.keep_fast(&plan);
+            found.keep_best(plan);
+        }
+        found
+    }
+
     fn keep_fast(&mut self, plan: &Plan) {
         let place = self.fastest.partition_point(|kept| faster(kept, plan));
         if place < self.kept {
@@ -60,9 +79,11 @@ impl Found {
     }
 }
 
-/// The order of plans: by time, then by number.
+/// The order of plans: by time, then by headroom, then by number.
 fn faster(a: &Plan, b: &Plan) -> bool {
-    a.priced.step_s.total_cmp(&b.priced.step_s).then(a.number.cmp(&b.number)).is_lt()
+    let time = a.priced.step_s.total_cmp(&b.priced.step_s);
+    let room = b.headroom_bytes.total_cmp(&a.headroom_bytes);
+    time.then(room).then(a.number.cmp(&b.number)).is_lt()
 }
 
 /// Whether `a`, which is not slower, is as good in everything else.

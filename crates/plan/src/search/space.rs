@@ -41,11 +41,10 @@ pub struct Layouts {
 }
 
 impl Layouts {
-    /// All layouts of `training` of `model` on the whole of `cluster`, a half or a quarter of it.
+    /// All layouts of `training` of `model` on the whole of `cluster`, a half or a quarter of it, or as much as divides well.
     pub fn new(model: &Architecture, cluster: &Cluster, training: &Training) -> Self {
         let mut degrees = Vec::new();
-        let parts = [1, 2, 4].into_iter().filter(|part| cluster.gpus.is_multiple_of(*part));
-        for gpus in parts.map(|part| cluster.gpus / part) {
+        for gpus in counts(cluster.gpus) {
             dense_degrees(model, cluster, training, gpus, &mut degrees);
         }
         Self { model: model.clone(), training: training.clone(), degrees: degrees.into_iter() }
@@ -80,6 +79,18 @@ impl Iterator for Layouts {
     fn next(&mut self) -> Option<Parallelism> {
         self.degrees.next()
     }
+}
+
+/// How many of so many GPUs are used: all, a half, a quarter; of a number that divides badly also the largest 2^n and 3 x 2^n.
+fn counts(gpus: usize) -> Vec<usize> {
+    let parts = [1, 2, 4].into_iter().filter(|part| gpus.is_multiple_of(*part)).map(|part| gpus / part);
+    let round = [1, 3].map(|odd| powers(gpus / odd).last().map_or(0, |power| odd * power));
+    let awkward = !round.contains(&gpus);
+    let mut counts: Vec<usize> =
+        parts.chain(round.into_iter().filter(|count| awkward && *count > 0)).collect();
+    counts.sort_unstable_by(|a, b| b.cmp(a));
+    counts.dedup();
+    counts
 }
 
 /// 1, 2, 4, ... up to `most`.
@@ -153,4 +164,17 @@ fn schedules(model: &Architecture, pipeline: usize) -> Vec<(ScheduleKind, usize)
         }
     }
     all
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn counts_that_divide_badly_leave_some_gpus_idle() {
+        assert_eq!(counts(2048), [2048, 1024, 512]);
+        assert_eq!(counts(96), [96, 48, 24]);
+        assert_eq!(counts(100), [100, 96, 64, 50, 25]);
+        assert_eq!(counts(1), [1]);
+    }
 }

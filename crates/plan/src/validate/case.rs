@@ -1,12 +1,10 @@
 //! A row as its source wrote it: every column read, nothing inferred.
 
 use crate::parallelism::{Parallelism, Sharding};
+use crate::rank_memory::RESERVED;
 use crate::table::Row;
 
 use super::{GIB, golden};
-
-/// Bytes that PyTorch's allocator reserves for each that is allocated at the peak.
-const RESERVED: f64 = 1.12;
 
 /// What a row reports.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -54,8 +54,8 @@ impl Prediction {
         Some(Self {
             step_s: priced.step_s,
             interval_s: priced.interval_s,
-            memory_bytes: priced.memory.total(),
-            last_rank_bytes: pricer.rank_memory(layout, layout.pipeline - 1).total(),
+            memory_bytes: priced.memory.allocated(),
+            last_rank_bytes: pricer.rank_memory(layout, layout.pipeline - 1).allocated(),
         })
     }
 }
