@@ -3,15 +3,18 @@
 mod counts;
 mod hugging_face;
 mod known;
+mod limits;
 
 use std::borrow::Cow;
 
 use crate::model::ModelConfig;
 
 pub use counts::LayerParameters;
-pub use hugging_face::HuggingFaceError;
+pub use hugging_face::{HuggingFaceError, Numerics};
 pub use known::UnknownModel;
 pub(crate) use known::distance;
+pub use limits::SizeError;
+pub(crate) use limits::{LARGEST_SIZE, MOST_LAYERS};
 
 /// Sizes of attention.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]

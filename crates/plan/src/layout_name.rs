@@ -39,7 +39,10 @@ fn parts(modules: &mut Modules) -> [&mut bool; 6] {
     ]
 }
 
-/// A word of a layout that says nothing.
+/// The largest degree, and the most GPUs of a layout.
+const LARGEST: usize = 1 << 20;
+
+/// A word of a layout that says nothing, too much, or what another has said.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("layout word {word:?}: must be {expected}")]
 pub struct LayoutNameError {
@@ -95,16 +98,28 @@ impl FromStr for Parallelism {
     fn from_str(text: &str) -> Result<Self, LayoutNameError> {
         let mut layout = Self::default();
         let mut schedule = None;
+        let mut said: Vec<(&str, &str)> = Vec::new();
         for word in text.split([' ', ',']).filter(|word| !word.is_empty()) {
-            if let Some((_, sharding)) = SHARDINGS.iter().find(|(name, _)| *name == word) {
+            let what = if let Some((_, sharding)) = SHARDINGS.iter().find(|(name, _)| *name == word) {
                 layout.sharding = *sharding;
+                "sharding"
             } else if let Some(kind) = ScheduleKind::ALL.into_iter().find(|kind| kind.name() == word) {
                 schedule = Some(kind);
+                "schedule"
             } else if let Some(what) = word.strip_prefix("recompute=") {
                 layout.recompute = recomputation(what).ok_or_else(|| unknown(word))?;
+                "recompute"
             } else {
-                read_degree(&mut layout, word)?;
+                read_degree(&mut layout, word)?
+            };
+            if let Some((_, earlier)) = said.iter().find(|(other, _)| *other == what) {
+                return Err(refused(word, format!("left out, or {earlier:?}: both say {what}")));
             }
+            said.push((what, word));
+        }
+        let gpus = [layout.tensor, layout.pipeline, layout.context, layout.data];
+        if gpus.iter().map(|degree| *degree as f64).product::<f64>() > LARGEST as f64 {
+            return Err(refused(text, format!("for at most {LARGEST} GPUs (tp x pp x cp x dp)")));
         }
         let default = match layout.virtual_stages {
             1 => ScheduleKind::OneForwardOneBackward,
@@ -131,13 +146,22 @@ fn recomputation(name: &str) -> Option<Recomputation> {
     }
 }
 
-fn read_degree(layout: &mut Parallelism, word: &str) -> Result<(), LayoutNameError> {
+/// Sets a degree; gives its short name.
+fn read_degree(layout: &mut Parallelism, word: &str) -> Result<&'static str, LayoutNameError> {
     let digits = word.find(|c: char| c.is_ascii_digit()).unwrap_or(word.len());
     let (name, number) = word.split_at(digits);
     let at = DEGREES.iter().position(|(short, _)| *short == name).ok_or_else(|| unknown(word))?;
-    let degree = number.trim_start_matches('=').parse().map_err(|_| unknown(word))?;
-    *degrees(layout)[at] = degree;
-    Ok(())
+    if number.is_empty() || !number.bytes().all(|byte| byte.is_ascii_digit()) {
+        return Err(unknown(word));
+    }
+    let degree = number.parse().ok().filter(|degree| *degree <= LARGEST);
+    *degrees(layout)[at] =
+        degree.ok_or_else(|| refused(word, format!("at most {name}{LARGEST}: it is too large")))?;
+    Ok(DEGREES[at].0)
+}
+
+fn refused(word: &str, expected: String) -> LayoutNameError {
+    LayoutNameError { word: word.to_string(), expected }
 }
 
 fn unknown(word: &str) -> LayoutNameError {
@@ -147,7 +171,7 @@ fn unknown(word: &str) -> LayoutNameError {
         "one of {degrees}, {schedules}, zero0 to zero3, recompute=none, selective, full or parts of {}",
         MODULES.join("+")
     );
-    LayoutNameError { word: word.to_string(), expected }
+    refused(word, expected)
 }
 
 #[cfg(test)]
@@ -170,5 +194,25 @@ mod tests {
         assert_eq!("pp4,vp2".parse::<Parallelism>().unwrap().schedule, ScheduleKind::Interleaved);
         let error = "tp2 zz4".parse::<Parallelism>().unwrap_err().to_string();
         assert!(error.starts_with("layout word \"zz4\": must be one of tpN (tensor), ppN"), "{error}");
+    }
+
+    #[test]
+    fn what_is_said_twice_or_too_large_is_refused() {
+        let cases = [
+            ("dp64 dp32", r#"layout word "dp32": must be left out, or "dp64": both say dp"#),
+            ("zero1 dp2 zero2", r#"layout word "zero2": must be left out, or "zero1": both say sharding"#),
+            ("1f1b dualpipev", r#"layout word "dualpipev": must be left out, or "1f1b": both say schedule"#),
+            (
+                "dp99999999999999999999",
+                r#"layout word "dp99999999999999999999": must be at most dp1048576: it is too large"#,
+            ),
+            (
+                "tp2048 dp1024",
+                r#"layout word "tp2048 dp1024": must be for at most 1048576 GPUs (tp x pp x cp x dp)"#,
+            ),
+        ];
+        for (text, expected) in cases {
+            assert_eq!(text.parse::<Parallelism>().unwrap_err().to_string(), expected);
+        }
     }
 }

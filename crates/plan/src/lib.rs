@@ -31,7 +31,7 @@ pub mod validate;
 pub use advice::{Change, Place, bottleneck, changes};
 pub use architecture::{
     Architecture, Attention, FeedForward, HuggingFaceError, LayerKind, LayerParameters, Mixer, MoeShape,
-    Pattern, StateSpace, UnknownModel, Window,
+    Numerics, Pattern, SizeError, StateSpace, UnknownModel, Window,
 };
 pub use calibration::{Calibration, CommonConstants, Constants, FITTED, GpuConstants, SoftwareConstants};
 pub use dense::Synchronisation;

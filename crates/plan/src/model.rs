@@ -2,6 +2,8 @@
 
 use serde::{Deserialize, Serialize};
 
+use crate::architecture::{LARGEST_SIZE, MOST_LAYERS};
+
 /// How router logits become scores.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
@@ -115,9 +117,6 @@ pub struct ModelError {
     pub rule: String,
 }
 
-/// No size of a model may exceed this, so that products of two never overflow.
-const LARGEST_SIZE: usize = 1 << 28;
-
 impl ModelConfig {
     /// Checks every field against every other.
     ///
@@ -158,8 +157,9 @@ impl ModelConfig {
             ("first_dense", self.first_dense, 0),
         ];
         for (field, value, least) in sizes {
-            check((least..=LARGEST_SIZE).contains(&value), field, value, || {
-                format!("must be between {least} and {LARGEST_SIZE}")
+            let most = if field == "num_hidden_layers" { MOST_LAYERS } else { LARGEST_SIZE };
+            check((least..=most).contains(&value), field, value, || {
+                format!("must be between {least} and {most}")
             })?;
         }
         let heads = self.num_attention_heads;

@@ -12,6 +12,9 @@ const SNAPSHOT_BYTES_PER_S: f64 = 10e9;
 /// time as effective with an interruption every three hours, which leaves at most about so much for each.
 const RESTART_S: f64 = 600.0;
 
+/// The interval between checkpoints and what a failure loses are at most this share of the time between failures.
+const MOST_OF_FAILURES: f64 = 0.25;
+
 const HOUR_S: f64 = 3600.0;
 
 /// A run of so many tokens, at the predicted seconds of a step.
@@ -29,6 +32,9 @@ pub struct Outlook {
     pub checkpoint_every_s: f64,
     /// Time between failures of any GPU.
     pub failure_every_s: f64,
+    /// Whether failures are so rare that the interval and what follows mean anything: Young's formula takes at most one failure
+    /// between two checkpoints for granted, and a restart that is short beside the time between failures.
+    pub failures_are_rare: bool,
     /// Share of the time that trains: the rest goes to checkpoints, work that is lost, and restarts.
     pub goodput: f64,
     /// Days with all of that.
@@ -50,8 +56,8 @@ impl Outlook {
         let checkpoint_s = (priced.memory.optimizer + priced.memory.weights) / SNAPSHOT_BYTES_PER_S;
         let failure_every_s = HOUR_S / (cluster.failures_per_gpu_hour * gpus);
         let checkpoint_every_s = (2.0 * checkpoint_s * failure_every_s).sqrt();
-        let lost =
-            checkpoint_s / checkpoint_every_s + (checkpoint_every_s / 2.0 + RESTART_S) / failure_every_s;
+        let lost_s = checkpoint_every_s / 2.0 + RESTART_S;
+        let lost = checkpoint_s / checkpoint_every_s + lost_s / failure_every_s;
         let goodput = 1.0 / (1.0 + lost);
         let gpu_hours = gpus * train_s / HOUR_S;
         let usd_without_failures = gpu_hours * cluster.price_usd_per_gpu_hour;
@@ -62,6 +68,7 @@ impl Outlook {
             checkpoint_s,
             checkpoint_every_s,
             failure_every_s,
+            failures_are_rare: checkpoint_every_s.max(lost_s) <= MOST_OF_FAILURES * failure_every_s,
             goodput,
             days: train_s / goodput / (24.0 * HOUR_S),
             usd: usd_without_failures / goodput,

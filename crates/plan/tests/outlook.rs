@@ -39,6 +39,22 @@ fn deepseek_v3_cost_what_its_step_says() {
     assert!((outlook.usd * outlook.goodput / outlook.usd_without_failures - 1.0).abs() < 1e-12);
     let young = (2.0 * outlook.checkpoint_s * outlook.failure_every_s).sqrt();
     assert_eq!(outlook.checkpoint_every_s, young);
+    assert!(outlook.failures_are_rare);
+}
+
+#[test]
+fn failures_that_come_too_often_for_youngs_formula_are_seen() {
+    let (model, cluster, training, layout) = deepseek();
+    let priced = Pricer::new(&model, &cluster, &training).price(&layout).unwrap();
+    let outlook = |failures_per_gpu_hour: f64| {
+        let cluster = Cluster { failures_per_gpu_hour, ..cluster.clone() };
+        Outlook::of(&priced, &cluster, &layout, &training)
+    };
+    // Every 7 hours, every hour, every half hour, every minute.
+    for (rate, rare) in [(7e-5, true), (4.8e-4, true), (9.6e-4, false), (0.03, false)] {
+        let outlook = outlook(rate);
+        assert_eq!(outlook.failures_are_rare, rare, "a failure every {} s", outlook.failure_every_s);
+    }
 }
 
 #[test]

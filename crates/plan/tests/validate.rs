@@ -1,7 +1,7 @@
 //! Validation reads any table and counts as it says.
 
 use proptest::prelude::*;
-use unisono_plan::validate::{Prediction, Validation, validate, validate_with};
+use unisono_plan::validate::{Prediction, Validation, check_cases, check_models, validate, validate_with};
 
 const HEADER: &str = "id,file,source,kind,model_key,model_as_printed,custom_arch,gpu,n_gpus,precision,seq,gbs,mbs,tp,pp,vpp,cp,ep,etp,dp,\
      sharding,recompute,framework,routing,step_time_s,tokens_per_s_per_gpu,tflops_per_gpu,tflops_convention,mem_max_gib,verified";
@@ -97,6 +97,22 @@ fn the_planner_prices_what_sources_leave_open() {
     }
     assert!(found.rows[0].plan.starts_with("tp1 pp1x1"), "{}", found.rows[0].plan);
     assert!(found.rows[2].plan.starts_with("tp1 pp4x2 cp1 ep8x1"), "{}", found.rows[2].plan);
+}
+
+#[test]
+fn tables_without_rows_or_needed_columns_are_refused() {
+    let said = |text: &str| check_cases(text).unwrap_err().to_string();
+    let all = "lacks the columns gpu; n_gpus; model_key or model_as_printed or custom_arch; \
+               step_time_s or tokens_per_s_per_gpu or tflops_per_gpu or mem_max_gib";
+    assert_eq!(said(""), all);
+    assert_eq!(said("a,b\n1,2\n"), all);
+    assert_eq!(said("gpu,model_key,step_time_s\nH100,x,1\n"), "lacks the columns n_gpus");
+    assert!(said(&format!("{HEADER}\n")).starts_with("has no rows"));
+    assert_eq!(check_cases(&format!("{HEADER}\n{}\n", row(1, "x", "8", "1", "8"))), Ok(()));
+    assert_eq!(
+        check_models("model_key,layers\nx,1\n").unwrap_err().to_string(),
+        "lacks the columns hidden; heads"
+    );
 }
 
 proptest! {

@@ -21,6 +21,9 @@ pub const BAR: &str = "searching layouts {bar:30} {pos}/{len} parts  {elapsed}";
 /// Parts that a search is cut into: enough for a bar that moves.
 const PARTS: usize = 64;
 
+/// The most micro-batches times stages that are simulated: seconds and a gigabyte.
+const MOST_PASSES: usize = 1 << 20;
+
 /// The question with its answer.
 #[derive(Debug)]
 pub struct Answer {
@@ -110,6 +113,14 @@ impl Answer {
 
     /// The chosen layout's step, op by op.
     pub fn simulate(&self) -> Result<SimulatedStep, CliError> {
+        let layout = &self.chosen.layout;
+        let passes = layout.micro_batches(&self.training) * layout.chunks();
+        if passes > MOST_PASSES {
+            return Err(CliError::usage(format!(
+                "{layout}: {passes} micro-batches through stages are too many to simulate, at most {MOST_PASSES} are: smaller --batch \
+                 or larger mb"
+            )));
+        }
         let step = self.pricer().simulate(&self.chosen.layout, true);
         step.map_err(|error| CliError::usage(error.to_string()))
     }
@@ -135,10 +146,11 @@ fn given(
 ) -> Result<Plan, CliError> {
     let gpus = layout.gpus();
     if gpus > cluster.gpus {
+        let smaller = shrunk(model, cluster, training, layout);
         return Err(CliError::usage(format!(
-            "--layout takes {gpus} GPUs and the cluster has {}; nearest: dp{}",
+            "--layout takes {gpus} GPUs and the cluster has {}; nearest: {}",
             cluster.gpus,
-            (cluster.gpus * layout.data / gpus).max(1)
+            smaller.join(" ")
         )));
     }
     let priced = Pricer::new(model, cluster, training)
@@ -153,6 +165,47 @@ fn given(
         priced,
     })
 }
+
+/// The words of `layout` that must be smaller, as they then are: replicas before what splits the model, of that the largest
+/// degree first, each as large as the cluster and, if any value is, the model and the batch allow.
+fn shrunk(
+    model: &Architecture,
+    cluster: &Cluster,
+    training: &Training,
+    mut layout: Parallelism,
+) -> Vec<String> {
+    let mut order = DEGREES;
+    order[1..].sort_by_key(|(_, of)| std::cmp::Reverse(*of(&mut layout)));
+    let mut words = Vec::new();
+    for (name, of) in order {
+        let now = *of(&mut layout);
+        if layout.gpus() <= cluster.gpus || now == 1 {
+            continue;
+        }
+        let most = (cluster.gpus / (layout.gpus() / now)).max(1);
+        let with = |degree: usize| {
+            let mut smaller = layout;
+            *of(&mut smaller) = degree;
+            smaller
+        };
+        let fits = |degree: &usize| with(*degree).check(model, training).is_ok();
+        let degree = (1..=most.min(MOST_TRIED)).rev().find(fits).unwrap_or(most);
+        layout = with(degree);
+        words.push(format!("{name}{degree}"));
+    }
+    words
+}
+
+/// How many values of a degree are tried.
+const MOST_TRIED: usize = 1 << 16;
+
+/// The degrees that a layout takes GPUs by.
+const DEGREES: [(&str, fn(&mut Parallelism) -> &mut usize); 4] = [
+    ("dp", |layout| &mut layout.data),
+    ("pp", |layout| &mut layout.pipeline),
+    ("cp", |layout| &mut layout.context),
+    ("tp", |layout| &mut layout.tensor),
+];
 
 /// Searches on every core, then simulates what it found. The result does not depend on the cores.
 pub fn search(model: &Architecture, cluster: &Cluster, training: &Training) -> Found {
@@ -208,18 +261,16 @@ fn watch(screen: &Screen, done: &AtomicUsize, parts: u64, finished: impl Fn() ->
 /// No layout fits: says which comes nearest and by how much, and how many GPUs would do.
 fn nothing_fits(model: &Architecture, cluster: &Cluster, training: &Training) -> CliError {
     let closest = Search::new(model, cluster, training).nearest().map_or_else(
-        || "no layout divides this batch over all, a half or a quarter of the GPUs".to_string(),
+        || "none divides it over all, a half or a quarter of the GPUs".to_string(),
         |plan| {
             format!("the nearest, {}, needs {:.1} GiB more a GPU", plan.layout, -plan.headroom_bytes / GIB)
         },
     );
-    let counts = (1..=10).map(|doublings| cluster.gpus << doublings);
-    let enough = counts.filter_map(|gpus| Cluster::of(cluster.gpu, gpus).ok()).find_map(|wider| {
-        let batch = training.global_batch.max(wider.gpus);
-        let training = Training { global_batch: batch, ..training.clone() };
-        let fits = Search::new(model, &wider, &training).run(0, 1).feasible > 0;
-        fits.then(|| format!("{} GPUs with a batch of {batch} sequences would do", wider.gpus))
-    });
+    let asked = training.global_batch;
+    let larger = if asked < cluster.gpus { 0 } else { 1 };
+    let enough = wider(model, cluster, training, 1, |_| asked)
+        .or_else(|| wider(model, cluster, training, larger, |gpus| asked.max(gpus)))
+        .map(|(gpus, batch)| format!("{gpus} GPUs with a batch of {batch} sequences would do"));
     CliError::usage(format!(
         "no layout of {} ({} parameters) fits {} {} with a batch of {} sequences: {closest}; {}",
         model.name,
@@ -229,4 +280,21 @@ fn nothing_fits(model: &Architecture, cluster: &Cluster, training: &Training) ->
         training.global_batch,
         enough.unwrap_or_else(|| "nor would a thousand times as many".into())
     ))
+}
+
+/// The fewest GPUs, of those there are doubled `first` to ten times, on which a batch that may depend on them fits; with the batch.
+fn wider(
+    model: &Architecture,
+    cluster: &Cluster,
+    training: &Training,
+    first: u32,
+    batch: impl Fn(usize) -> usize,
+) -> Option<(usize, usize)> {
+    let counts = (first..=10).map(|doublings| cluster.gpus << doublings);
+    counts.filter_map(|gpus| Cluster::of(cluster.gpu, gpus).ok()).find_map(|wider| {
+        let batch = batch(wider.gpus);
+        let training = Training { global_batch: batch, ..training.clone() };
+        let fits = Search::new(model, &wider, &training).run(0, 1).feasible > 0;
+        fits.then_some((wider.gpus, batch))
+    })
 }

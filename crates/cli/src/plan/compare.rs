@@ -6,7 +6,8 @@ use unisono_plan::{Architecture, Cluster, Synchronisation};
 
 use super::GIB;
 use super::answer::Answer;
-use super::question::{self, TrainingArgs};
+use super::local::LOCAL;
+use super::question::{self, Model, TrainingArgs};
 use super::{json as as_json, show};
 use crate::error::{CliError, DONE};
 use crate::screen::{complain, say};
@@ -36,20 +37,28 @@ pub struct Compare {
 
 /// Answers every model on every cluster.
 pub fn run(args: &Compare) -> Result<u8, CliError> {
-    let mut models: Vec<Architecture> = Vec::new();
-    for name in &args.models {
-        let (model, _) = question::model(name)?;
-        let twins = if args.dense { twins(&model) } else { Vec::new() };
-        models.push(model);
-        models.extend(twins);
+    if args.clusters.iter().any(|name| name == LOCAL) {
+        return Err(CliError::usage(
+            "--cluster local: only `unisono plan CONFIG local` prices layouts on this machine, its steps are the engine's own; \
+             here a cluster is a GPU and a count or a TOML file",
+        ));
     }
+    let mut models: Vec<Model> = Vec::new();
+    for name in &args.models {
+        let model = question::model(name)?;
+        let twins = if args.dense { twins(&model.architecture) } else { Vec::new() };
+        let origin = model.origin.clone();
+        models.push(model);
+        models.extend(twins.into_iter().map(|architecture| Model { architecture, origin: origin.clone() }));
+    }
+    args.training.check_experts(&models)?;
     let clusters =
         args.clusters.iter().map(|name| question::cluster(name)).collect::<Result<Vec<Cluster>, _>>()?;
     let mut answers = Vec::new();
     for model in &models {
         for cluster in &clusters {
-            let training = args.training.training(cluster)?;
-            match Answer::to(model.clone(), cluster.clone(), training, None) {
+            let training = args.training.training(model, cluster)?;
+            match Answer::to(model.architecture.clone(), cluster.clone(), training, None) {
                 Ok(answer) => answers.push(answer),
                 // One that does not fit says so; the others are compared.
                 Err(error) => complain("warning", &error.message),

@@ -1,68 +1,91 @@
 //! The plan as a config that `unisono train` runs.
 
 use unisono_plan::{
-    Attention, ModelConfig, Parallelism, Pattern, Precision, Recomputation, Routing, Sharding,
+    Attention, ModelConfig, Modules, Optimizer, Parallelism, Pattern, Precision, Recomputation, Routing,
+    Sharding,
 };
 use unisono_train::RunConfig;
 use unisono_train::config::{DispatchConfig, RecomputeConfig, ReduceEvery, WireConfig};
 
 use super::answer::Answer;
+use super::question::Origin;
 use crate::error::CliError;
 
-/// The config of the chosen layout. `model` is the config's own model where the question came from one.
-pub fn config(answer: &Answer, model: Option<ModelConfig>) -> Result<String, CliError> {
-    let mut missing = missing_of_layout(answer);
-    missing.extend(missing_of_model(answer));
+/// The config of the chosen layout. Of a config of ours everything stays that the plan does not decide.
+pub fn config(answer: &Answer, origin: &Origin) -> Result<String, CliError> {
+    let of_model = missing_of_model(answer, origin);
+    let of_layout = missing_of_layout(answer);
+    let missing: Vec<String> = of_layout.iter().chain(&of_model).map(|what| format!("  - {what}")).collect();
     if !missing.is_empty() {
-        let list: Vec<String> = missing.iter().map(|feature| format!("  - {feature}")).collect();
-        let remedy = match missing_of_model(answer).is_empty() {
-            true => format!("nearest: --precision f32 --wire bf16 --layout \"{}\"", nearest(answer)),
+        let remedy = match of_model.is_empty() {
+            true => format!(
+                "nearest: --precision f32 --wire bf16 --optimizer adam --layout \"{}\"",
+                nearest(answer)
+            ),
             false => "no layout of this model runs until it has".to_string(),
         };
         return Err(CliError::usage(format!(
             "the engine cannot run this plan yet; it lacks\n{}\n{remedy}",
-            list.join("\n")
+            missing.join("\n")
         )));
     }
-    let (layout, training) = (&answer.chosen.layout, &answer.training);
-    let mut config = RunConfig::default();
-    config.grid.replicas = layout.data;
-    config.grid.expert_group = layout.expert;
-    config.model = match model {
-        Some(model) => model,
-        None => engine_model(answer)?,
+    let mut config = match origin {
+        Origin::Config(config) => RunConfig::clone(config),
+        Origin::HuggingFace(numerics) => {
+            let mut config = RunConfig { model: engine_model(answer)?, ..RunConfig::default() };
+            numerics.apply(&mut config.model);
+            config
+        }
+        Origin::BuiltIn => RunConfig { model: engine_model(answer)?, ..RunConfig::default() },
     };
-    config.train.sequence_length = training.sequence;
-    config.train.micro_batch = layout.micro_batch;
-    config.train.accumulate = layout.micro_batches(training);
-    config.train.steps = answer.outlook.steps as u64;
-    if training.wire == Precision::Bf16 && layout.expert > 1 {
-        config.train.dispatch_wire = WireConfig::Bf16;
-    }
     lay_out(answer, &mut config);
-    config.train.recompute = match layout.recompute {
-        Recomputation::None => RecomputeConfig::None,
-        Recomputation::Modules(_) => RecomputeConfig::Selective,
-        Recomputation::Full => RecomputeConfig::Full,
-    };
     let toml = config.to_toml().map_err(|error| CliError::usage(error.to_string()))?;
-    let head = format!(
-        "# unisono plan: {} on {} {}, {layout}; predicted step {:.3} s.\n\
-         # Score function, balance, optimizer and data are defaults where a plan does not know them.\n# mpirun -n {} unisono train THIS_FILE\n\n",
+    // What is written must read back as a config that can be trained.
+    RunConfig::load(&toml, &[]).map_err(|error| CliError::usage(format!("--emit: {error}")))?;
+    Ok(head(answer, origin) + &toml)
+}
+
+/// Where the config is from, and what in it nobody has chosen.
+fn head(answer: &Answer, origin: &Origin) -> String {
+    let layout = &answer.chosen.layout;
+    let rest = match origin {
+        Origin::Config(_) => "What a plan does not decide is as in that config.",
+        Origin::HuggingFace(_) => {
+            "Balance, optimizer and data are defaults: a config.json does not say them."
+        }
+        Origin::BuiltIn => {
+            "Score function, normalize_top_k, rope_theta, rms_norm_eps, balance, optimizer and data are defaults: the planner \
+             does not know them."
+        }
+    };
+    format!(
+        "# unisono plan: {} on {} {}, {layout}; predicted step {:.3} s.\n# {rest}\n# mpirun -n {} unisono train THIS_FILE\n\n",
         answer.model.name,
         answer.cluster.gpus,
         answer.cluster.gpu.name,
         answer.chosen.priced.step_s,
         layout.gpus(),
-    );
-    // What is written must read back as a config that can be trained.
-    RunConfig::load(&toml, &[]).map_err(|error| CliError::usage(format!("--emit: {error}")))?;
-    Ok(head + &toml)
+    )
 }
 
-/// Sharding and dispatch.
+/// Grid, batch, sharding, recomputation and dispatch.
 fn lay_out(answer: &Answer, config: &mut RunConfig) {
-    let (layout, dispatch) = (&answer.chosen.layout, answer.training.dispatch);
+    let (layout, training) = (&answer.chosen.layout, &answer.training);
+    config.grid.replicas = layout.data;
+    config.grid.expert_group = layout.expert;
+    config.train.sequence_length = training.sequence;
+    config.train.micro_batch = layout.micro_batch;
+    config.train.accumulate = layout.micro_batches(training);
+    config.train.steps = answer.outlook.steps as u64;
+    config.train.dispatch_wire = match training.wire {
+        // What does not travel needs no rounding.
+        Precision::Bf16 if layout.expert > 1 => WireConfig::Bf16,
+        Precision::Bf16 => config.train.dispatch_wire,
+        _ => WireConfig::F32,
+    };
+    if let Some(recompute) = recompute(answer) {
+        config.train.recompute = recompute;
+    }
     config.layout.zero = match layout.sharding {
         Sharding::None | Sharding::Zero1 => 1,
         Sharding::Zero2 => 2,
@@ -71,11 +94,33 @@ fn lay_out(answer: &Answer, config: &mut RunConfig) {
     if config.layout.zero > 1 && config.train.accumulate > 1 {
         config.train.reduce_every = ReduceEvery::Microbatch;
     }
-    config.layout.overlap = dispatch.overlapped;
-    let servers = layout.expert.div_ceil(answer.cluster.per_server);
-    if dispatch.deduplicated && servers > 1 && config.model.num_experts.is_multiple_of(servers) {
+    config.layout.overlap = training.dispatch.overlapped;
+    config.layout.dispatch = DispatchConfig::Flat;
+    if let Some(servers) = deduplicated_over(answer) {
         config.grid.expert_nodes = servers;
         config.layout.dispatch = DispatchConfig::Hierarchical;
+    }
+}
+
+/// The servers of an expert group where a row goes once to each; `None` where there is only one.
+fn deduplicated_over(answer: &Answer) -> Option<usize> {
+    let servers = answer.chosen.layout.expert.div_ceil(answer.cluster.per_server);
+    (answer.training.dispatch.deduplicated && servers > 1).then_some(servers)
+}
+
+/// The engine's name of what the plan computes again; `None` where it has none.
+fn recompute(answer: &Answer) -> Option<RecomputeConfig> {
+    // Attention is fused and always computes its core again.
+    let free = |modules: Modules| Modules { core_attention: false, ..modules };
+    // The engine's: all that costs no product.
+    let selective =
+        Modules { layernorm: true, moe_activation: answer.model.moe.is_some(), ..Modules::default() };
+    match answer.chosen.layout.recompute {
+        Recomputation::None => Some(RecomputeConfig::None),
+        Recomputation::Full => Some(RecomputeConfig::Full),
+        Recomputation::SELECTIVE => Some(RecomputeConfig::Selective),
+        Recomputation::Modules(modules) if free(modules) == selective => Some(RecomputeConfig::Selective),
+        Recomputation::Modules(_) => None,
     }
 }
 
@@ -83,6 +128,9 @@ fn lay_out(answer: &Answer, config: &mut RunConfig) {
 fn missing_of_layout(answer: &Answer) -> Vec<String> {
     let (layout, training) = (&answer.chosen.layout, &answer.training);
     let wire = layout.expert > 1 && !matches!(training.wire, Precision::F32 | Precision::Bf16);
+    let servers = deduplicated_over(answer).unwrap_or(1);
+    let experts = answer.model.moe.map_or(1, |moe| moe.experts);
+    let uneven = !experts.is_multiple_of(servers);
     let pipeline = format!("pipeline parallelism (pp{}, {})", layout.pipeline, layout.schedule.name());
     let features = [
         (layout.tensor > 1, format!("tensor parallelism (tp{})", layout.tensor)),
@@ -92,17 +140,36 @@ fn missing_of_layout(answer: &Answer) -> Vec<String> {
             layout.expert_tensor > 1,
             format!("tensor parallelism within experts (etp{})", layout.expert_tensor),
         ),
-        (layout.sharding == Sharding::None, "replicas that share out nothing (zero0)".into()),
+        (
+            layout.sharding == Sharding::None && layout.data > 1,
+            "replicas that share out nothing (zero0)".into(),
+        ),
+        (
+            recompute(answer).is_none(),
+            format!("this choice of what is computed again ({layout}); it has none, selective and full"),
+        ),
         (training.compute != Precision::F32, format!("products in {}", training.compute)),
+        (
+            training.optimizer != Optimizer::default(),
+            "moments in bf16 (--optimizer adam-bf16-moments)".into(),
+        ),
         (wire, format!("rows to experts in {}", training.wire)),
+        (
+            uneven,
+            format!(
+                "rows that go once to each of {servers} servers, over which {experts} experts do not divide evenly \
+                     (--no-deduplication sends them one by one)"
+            ),
+        ),
         (training.routing != Routing::Balanced, "a prescribed skew of routing".into()),
     ];
     lacking(features)
 }
 
 /// What of the model the engine does not have.
-fn missing_of_model(answer: &Answer) -> Vec<String> {
+fn missing_of_model(answer: &Answer, origin: &Origin) -> Vec<String> {
     let model = &answer.model;
+    let [shared, routed] = model.moe.map_or([0, 1], |moe| [moe.shared_ffn, moe.expert_ffn]);
     let every_layer = matches!(model.pattern, Pattern::Uniform { moe_every: 0 | 1, .. });
     let features = [
         (matches!(model.attention, Attention::Latent { .. }), "latent attention (MLA)".into()),
@@ -113,8 +180,16 @@ fn missing_of_model(answer: &Answer) -> Vec<String> {
         (model.parallel_blocks, "parallel attention and feed-forward blocks".into()),
         (model.moe.is_some_and(|moe| moe.latent.is_some()), "experts in a latent space".into()),
         (!every_layer && model.state_space.is_none(), "MoE in only some of the layers".into()),
+        (
+            !shared.is_multiple_of(routed),
+            format!("shared experts of width {shared}, no multiple of the routed experts' {routed}"),
+        ),
     ];
-    lacking(features)
+    let mut missing = lacking(features);
+    if let Origin::HuggingFace(numerics) = origin {
+        missing.extend(numerics.lacking.iter().map(ToString::to_string));
+    }
+    missing
 }
 
 fn lacking<const N: usize>(features: [(bool, String); N]) -> Vec<String> {
@@ -133,7 +208,10 @@ fn nearest(answer: &Answer) -> Parallelism {
         data,
         expert,
         sharding: Sharding::Zero1,
-        recompute: layout.recompute,
+        recompute: match recompute(answer) {
+            Some(_) => layout.recompute,
+            None => Recomputation::SELECTIVE,
+        },
         ..Parallelism::default()
     }
 }

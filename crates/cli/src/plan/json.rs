@@ -125,6 +125,7 @@ fn run(answer: &Answer) -> Value {
         "failure_every_s": outlook.failure_every_s,
         "checkpoint_s": outlook.checkpoint_s,
         "checkpoint_every_s": outlook.checkpoint_every_s,
+        "failures_are_rare": outlook.failures_are_rare,
         "goodput": outlook.goodput,
         "days": outlook.days,
         "usd": outlook.usd,

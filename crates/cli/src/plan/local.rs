@@ -9,6 +9,7 @@ use unisono_plan::engine::{LocalMachine, LocalPrice};
 use unisono_train::system::{available_memory, readable};
 use unisono_train::{RunConfig, TrainError, estimate_all};
 
+use super::write;
 use crate::error::{CliError, DONE};
 use crate::machine::{self, LocalLayout};
 use crate::screen::say;
@@ -27,8 +28,24 @@ struct Choice {
     memory: u64,
 }
 
-/// Prices every layout of the config in `path` on this machine.
-pub fn run(path: &Path, machine: Option<&Path>, rows: usize, json: bool) -> Result<u8, CliError> {
+/// What is asked.
+#[derive(Debug, Clone, Copy)]
+pub struct Ask<'a> {
+    /// The config.
+    pub config: &'a Path,
+    /// File of the machine.
+    pub machine: Option<&'a Path>,
+    /// Where the config of the chosen layout goes.
+    pub emit: Option<&'a Path>,
+    /// Layouts in the table.
+    pub rows: usize,
+    /// Whether one JSON object is wanted.
+    pub json: bool,
+}
+
+/// Prices every layout of a config on this machine.
+pub fn run(ask: &Ask<'_>) -> Result<u8, CliError> {
+    let path = ask.config;
     if path.extension().is_none_or(|extension| extension != "toml") {
         return Err(CliError::usage(format!(
             "{}: this machine trains configs of unisono (.toml); `unisono config --print` writes the built-in one",
@@ -36,7 +53,7 @@ pub fn run(path: &Path, machine: Option<&Path>, rows: usize, json: bool) -> Resu
         )));
     }
     let config = crate::config::load(Some(path), &[])?;
-    let machine = machine::load(machine)?
+    let machine = machine::load(ask.machine)?
         .ok_or_else(|| CliError::usage("this machine has not been measured: `unisono bench local`"))?;
     let free = available_memory().unwrap_or(u64::MAX);
     let mut choices = choices(&machine, &config)?;
@@ -45,8 +62,11 @@ pub fn run(path: &Path, machine: Option<&Path>, rows: usize, json: bool) -> Resu
             .partial_cmp(&(b.memory > free, b.price.step_s))
             .unwrap_or(std::cmp::Ordering::Equal)
     });
+    if let Some(to) = ask.emit {
+        write(to, &emit(path, choices.first().filter(|choice| choice.memory <= free))?)?;
+    }
     let tokens = config.tokens_per_step() as f64;
-    if json {
+    if ask.json {
         let entry = |choice: &Choice| {
             let phases = choice.price.phases.iter();
             json!({
@@ -64,7 +84,7 @@ pub fn run(path: &Path, machine: Option<&Path>, rows: usize, json: bool) -> Resu
         ));
         return Ok(DONE);
     }
-    show(path, &machine, &choices[..rows.min(choices.len())], tokens, free);
+    show(path, &machine, &choices[..ask.rows.min(choices.len())], tokens, free);
     Ok(DONE)
 }
 
@@ -76,6 +96,25 @@ fn choices(machine: &LocalMachine, config: &RunConfig) -> Result<Vec<Choice>, Cl
         Ok(Choice { layout, price, memory })
     };
     machine::layouts(config).into_iter().map(choice).collect()
+}
+
+/// The config of the chosen layout; ranks and threads are arguments.
+fn emit(path: &Path, chosen: Option<&Choice>) -> Result<String, CliError> {
+    let Some(Choice { layout, price, .. }) = chosen else {
+        return Err(CliError::usage(format!(
+            "--emit: no layout of {} fits the memory of this machine: make micro_batch or the model smaller",
+            path.display()
+        )));
+    };
+    let toml = layout.config.to_toml().map_err(|error| CliError::usage(format!("--emit: {error}")))?;
+    Ok(format!(
+        "# unisono plan: {} on this machine, {}; predicted step {:.3} s.\n# unisono train THIS_FILE --ranks {} --threads {}\n\n{toml}",
+        path.display(),
+        layout.name(),
+        price.step_s,
+        layout.ranks,
+        layout.threads
+    ))
 }
 
 fn show(path: &Path, machine: &LocalMachine, choices: &[Choice], tokens: f64, free: u64) {

@@ -64,7 +64,7 @@ struct Ask {
     /// Print one JSON object
     #[arg(long)]
     json: bool,
-    /// Write the config that `unisono train` runs; refused while the engine lacks a feature
+    /// Write the config that `unisono train` runs; refused while the engine lacks a feature. With `local`: of the fastest that fits
     #[arg(long, value_name = "FILE")]
     emit: Option<PathBuf>,
     /// Write a Chrome trace of the predicted step, which opens in Perfetto
@@ -110,32 +110,20 @@ fn ask(args: &Ask) -> Result<u8, CliError> {
         list(args.models, args.json);
         return Ok(DONE);
     }
-    let text = |value: &Option<String>| value.clone().unwrap_or_default();
     if args.cluster.as_deref() == Some(local::LOCAL) {
-        let gpu_only = [
-            ("--layout", args.layout.is_some()),
-            ("--explain", args.explain),
-            ("--emit", args.emit.is_some()),
-            ("--trace", args.trace.is_some()),
-            ("--schedule", args.schedule.is_some()),
-            ("--report", args.report.is_some()),
-            ("--skew", args.training.skew > 0.0),
-            ("--routing", args.training.routing.is_some()),
-        ];
-        if let Some((option, _)) = gpu_only.iter().find(|(_, given)| *given) {
-            return Err(CliError::usage(format!(
-                "{option} is for clusters; `local` prices every layout of a config, routing as even"
-            )));
-        }
-        let path = args.model.as_ref().map(Path::new).unwrap_or(Path::new(""));
-        return local::run(path, args.machine.as_deref(), args.rows, args.json);
+        return ask_local(args);
     }
-    let (model, config) = question::model(&text(&args.model))?;
+    if args.machine.is_some() {
+        return Err(CliError::usage("--machine is for `local`; a cluster is described by its own TOML file"));
+    }
+    let text = |value: &Option<String>| value.clone().unwrap_or_default();
+    let model = question::model(&text(&args.model))?;
     let cluster = question::cluster(&text(&args.cluster))?;
-    let training = args.training.training(&cluster)?;
-    let answer = Answer::to(model, cluster, training, args.layout)?;
+    args.training.check_experts(std::slice::from_ref(&model))?;
+    let training = args.training.training(&model, &cluster)?;
+    let answer = Answer::to(model.architecture, cluster, training, args.layout)?;
     if let Some(path) = &args.emit {
-        write(path, &emit::config(&answer, config)?)?;
+        write(path, &emit::config(&answer, &model.origin)?)?;
     }
     if let Some(path) = &args.trace {
         write(path, &trace::chrome(&answer)?)?;
@@ -158,6 +146,32 @@ fn ask(args: &Ask) -> Result<u8, CliError> {
         explain::print(&answer);
     }
     Ok(DONE)
+}
+
+/// The same of a config on this machine, which has neither clusters' layouts nor a training of its own.
+fn ask_local(args: &Ask) -> Result<u8, CliError> {
+    let of_clusters = [
+        ("--layout", args.layout.is_some()),
+        ("--explain", args.explain),
+        ("--trace", args.trace.is_some()),
+        ("--schedule", args.schedule.is_some()),
+        ("--report", args.report.is_some()),
+    ];
+    let given = of_clusters.into_iter().filter(|(_, given)| *given).map(|(name, _)| name);
+    if let Some(option) = given.chain(args.training.given()).next() {
+        return Err(CliError::usage(format!(
+            "{option} is for clusters; `local` prices every layout of a config as it is, routing as even: change the config itself"
+        )));
+    }
+    let path = args.model.as_ref().map(Path::new).unwrap_or(Path::new(""));
+    let ask = local::Ask {
+        config: path,
+        machine: args.machine.as_deref(),
+        emit: args.emit.as_deref(),
+        rows: args.rows,
+        json: args.json,
+    };
+    local::run(&ask)
 }
 
 /// The built-in models or GPUs, one a line or as one JSON array.

@@ -1,49 +1,61 @@
 //! What is asked: model, cluster and training, as typed and as values.
 
+use std::fs::File;
+use std::io::Read;
 use std::path::{Path, PathBuf};
 
 use clap::{Args, ValueEnum};
 use unisono_plan::{
-    Architecture, Cluster, DispatchKind, ModelConfig, Optimizer, Precision, Routing, Software, Trainable,
+    Architecture, Cluster, DispatchKind, Numerics, Optimizer, Precision, Routing, Software, Trainable,
     Training,
 };
+use unisono_train::RunConfig;
+use unisono_train::config::WireConfig;
 use unisono_train::run_folder::read_summary;
 
 use crate::error::{BAD_INPUT, CliError};
 
-/// How the model is trained.
+/// The most tokens of a run.
+const MOST_TOKENS: f64 = 1e18;
+/// Tokens of a run, and of a sequence, where nobody says.
+const USUAL_TOKENS: f64 = 1e12;
+const USUAL_SEQUENCE: usize = 4096;
+/// The largest description of a model or a cluster that is read.
+const LARGEST_FILE_BYTES: u64 = 1 << 20;
+
+/// How the model is trained. What is not given is the model's own where it is a config of unisono.
 #[derive(Debug, Clone, Args)]
 pub struct TrainingArgs {
-    /// Tokens of the whole run: 14.8T, 300B, 1e12
-    #[arg(long, value_name = "N", default_value = "1T", value_parser = quantity)]
-    pub tokens: f64,
-    /// Tokens of a sequence
-    #[arg(long, value_name = "N", default_value_t = 4096, value_parser = clap::value_parser!(u32).range(1..=16_777_216))]
-    pub sequence: u32,
-    /// Sequences of an optimizer step [default: 4 M tokens of them, and at least one a GPU]
+    /// Tokens of the whole run: 14.8T, 300B, 1e12 [default: a config's own, else 1T]
+    #[arg(long, value_name = "N", value_parser = quantity)]
+    tokens: Option<f64>,
+    /// Tokens of a sequence [default: a config's own, else 4096]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=16_777_216))]
-    pub batch: Option<u32>,
-    /// Format of products: f32, bf16, fp8, mxfp8, nvfp4
-    #[arg(long, value_name = "FORMAT", default_value = "bf16")]
-    pub precision: Precision,
-    /// Format in which rows travel to experts [default: bf16]
-    #[arg(long, value_name = "FORMAT", default_value = "bf16")]
-    pub wire: Precision,
-    /// Exponent of the power law by which experts are popular; 0 is balanced, published routers are near 1.0 to 1.2
-    #[arg(long, value_name = "A", default_value_t = 0.0)]
-    pub skew: f64,
+    sequence: Option<u32>,
+    /// Sequences of an optimizer step [default: a config's own, else 4 M tokens of them, and at least one a GPU]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=16_777_216))]
+    batch: Option<u32>,
+    /// Format of products: f32, bf16, fp8, mxfp8, nvfp4 [default: bf16]
+    #[arg(long, value_name = "FORMAT")]
+    precision: Option<Precision>,
+    /// Format in which rows travel to experts [default: a config's own, else bf16]
+    #[arg(long, value_name = "FORMAT")]
+    wire: Option<Precision>,
+    /// Exponent of the power law by which experts are popular; 0 is balanced, published routers are near 1.0 to 1.2 [default: 0]
+    #[arg(long, value_name = "A")]
+    skew: Option<f64>,
     /// Routing as a run of unisono measured it, from its folder
     #[arg(long, value_name = "RUN", conflicts_with = "skew")]
-    pub routing: Option<PathBuf>,
+    routing: Option<PathBuf>,
     /// Rows go to an expert's rank one by one, not once to a server
     #[arg(long)]
-    pub no_deduplication: bool,
+    no_deduplication: bool,
     /// Dispatch waits instead of running under another micro-batch's kernels
     #[arg(long)]
-    pub no_overlap: bool,
-    /// Optimizer: what it keeps of a parameter
-    #[arg(long, value_enum, default_value_t = OptimizerKind::Adam)]
-    pub optimizer: OptimizerKind,
+    no_overlap: bool,
+    /// Optimizer: what it keeps of a parameter [default: adam]
+    #[arg(long, value_enum)]
+    optimizer: Option<OptimizerKind>,
 }
 
 /// Formats of optimizer states.
@@ -66,58 +78,118 @@ fn quantity(text: &str) -> Result<f64, String> {
         _ => (trimmed, 1.0),
     };
     match digits.parse::<f64>() {
-        Ok(number) if number * factor >= 1.0 && number.is_finite() => Ok(number * factor),
-        _ => Err("must be a number of at least 1 with K, M, B or T behind it, such as 14.8T".into()),
+        Ok(number) if (1.0..=MOST_TOKENS).contains(&(number * factor)) => Ok(number * factor),
+        _ => Err("must be a number from 1 to 1e18, K, M, B or T may stand behind it, such as 14.8T".into()),
     }
 }
 
 impl TrainingArgs {
-    /// The training on this cluster.
-    pub fn training(&self, cluster: &Cluster) -> Result<Training, CliError> {
-        if !(self.skew >= 0.0 && self.skew <= Routing::STEEPEST) {
-            return Err(CliError::usage(format!(
-                "--skew {}: must be between 0 (even) and {}; 1.01 and 1.2 were measured",
-                self.skew,
-                Routing::STEEPEST
-            )));
+    /// The options that were given, by name.
+    pub fn given(&self) -> Vec<&'static str> {
+        let all = [
+            ("--tokens", self.tokens.is_some()),
+            ("--sequence", self.sequence.is_some()),
+            ("--batch", self.batch.is_some()),
+            ("--precision", self.precision.is_some()),
+            ("--optimizer", self.optimizer.is_some()),
+        ];
+        let general = all.into_iter().filter(|(_, given)| *given).map(|(name, _)| name);
+        general.chain(self.given_of_experts()).collect()
+    }
+
+    /// The options that were given and say how rows travel to experts.
+    fn given_of_experts(&self) -> impl Iterator<Item = &'static str> {
+        let all = [
+            ("--wire", self.wire.is_some()),
+            ("--skew", self.skew.is_some()),
+            ("--routing", self.routing.is_some()),
+            ("--no-deduplication", self.no_deduplication),
+            ("--no-overlap", self.no_overlap),
+        ];
+        all.into_iter().filter(|(_, given)| *given).map(|(name, _)| name)
+    }
+
+    /// Refuses what says how rows travel to experts where none of the models has any.
+    pub fn check_experts(&self, models: &[Model]) -> Result<(), CliError> {
+        let sparse = models.iter().any(|model| model.architecture.moe.is_some());
+        match self.given_of_experts().next().filter(|_| !sparse) {
+            None => Ok(()),
+            Some(option) => {
+                let names: Vec<&str> = models.iter().map(|model| model.architecture.name.as_str()).collect();
+                Err(CliError::usage(format!(
+                    "{option} is about experts, and {} has none: leave it out",
+                    names.join(", ")
+                )))
+            }
         }
-        let has = |format: &Precision| match format {
-            Precision::Fp8 => cluster.gpu.fp8_flops > cluster.gpu.bf16_flops,
-            Precision::Mxfp8 | Precision::Nvfp4 => cluster.gpu.fp4_flops > cluster.gpu.fp8_flops,
-            _ => true,
+    }
+
+    /// The training of a model on this cluster.
+    pub fn training(&self, model: &Model, cluster: &Cluster) -> Result<Training, CliError> {
+        let config = model.config();
+        let precision = self.precision.unwrap_or(Precision::Bf16);
+        check_units(precision, cluster)?;
+        let sequence = match (self.sequence, config) {
+            (Some(sequence), _) => sequence as usize,
+            (None, Some(config)) => config.train.sequence_length,
+            (None, None) => USUAL_SEQUENCE,
         };
-        if !has(&self.precision) {
-            let nearest = [Precision::Fp8, Precision::Bf16].into_iter().find(|format| has(format));
-            return Err(CliError::usage(format!(
-                "--precision {}: {} has no units for it; nearest: {}",
-                self.precision,
-                cluster.gpu.name,
-                nearest.unwrap_or(Precision::Bf16)
-            )));
-        }
-        let sequence = self.sequence as usize;
         let usual = ((4 << 20) / sequence).next_power_of_two().max(cluster.gpus.next_power_of_two());
-        let optimizer = match self.optimizer {
+        let batch = config.map_or(usual, RunConfig::global_batch);
+        let tokens = config.map(|config| config.train.steps as f64 * config.tokens_per_step() as f64);
+        let tokens = tokens.filter(|tokens| (1.0..=MOST_TOKENS).contains(tokens)).unwrap_or(USUAL_TOKENS);
+        let wire = match config.map(|config| config.train.dispatch_wire) {
+            Some(WireConfig::F32) => Precision::F32,
+            _ => Precision::Bf16,
+        };
+        let optimizer = match self.optimizer.unwrap_or(OptimizerKind::Adam) {
             OptimizerKind::Adam => Optimizer::default(),
             OptimizerKind::AdamBf16Moments => Optimizer { moments: Precision::Bf16, ..Optimizer::default() },
         };
+        let overlapped = !self.no_overlap && config.is_none_or(|config| config.layout.overlap);
         Ok(Training {
             sequence,
-            global_batch: self.batch.map_or(usual, |batch| batch as usize),
-            tokens: self.tokens,
-            compute: self.precision,
-            wire: self.wire,
+            global_batch: self.batch.map_or(batch, |batch| batch as usize),
+            tokens: self.tokens.unwrap_or(tokens),
+            compute: precision,
+            wire: self.wire.unwrap_or(wire),
             optimizer,
-            routing: match &self.routing {
-                Some(run) => measured_routing(run)?,
-                None if self.skew > 0.0 => Routing::PowerLaw { exponent: self.skew },
-                None => Routing::Balanced,
-            },
-            dispatch: DispatchKind { deduplicated: !self.no_deduplication, overlapped: !self.no_overlap },
+            routing: self.routing()?,
+            dispatch: DispatchKind { deduplicated: !self.no_deduplication, overlapped },
             trainable: Trainable::All,
             software: Software::default(),
         })
     }
+
+    fn routing(&self) -> Result<Routing, CliError> {
+        let skew = self.skew.unwrap_or(0.0);
+        if !(0.0..=Routing::STEEPEST).contains(&skew) {
+            let most = Routing::STEEPEST;
+            return Err(CliError::usage(format!(
+                "--skew {skew}: must be between 0 (even) and {most}; kernels were measured at 1.01 and 1.2"
+            )));
+        }
+        match &self.routing {
+            Some(run) => measured_routing(run),
+            None if skew > 0.0 => Ok(Routing::PowerLaw { exponent: skew }),
+            None => Ok(Routing::Balanced),
+        }
+    }
+}
+
+/// Refuses a format that the GPU has no units for.
+fn check_units(precision: Precision, cluster: &Cluster) -> Result<(), CliError> {
+    let has = |format: &Precision| match format {
+        Precision::Fp8 => cluster.gpu.fp8_flops > cluster.gpu.bf16_flops,
+        Precision::Mxfp8 | Precision::Nvfp4 => cluster.gpu.fp4_flops > cluster.gpu.fp8_flops,
+        _ => true,
+    };
+    if has(&precision) {
+        return Ok(());
+    }
+    let nearest = [Precision::Fp8, Precision::Bf16].into_iter().find(has).unwrap_or(Precision::Bf16);
+    let gpu = cluster.gpu.name;
+    Err(CliError::usage(format!("--precision {precision}: {gpu} has no units for it; nearest: {nearest}")))
 }
 
 /// How the router of a finished run spread rows over experts, each layer relative to its mean.
@@ -136,8 +208,38 @@ fn measured_routing(run: &Path) -> Result<Routing, CliError> {
     Ok(Routing::Measured { loads })
 }
 
+/// A model and what its description says beside the architecture.
+#[derive(Debug, Clone)]
+pub struct Model {
+    /// What is planned.
+    pub architecture: Architecture,
+    /// Where it is from.
+    pub origin: Origin,
+}
+
+/// Where a model is from.
+#[derive(Debug, Clone)]
+pub enum Origin {
+    /// Known by name.
+    BuiltIn,
+    /// A Hugging Face `config.json`.
+    HuggingFace(Numerics),
+    /// A config of unisono.
+    Config(Box<RunConfig>),
+}
+
+impl Model {
+    /// The config of unisono that the model is from.
+    pub fn config(&self) -> Option<&RunConfig> {
+        match &self.origin {
+            Origin::Config(config) => Some(config),
+            Origin::BuiltIn | Origin::HuggingFace(_) => None,
+        }
+    }
+}
+
 /// A model: a built-in name, a Hugging Face `config.json` or the folder that has one, or a config of ours.
-pub fn model(text: &str) -> Result<(Architecture, Option<ModelConfig>), CliError> {
+pub fn model(text: &str) -> Result<Model, CliError> {
     let path = Path::new(text);
     if path.is_dir() {
         return hugging_face(&path.join("config.json"));
@@ -146,10 +248,13 @@ pub fn model(text: &str) -> Result<(Architecture, Option<ModelConfig>), CliError
         Some("json") => hugging_face(path),
         Some("toml") => {
             let config = crate::config::load(Some(path), &[])?;
-            Ok((Architecture::from(&config.model), Some(config.model)))
+            let architecture = Architecture { name: name_of(path), ..Architecture::from(&config.model) };
+            let too_large = architecture.check_size();
+            too_large.map_err(|error| CliError::usage(format!("{}: {error}", path.display())))?;
+            Ok(Model { architecture, origin: Origin::Config(Box::new(config)) })
         }
         _ => match Architecture::built_in(text) {
-            Ok(model) => Ok((model, None)),
+            Ok(architecture) => Ok(Model { architecture, origin: Origin::BuiltIn }),
             Err(error) => Err(CliError::usage(format!(
                 "{error}; a model is one of `unisono plan --models`, a Hugging Face config.json or its folder, or a config of \
                  unisono (.toml)"
@@ -158,12 +263,26 @@ pub fn model(text: &str) -> Result<(Architecture, Option<ModelConfig>), CliError
     }
 }
 
-fn hugging_face(path: &Path) -> Result<(Architecture, Option<ModelConfig>), CliError> {
+fn hugging_face(path: &Path) -> Result<Model, CliError> {
     let text = read(path)?;
-    let model = Architecture::from_hugging_face(&text);
-    model
-        .map(|model| (model, None))
-        .map_err(|error| CliError { code: BAD_INPUT, message: format!("{}: {error}", path.display()) })
+    let bad = |error| CliError::bad_input(format!("{}: {error}", path.display()));
+    let architecture = Architecture::from_hugging_face(&text).map_err(bad)?;
+    let numerics = Numerics::from_hugging_face(&text).map_err(bad)?;
+    Ok(Model {
+        architecture: Architecture { name: name_of(path), ..architecture },
+        origin: Origin::HuggingFace(numerics),
+    })
+}
+
+/// What a file's model is called: the file, or its folder where every model's file is called the same.
+fn name_of(path: &Path) -> String {
+    let whole = std::path::absolute(path).unwrap_or_else(|_| path.to_path_buf());
+    let stem = |path: &Path| path.file_stem().map(|stem| stem.to_string_lossy().into_owned());
+    let folder = whole.parent().and_then(|folder| Some(folder.file_name()?.to_string_lossy().into_owned()));
+    match stem(&whole) {
+        Some(name) if name != "config" => name,
+        name => folder.or(name).unwrap_or_default(),
+    }
 }
 
 /// A cluster: `h800x2048`, or a TOML file.
@@ -178,8 +297,17 @@ pub fn cluster(text: &str) -> Result<Cluster, CliError> {
 }
 
 fn read(path: &Path) -> Result<String, CliError> {
-    std::fs::read_to_string(path)
-        .map_err(|error| CliError { code: BAD_INPUT, message: format!("{}: {error}", path.display()) })
+    let bad = |error: String| CliError::bad_input(format!("{}: {error}", path.display()));
+    let file = File::open(path).map_err(|error| bad(error.to_string()))?;
+    let mut text = String::new();
+    let read = file.take(LARGEST_FILE_BYTES + 1).read_to_string(&mut text);
+    read.map_err(|error| bad(error.to_string()))?;
+    match text.len() as u64 > LARGEST_FILE_BYTES {
+        true => {
+            Err(bad(format!("is larger than the {LARGEST_FILE_BYTES} bytes that are read of a description")))
+        }
+        false => Ok(text),
+    }
 }
 
 #[cfg(test)]
@@ -191,9 +319,20 @@ mod tests {
         for (text, expected) in [("14.8T", 14.8e12), ("300b", 300e9), ("1e12", 1e12), ("4096", 4096.0)] {
             assert_eq!(quantity(text), Ok(expected), "{text}");
         }
-        for text in ["", "T", "-1B", "many", "0"] {
+        for text in ["", "T", "-1B", "many", "0", "1e300T", "1e400", "1e19", "NaN"] {
             assert!(quantity(text).is_err(), "{text:?}");
         }
+    }
+
+    #[test]
+    fn a_file_names_its_model_or_its_folder_does() {
+        for (path, name) in
+            [("a/Qwen3-30B/config.json", "Qwen3-30B"), ("a/small.json", "small"), ("b/c.d.toml", "c.d")]
+        {
+            assert_eq!(name_of(Path::new(path)), name);
+        }
+        let here = std::env::current_dir().unwrap();
+        assert_eq!(name_of(Path::new("config.json")), here.file_name().unwrap().to_str().unwrap());
     }
 
     #[test]

@@ -58,6 +58,9 @@ pub fn page(answer: &Answer) -> Result<String, CliError> {
         );
         section(&mut body, "Pareto front", &note, &charts::front(answer, &found.front));
     }
+    if !answer.outlook.failures_are_rare {
+        let _ = writeln!(body, "<p>The run: {}.</p>", escape(show::TOO_MANY_FAILURES));
+    }
     section(
         &mut body,
         "Bytes over links",

@@ -222,9 +222,13 @@ fn traffic(answer: &Answer) -> Vec<String> {
     table(&rows, 1)
 }
 
+/// What is said where checkpoints, days and dollars mean little.
+pub const TOO_MANY_FAILURES: &str = "failures come so often that a restart or the interval between checkpoints is no small part of the \
+                                     time between them: Young's formula does not hold, days and dollars are guesses";
+
 fn run(answer: &Answer) -> Vec<String> {
     let (outlook, training, priced) = (&answer.outlook, &answer.training, &answer.chosen.priced);
-    vec![
+    let mut lines = vec![
         format!(
             "  {} steps, {} GPU-hours of training, {} a trillion tokens",
             grouped(outlook.steps as u64),
@@ -248,7 +252,11 @@ fn run(answer: &Answer) -> Vec<String> {
             outlook.usd_without_failures / 1e6,
             grouped(outlook.usd_per_trillion(training) as u64)
         ),
-    ]
+    ];
+    if !outlook.failures_are_rare {
+        lines.push(format!("  {TOO_MANY_FAILURES}"));
+    }
+    lines
 }
 
 fn advice(answer: &Answer) -> Vec<String> {

@@ -3,9 +3,11 @@
 use std::path::{Path, PathBuf};
 
 use clap::Args;
-use unisono_plan::validate::{Group, TimeFigures, Validation, validate};
+use unisono_plan::validate::{
+    Group, TableError, TimeFigures, Validation, check_cases, check_models, validate,
+};
 
-use crate::error::{BAD_INPUT, CliError, DONE};
+use crate::error::{CliError, DONE};
 use crate::screen::say;
 use crate::style::{Paint, table};
 
@@ -25,8 +27,8 @@ pub struct Validate {
 
 /// Prices every row and prints how far off.
 pub fn run(args: Validate) -> Result<u8, CliError> {
-    let cases = read(&args.cases)?;
-    let models = args.models.as_deref().map(read).transpose()?;
+    let cases = read(&args.cases, check_cases)?;
+    let models = args.models.as_deref().map(|path| read(path, check_models)).transpose()?;
     let validation = validate(&cases, models.as_deref());
     if args.json {
         say(&format!("{}\n", serde_json::json!(validation)));
@@ -36,11 +38,13 @@ pub fn run(args: Validate) -> Result<u8, CliError> {
     Ok(DONE)
 }
 
-/// The text of a file; what is not UTF-8 in it is replaced.
-fn read(path: &Path) -> Result<String, CliError> {
-    let bytes = std::fs::read(path)
-        .map_err(|error| CliError { code: BAD_INPUT, message: format!("{}: {error}", path.display()) })?;
-    Ok(String::from_utf8_lossy(&bytes).into_owned())
+/// The text of a table that passes `check`; what is not UTF-8 in it is replaced.
+fn read(path: &Path, check: fn(&str) -> Result<(), TableError>) -> Result<String, CliError> {
+    let bad = |error: String| CliError::bad_input(format!("{}: {error}", path.display()));
+    let bytes = std::fs::read(path).map_err(|error| bad(error.to_string()))?;
+    let text = String::from_utf8_lossy(&bytes).into_owned();
+    check(&text).map_err(|error| bad(error.to_string()))?;
+    Ok(text)
 }
 
 fn print(validation: &Validation) {

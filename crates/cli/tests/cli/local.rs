@@ -102,3 +102,22 @@ fn a_run_on_a_measured_machine_shows_predicted_next_to_measured() {
     let said = run(folder, 3, &["plan", TINY, "local", "--machine", "local.toml"]).err;
     assert!(said.contains("measured on") && said.contains("unisono bench local"), "{said}");
 }
+
+#[test]
+fn the_fastest_layout_is_emitted_as_a_config_that_trains() {
+    let folder = tempfile::tempdir().unwrap();
+    let folder = folder.path();
+    write_machine(folder);
+    run(folder, 0, &["plan", TINY, "local", "--emit", "local-plan.toml"]);
+    let plan: Value = serde_json::from_str(&run(folder, 0, &["plan", TINY, "local", "--json"]).out).unwrap();
+    let chosen = &plan["layouts"][0];
+    let text = std::fs::read_to_string(folder.join("local-plan.toml")).unwrap();
+    let ranks = format!("--ranks {} --threads {}", chosen["ranks"], chosen["threads"]);
+    assert!(text.starts_with("# unisono plan: ") && text.contains(&ranks), "{text}");
+    let emitted = RunConfig::load(&text, &[]).unwrap();
+    let mut expected = RunConfig::load(&std::fs::read_to_string(TINY).unwrap(), &[]).unwrap();
+    assert_eq!(serde_json::json!(emitted.train.recompute), chosen["recompute"]);
+    assert_eq!(serde_json::json!(emitted.layout.zero), chosen["zero"]);
+    (expected.train.recompute, expected.layout.zero) = (emitted.train.recompute, emitted.layout.zero);
+    assert_eq!(emitted, expected);
+}

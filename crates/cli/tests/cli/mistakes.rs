@@ -41,8 +41,22 @@ fn layouts_and_folders() {
     let folder = folder.path();
     let nodes = ["bench", "dispatch", "--ranks", "4", "--nodes", "1,2"];
     refused(folder, 2, &nodes, &["1, 2", "4 ranks"]);
-    let skew = ["plan", TINY, "local", "--skew", "1"];
-    refused(folder, 2, &skew, &["--skew is for clusters"]);
+    let of_clusters: [&[&str]; 10] = [
+        &["--skew", "1"],
+        &["--batch", "8"],
+        &["--precision", "bf16"],
+        &["--sequence", "64"],
+        &["--tokens", "1T"],
+        &["--optimizer", "adam"],
+        &["--no-overlap"],
+        &["--wire", "bf16"],
+        &["--no-deduplication"],
+        &["--layout", "dp2"],
+    ];
+    for option in of_clusters {
+        let expected = format!("{} is for clusters", option[0]);
+        refused(folder, 2, &[&["plan", TINY, "local"], option].concat(), &[&expected]);
+    }
     refused(
         folder,
         2,

@@ -1,9 +1,13 @@
 //! `unisono plan`
 
 use std::fs;
+use std::path::Path;
 
 use serde_json::Value;
 use tempfile::tempdir;
+use unisono_plan::ScoreFunction;
+use unisono_train::RunConfig;
+use unisono_train::config::{RecomputeConfig, WireConfig};
 
 use crate::common::{TINY, dataset, run, train};
 
@@ -78,11 +82,19 @@ fn what_a_plan_emits_trains_and_what_the_engine_lacks_is_named() {
 #[test]
 fn the_impossible_names_the_nearest_possible() {
     let folder = tempdir().unwrap();
-    let cases: [(&[&str], &str); 6] = [
+    let long = ["plan", "Llama-3.1-405B", "h100x8", "--batch", "1", "--sequence", "131072"];
+    let cases: [(&[&str], &str); 10] = [
         (&["plan", "deepseek-v4", "h800x8"], "nearest: DeepSeek-V3"),
         (&["plan", "DeepSeek-V3", "h900x8"], "nearest: H"),
         (&["plan", "Llama-3.1-8B", "h100x64", "--layout", "tp3 dp16"], "nearest: 2"),
         (&["plan", "DeepSeek-V3", "h800x8"], "256 GPUs with a batch of"),
+        (&long, "GPUs with a batch of 1 sequences would do"),
+        (
+            &["plan", "Llama-3.1-405B", "h100x64", "--layout", "pp128 dp1"],
+            "the cluster has 64; nearest: pp64",
+        ),
+        (&["plan", "Llama-3.1-8B", "h100x64", "--layout", "tp4 dp30"], "the cluster has 64; nearest: dp16"),
+        (&["plan", "Llama-3.1-8B", "h100x8", "--layout", "tp8 pp4 dp4"], "nearest: dp1 tp2"),
         (&["plan", "Llama-3.1-8B", "a100x8", "--precision", "fp8"], "nearest: bf16"),
         (&["plan", "Llama-3.1-8B", "h100x8", "--precision", "nvfp4"], "nearest: fp8"),
     ];
@@ -126,4 +138,179 @@ fn uneven_routing_costs_time_and_memory() {
     assert!(measured["routing"]["fullest_rank_p50"].as_f64().unwrap() > 1.0);
     let said = run(folder, 2, &["plan", "qwen3-30b-a3b", "h100x64", "--routing", "nowhere"]).err;
     assert!(said.contains("nowhere") && said.contains("no run that has ended"), "{said}");
+}
+
+/// A small Qwen3 with experts, in `folder/name/config.json`, with these fields instead or besides.
+fn write_qwen(folder: &Path, name: &str, fields: &str) {
+    fs::create_dir_all(folder.join(name)).unwrap();
+    let config = format!(
+        r#"{{"model_type":"qwen3_moe","num_hidden_layers":2,"hidden_size":64,"vocab_size":512,"num_attention_heads":4,
+        "num_key_value_heads":2,"head_dim":16,"intermediate_size":128,"moe_intermediate_size":32,"num_experts":8,
+        "num_experts_per_tok":2,"rope_theta":1000000.0,"rms_norm_eps":1e-06,"norm_topk_prob":false{fields}}}"#
+    );
+    fs::write(folder.join(name).join("config.json"), config).unwrap();
+}
+
+/// What `--emit` writes of a layout on two GPUs.
+fn emitted(folder: &Path, model: &str, layout: &str, more: &[&str]) -> RunConfig {
+    let ask = ["plan", model, "h100x2", "--precision", "f32", "--layout", layout, "--emit", "emitted.toml"];
+    run(folder, 0, &[&ask[..], more].concat());
+    RunConfig::load(&fs::read_to_string(folder.join("emitted.toml")).unwrap(), &[]).unwrap()
+}
+
+#[test]
+fn of_a_config_only_what_the_plan_decides_changes() {
+    let folder = tempdir().unwrap();
+    let folder = folder.path();
+    let text = fs::read_to_string(TINY).unwrap() + "\n[optimizer]\nlearning_rate = 0.00125\n";
+    fs::write(folder.join("mine.toml"), &text).unwrap();
+    let mine = RunConfig::load(&text, &[]).unwrap();
+    let mut expected = mine.clone();
+    expected.grid.replicas = 2;
+    // The batch is still of four sequences of 64 tokens, over two replicas.
+    expected.train.accumulate = 2;
+    assert_eq!(emitted(folder, "mine.toml", "ep2 dp2 recompute=selective", &[]), expected);
+    let asked =
+        emitted(folder, "mine.toml", "dp2 ep2", &["--wire", "bf16", "--batch", "8", "--sequence", "32"]);
+    assert_eq!((asked.train.dispatch_wire, asked.train.accumulate), (WireConfig::Bf16, 4));
+    assert_eq!((asked.train.sequence_length, asked.train.recompute), (32, RecomputeConfig::None));
+    assert_eq!((asked.optimizer, asked.log), (mine.optimizer, mine.log));
+}
+
+#[test]
+fn of_a_hugging_face_model_what_changes_numbers_is_emitted_too() {
+    let folder = tempdir().unwrap();
+    let folder = folder.path();
+    write_qwen(folder, "small-qwen", "");
+    let ask = ["--batch", "4", "--sequence", "64"];
+    let config = emitted(folder, "small-qwen", "ep2 dp2 recompute=moe_act+layernorm", &ask);
+    let model = &config.model;
+    assert_eq!((model.rope_theta, model.rms_norm_eps, model.normalize_top_k), (1e6, 1e-6, false));
+    assert_eq!((model.score_function, model.num_shared_experts), (ScoreFunction::Softmax, 0));
+    assert_eq!(config.train.recompute, RecomputeConfig::Selective);
+    let head = fs::read_to_string(folder.join("emitted.toml")).unwrap();
+    assert!(head.starts_with("# unisono plan: small-qwen on 2 H100"), "{}", &head[..80]);
+}
+
+#[test]
+fn what_the_engine_lacks_is_named_and_nothing_is_written() {
+    let folder = tempdir().unwrap();
+    let folder = folder.path();
+    write_qwen(folder, "shared", r#","shared_expert_intermediate_size":48"#);
+    write_qwen(folder, "scaled", r#","rope_scaling":{"type":"yarn","factor":4.0}"#);
+    let cases: [(&str, &[&str], &str); 5] = [
+        (TINY, &["--optimizer", "adam-bf16-moments"], "moments in bf16"),
+        (TINY, &["--layout", "ep2 dp2 recompute=mlp"], "recompute=mlp"),
+        (TINY, &["--layout", "ep2 dp2 recompute=moe+layernorm"], "none, selective and full"),
+        ("shared", &[], "shared experts of width 48, no multiple of the routed experts' 32"),
+        ("scaled", &[], "rope_scaling"),
+    ];
+    for (model, more, expected) in cases {
+        let layout: &[&str] = if more.contains(&"--layout") { &[] } else { &["--layout", "ep2 dp2"] };
+        let ask = ["plan", model, "h100x2", "--precision", "f32", "--batch", "4", "--emit", "no.toml"];
+        let done = run(folder, 2, &[&ask[..], layout, more].concat());
+        assert!(done.err.contains(expected), "{model} {more:?}: {}", done.err);
+        assert!(!folder.join("no.toml").exists());
+    }
+}
+
+#[test]
+fn a_config_brings_its_own_sequence_batch_and_tokens() {
+    let folder = tempdir().unwrap();
+    let ask = ["plan", TINY, "h100x2", "--layout", "dp2", "--json"];
+    let plan: Value = serde_json::from_str(&run(folder.path(), 0, &ask).out).unwrap();
+    let training = &plan["training"];
+    assert_eq!((&training["sequence"], &training["global_batch"]), (&64.into(), &4.into()));
+    assert_eq!((&training["tokens"], &training["wire"]), (&(20.0 * 256.0).into(), &"f32".into()));
+    assert_eq!(plan["model"]["name"], "tiny");
+}
+
+#[test]
+fn what_would_have_no_effect_is_refused() {
+    let folder = tempdir().unwrap();
+    let folder = folder.path();
+    let dense = ["plan", "Llama-3.1-8B", "h100x8"];
+    let about_experts: [&[&str]; 4] =
+        [&["--skew", "1"], &["--wire", "fp8"], &["--no-overlap"], &["--no-deduplication"]];
+    for option in about_experts {
+        let said = run(folder, 2, &[&dense[..], option].concat()).err;
+        assert!(
+            said.contains(&format!("{} is about experts, and Llama-3.1-8B has none", option[0])),
+            "{said}"
+        );
+    }
+    let compare = ["plan", "compare", "--model", "Llama-3.1-8B", "--cluster"];
+    let said = run(folder, 2, &[&compare[..], &["h100x8", "--skew", "1"]].concat()).err;
+    assert!(said.contains("--skew is about experts"), "{said}");
+    let said = run(folder, 2, &[&compare[..], &["local"]].concat()).err;
+    assert!(said.contains("--cluster local: only `unisono plan CONFIG local`"), "{said}");
+    let said = run(folder, 2, &[&dense[..], &["--machine", "local.toml"]].concat()).err;
+    assert!(said.contains("--machine is for `local`"), "{said}");
+    let said = run(folder, 2, &[&dense[..], &["--tokens", "1e300T"]].concat()).err;
+    assert!(said.contains("from 1 to 1e18"), "{said}");
+    let said = run(folder, 2, &[&dense[..], &["--layout", "dp8 dp4"]].concat()).err;
+    assert!(said.contains("both say dp"), "{said}");
+}
+
+#[test]
+fn models_of_impossible_sizes_are_refused_at_once() {
+    let folder = tempdir().unwrap();
+    let folder = folder.path();
+    write_qwen(folder, "deep", r#","num_hidden_layers":1000000000"#);
+    write_qwen(folder, "many", r#","num_experts":16777216"#);
+    for (model, expected) in [("deep", "num_hidden_layers: is 1000000000"), ("many", "experts in all layers")]
+    {
+        let said = run(folder, 3, &["plan", model, "h100x8", "--skew", "1"]).err;
+        assert!(said.contains(expected) && said.contains(&format!("{model}/config.json")), "{said}");
+    }
+    let batch = ["plan", "Llama-3.1-8B", "h100x8", "--layout", "pp8", "--batch", "16777216"];
+    let plan: Value = serde_json::from_str(&run(folder, 0, &[&batch[..], &["--json"]].concat()).out).unwrap();
+    assert!(plan["simulated"].is_null());
+    let said = run(folder, 2, &[&batch[..], &["--trace", "trace.json"]].concat()).err;
+    assert!(said.contains("134217728 micro-batches through stages are too many to simulate"), "{said}");
+    let config = "[model]\nhidden_size = 16777216\nintermediate_size = 16777216\nvocab_size = 16777216\n";
+    fs::write(folder.join("wide.toml"), config).unwrap();
+    let said = run(folder, 2, &["plan", "wide.toml", "h100x8"]).err;
+    assert!(said.contains("wide.toml: the model has") && said.contains("parameters; at most"), "{said}");
+    fs::write(folder.join("deep.toml"), "[model]\nnum_hidden_layers = 10001\n").unwrap();
+    let said = run(folder, 2, &["plan", "deep.toml", "h100x8"]).err;
+    assert!(said.contains("model.num_hidden_layers = 10001: must be between 1 and 10000"), "{said}");
+}
+
+#[test]
+fn owned_and_failing_machines_are_planned_for() {
+    let folder = tempdir().unwrap();
+    let folder = folder.path();
+    let cluster = "gpu = \"h100\"\ngpus = 8\nprice_usd_per_gpu_hour = 0\nfailures_per_gpu_hour = 1\n";
+    fs::write(folder.join("owned.toml"), cluster).unwrap();
+    let done = run(folder, 0, &["plan", "Llama-3.1-8B", "owned.toml", "--report", "plan.html"]);
+    assert!(
+        done.out.contains("$0.000 M") && done.out.contains("Young's formula does not hold"),
+        "{}",
+        done.out
+    );
+    let page = fs::read_to_string(folder.join("plan.html")).unwrap();
+    assert!(!page.contains("NaN"));
+    let front =
+        page.split("<h2>Pareto front</h2>").nth(1).and_then(|rest| rest.split("</svg>").next()).unwrap();
+    let number = |tag: &str, name: &str| -> f64 {
+        let from = tag.split(&format!(" {name}=\"")).nth(1).unwrap();
+        from.split('"').next().unwrap().parse().unwrap()
+    };
+    let label =
+        front.split("<text").find(|tag| tag.contains("chosen: ")).map(|tag| number(tag, "y")).unwrap();
+    let highest = front.split("<circle").skip(1).map(|tag| number(tag, "cy") - number(tag, "r"));
+    assert!(highest.reduce(f64::min).unwrap() > label + 3.0, "a dot is under the label at {label}");
+}
+
+#[test]
+fn a_table_that_is_none_is_refused() {
+    let folder = tempdir().unwrap();
+    let folder = folder.path();
+    fs::write(folder.join("empty.csv"), "").unwrap();
+    fs::write(folder.join("other.csv"), "gpu,model_key,step_time_s\nH100,x,1\n").unwrap();
+    let said = run(folder, 3, &["plan", "validate", "empty.csv"]).err;
+    assert!(said.contains("empty.csv: lacks the columns gpu; n_gpus; model_key or"), "{said}");
+    let said = run(folder, 3, &["plan", "validate", "other.csv"]).err;
+    assert!(said.contains("other.csv: lacks the columns n_gpus"), "{said}");
 }

@@ -1,8 +1,14 @@
 //! Hugging Face's `config.json`: llama, mixtral, qwen3_moe, olmoe, deepseek_v3, GPT-2 style.
 
-use serde::Deserialize;
+mod fields;
+mod numerics;
 
-use super::{Architecture, Attention, MoeShape, Pattern, Window};
+use serde_json::{Map, Value};
+
+use super::limits::{LARGEST_SIZE, MOST_LAYERS};
+use super::{Architecture, Attention, MoeShape, Pattern, SizeError, Window};
+
+pub use numerics::Numerics;
 
 /// A `config.json` that cannot be read as an architecture.
 #[derive(Debug, thiserror::Error)]
@@ -22,8 +28,14 @@ pub enum HuggingFaceError {
         /// The field.
         field: &'static str,
         /// What would be right.
-        rule: &'static str,
+        rule: String,
     },
+    /// Two names of one field with different values.
+    #[error("config.json: {} = {} and {} = {} are two names of one field: leave out one", .0[0].0, .0[0].1, .0[1].0, .0[1].1)]
+    Twice(Box<[(&'static str, Value); 2]>),
+    /// More than is planned.
+    #[error("config.json: {0}")]
+    Size(#[from] SizeError),
 }
 
 /// Families whose files were read and compared.
@@ -49,130 +61,149 @@ const KNOWN: [&str; 19] = [
     "openai-gpt",
 ];
 
-/// The fields that decide sizes, by all their names.
-#[derive(Debug, Deserialize)]
+/// Fields by their names in all families; messages use the first.
+const LAYERS: &[&str] = &["num_hidden_layers", "n_layer", "num_layers"];
+const HIDDEN: &[&str] = &["hidden_size", "n_embd"];
+const HEADS: &[&str] = &["num_attention_heads", "n_head", "num_heads"];
+const WIDTH: &[&str] = &["intermediate_size", "n_inner"];
+const EXPERTS: &[&str] = &["num_experts", "num_local_experts", "n_routed_experts"];
+
+/// A file's fields, and the family that says what they mean.
 struct Config {
-    model_type: Option<String>,
-    #[serde(alias = "n_layer")]
-    num_hidden_layers: Option<usize>,
-    #[serde(alias = "n_embd")]
-    hidden_size: Option<usize>,
-    vocab_size: Option<usize>,
-    #[serde(alias = "n_head")]
-    num_attention_heads: Option<usize>,
-    num_key_value_heads: Option<usize>,
-    head_dim: Option<usize>,
-    #[serde(alias = "n_inner")]
-    intermediate_size: Option<usize>,
-    moe_intermediate_size: Option<usize>,
-    shared_expert_intermediate_size: Option<usize>,
-    #[serde(alias = "num_local_experts", alias = "n_routed_experts")]
-    num_experts: Option<usize>,
-    num_experts_per_tok: Option<usize>,
-    n_shared_experts: Option<usize>,
-    n_group: Option<usize>,
-    topk_group: Option<usize>,
-    first_k_dense_replace: Option<usize>,
-    decoder_sparse_step: Option<usize>,
-    #[serde(default)]
-    mlp_only_layers: Vec<usize>,
-    sliding_window: Option<usize>,
-    use_sliding_window: Option<bool>,
-    #[serde(default)]
-    layer_types: Vec<String>,
-    use_parallel_residual: Option<bool>,
-    q_lora_rank: Option<usize>,
-    kv_lora_rank: Option<usize>,
-    qk_nope_head_dim: Option<usize>,
-    qk_rope_head_dim: Option<usize>,
-    v_head_dim: Option<usize>,
-    num_nextn_predict_layers: Option<usize>,
-    tie_word_embeddings: Option<bool>,
+    kind: String,
+    fields: Map<String, Value>,
 }
 
 impl Architecture {
     /// The architecture that a Hugging Face `config.json` describes.
     ///
     /// # Errors
-    /// Text that is no JSON, and fields that are missing, zero or contradict each other, by name.
+    /// Text that is no JSON, and fields that are missing, out of range or contradict each other, by name.
     pub fn from_hugging_face(json: &str) -> Result<Self, HuggingFaceError> {
-        let config: Config = serde_json::from_str(json)?;
-        let kind = config.model_type.clone().unwrap_or_else(|| "llama".into());
-        if !KNOWN.contains(&kind.as_str()) {
-            return Err(HuggingFaceError::ModelType(kind));
-        }
-        let classic = matches!(kind.as_str(), "gpt2" | "gpt_neo" | "gpt_neox" | "gpt_bigcode" | "openai-gpt");
-        let hidden = required(config.hidden_size, "hidden_size")?;
-        let layers = required(config.num_hidden_layers, "num_hidden_layers")?;
-        let moe = config.moe()?;
-        let pattern = config.pattern(layers)?;
-        Ok(Self {
-            layers,
-            hidden,
-            vocab: required(config.vocab_size, "vocab_size")?,
-            tied_embeddings: config.tie_word_embeddings.unwrap_or(classic),
-            gated: !classic,
-            attention: config.attention(hidden)?,
-            qk_norm: matches!(kind.as_str(), "qwen3" | "qwen3_moe" | "olmoe"),
-            window: config.window()?,
-            ffn_dense: config.intermediate_size.unwrap_or(4 * hidden),
-            moe,
-            state_space: None,
-            pattern,
-            parallel_blocks: kind == "gpt_neox" && config.use_parallel_residual != Some(false),
-            mtp_layers: config.num_nextn_predict_layers.unwrap_or(0),
-            name: kind,
-        })
+        let architecture = Config::read(json)?.architecture()?;
+        architecture.check_size()?;
+        Ok(architecture)
     }
 }
 
 impl Config {
+    fn read(json: &str) -> Result<Self, HuggingFaceError> {
+        let fields: Map<String, Value> = serde_json::from_str(json)?;
+        let kind = match fields.get("model_type") {
+            None | Some(Value::Null) => "llama".to_string(),
+            Some(Value::String(kind)) => kind.clone(),
+            Some(_) => return Err(field("model_type", "must be a string")),
+        };
+        if !KNOWN.contains(&kind.as_str()) {
+            return Err(HuggingFaceError::ModelType(kind));
+        }
+        Ok(Self { kind, fields })
+    }
+
+    fn is(&self, kinds: &[&str]) -> bool {
+        kinds.contains(&self.kind.as_str())
+    }
+
+    fn architecture(&self) -> Result<Architecture, HuggingFaceError> {
+        let classic = self.is(&["gpt2", "gpt_neo", "gpt_neox", "gpt_bigcode", "openai-gpt"]);
+        let hidden = self.required(HIDDEN)?;
+        let layers = self.layers()?;
+        Ok(Architecture {
+            layers,
+            hidden,
+            vocab: self.required(&["vocab_size"])?,
+            tied_embeddings: self.flag("tie_word_embeddings")?.unwrap_or(classic),
+            gated: !classic,
+            attention: self.attention(hidden)?,
+            qk_norm: self.is(&["qwen3", "qwen3_moe", "olmoe"]),
+            window: self.window()?,
+            ffn_dense: self.at_least_one(WIDTH)?.unwrap_or(4 * hidden),
+            moe: self.moe()?,
+            state_space: None,
+            pattern: self.pattern(layers)?,
+            parallel_blocks: self.kind == "gpt_neox" && self.flag("use_parallel_residual")? != Some(false),
+            mtp_layers: self.count(&["num_nextn_predict_layers"])?.unwrap_or(0),
+            name: self.kind.clone(),
+        })
+    }
+
+    fn layers(&self) -> Result<usize, HuggingFaceError> {
+        let layers = self.required(LAYERS)?;
+        match layers <= MOST_LAYERS {
+            true => Ok(layers),
+            false => Err(field(LAYERS[0], format!("is {layers}; must be between 1 and {MOST_LAYERS}"))),
+        }
+    }
+
     fn attention(&self, hidden: usize) -> Result<Attention, HuggingFaceError> {
-        let heads = required(self.num_attention_heads, "num_attention_heads")?;
-        if let Some(kv_lora_rank) = self.kv_lora_rank {
+        let heads = self.required(HEADS)?;
+        if let Some(kv_lora_rank) = self.at_least_one(&["kv_lora_rank"])? {
             return Ok(Attention::Latent {
                 heads,
-                q_lora_rank: self.q_lora_rank,
+                q_lora_rank: self.at_least_one(&["q_lora_rank"])?,
                 kv_lora_rank,
-                nope: required(self.qk_nope_head_dim, "qk_nope_head_dim")?,
-                rope: required(self.qk_rope_head_dim, "qk_rope_head_dim")?,
-                value: required(self.v_head_dim, "v_head_dim")?,
+                nope: self.required(&["qk_nope_head_dim"])?,
+                rope: self.required(&["qk_rope_head_dim"])?,
+                value: self.required(&["v_head_dim"])?,
             });
         }
-        let kv_heads = self.num_key_value_heads.unwrap_or(heads);
+        let kv_heads = self.kv_heads()?.unwrap_or(heads);
         if kv_heads == 0 || !heads.is_multiple_of(kv_heads) {
-            return Err(field("num_key_value_heads", "must divide num_attention_heads"));
+            return Err(field("num_key_value_heads", format!("must divide num_attention_heads = {heads}")));
         }
-        Ok(Attention::Grouped { heads, kv_heads, head_dim: self.head_dim.unwrap_or(hidden / heads) })
+        let head_dim = match self.at_least_one(&["head_dim"])? {
+            Some(head_dim) => head_dim,
+            None if hidden.is_multiple_of(heads) => hidden / heads,
+            None => {
+                let rule = format!("is {heads}; must divide hidden_size = {hidden}, or head_dim be given");
+                return Err(field(HEADS[0], rule));
+            }
+        };
+        Ok(Attention::Grouped { heads, kv_heads, head_dim })
+    }
+
+    /// Key and value heads; one where all queries share it (gpt_bigcode).
+    fn kv_heads(&self) -> Result<Option<usize>, HuggingFaceError> {
+        if self.kind == "gpt_bigcode" && self.flag("multi_query")? != Some(false) {
+            return Ok(Some(1));
+        }
+        self.count(&["num_key_value_heads"])
     }
 
     fn moe(&self) -> Result<Option<MoeShape>, HuggingFaceError> {
-        let Some(experts) = self.num_experts.filter(|experts| *experts > 0) else { return Ok(None) };
-        let top_k = required(self.num_experts_per_tok, "num_experts_per_tok")?;
+        let Some(experts) = self.count(EXPERTS)?.filter(|experts| *experts > 0) else { return Ok(None) };
+        let top_k = self.required(&["num_experts_per_tok"])?;
         if top_k > experts {
-            return Err(field("num_experts_per_tok", "must be at most the number of experts"));
+            return Err(field(
+                "num_experts_per_tok",
+                format!("is {top_k}; must be at most the {experts} experts"),
+            ));
         }
-        let width = self.moe_intermediate_size.or(self.intermediate_size);
-        let expert_ffn = required(width, "moe_intermediate_size or intermediate_size")?;
-        let shared = self.n_shared_experts.unwrap_or(0) * expert_ffn;
-        let groups = self.n_group.unwrap_or(1).max(1);
+        let expert_ffn = match self.at_least_one(&["moe_intermediate_size"])? {
+            Some(width) => width,
+            None => {
+                let width = self.at_least_one(WIDTH)?;
+                width.ok_or_else(|| field("moe_intermediate_size or intermediate_size", MISSING))?
+            }
+        };
+        let shared = self.count(&["n_shared_experts"])?.unwrap_or(0) * expert_ffn;
+        let groups = self.count(&["n_group"])?.unwrap_or(1).max(1);
         Ok(Some(MoeShape {
             experts,
             top_k,
             expert_ffn,
-            shared_ffn: self.shared_expert_intermediate_size.unwrap_or(shared),
+            shared_ffn: self.count(&["shared_expert_intermediate_size"])?.unwrap_or(shared),
             groups,
-            top_groups: self.topk_group.unwrap_or(1).clamp(1, groups),
+            top_groups: self.count(&["topk_group"])?.unwrap_or(1).clamp(1, groups),
             latent: None,
         }))
     }
 
     /// Which layers see only a window: all, or every so many from the first on.
     fn window(&self) -> Result<Option<Window>, HuggingFaceError> {
-        let Some(tokens) = self.sliding_window.filter(|_| self.use_sliding_window != Some(false)) else {
-            return Ok(None);
-        };
-        let slides: Vec<bool> = self.layer_types.iter().map(|kind| kind == "sliding_attention").collect();
+        let off = self.flag("use_sliding_window")? == Some(false);
+        let Some(tokens) = self.at_least_one(&["sliding_window"])?.filter(|_| !off) else { return Ok(None) };
+        let slides: Vec<bool> = self.layer_types()?.iter().map(|kind| *kind == "sliding_attention").collect();
         if !slides.is_empty() && !slides.contains(&true) {
             return Ok(None);
         }
@@ -187,23 +218,25 @@ impl Config {
     }
 
     fn pattern(&self, layers: usize) -> Result<Pattern, HuggingFaceError> {
-        let first_dense = self.first_k_dense_replace.unwrap_or(self.mlp_only_layers.len());
-        let leading = (0..self.mlp_only_layers.len()).all(|layer| self.mlp_only_layers.contains(&layer));
-        match leading && first_dense <= layers {
-            true => {
-                Ok(Pattern::Uniform { first_dense, moe_every: self.decoder_sparse_step.unwrap_or(1).max(1) })
-            }
-            false => Err(field("mlp_only_layers", "must be the first layers")),
+        let listed = self.dense_layers()?;
+        if !listed.iter().enumerate().all(|(at, layer)| at == *layer) {
+            return Err(field("mlp_only_layers", "must be the first layers"));
         }
+        let first_dense = self.count(&["first_k_dense_replace"])?.unwrap_or(listed.len());
+        if first_dense > layers {
+            let rule = format!("or mlp_only_layers: {first_dense} dense layers; there are {layers}");
+            return Err(field("first_k_dense_replace", rule));
+        }
+        let moe_every = self.count(&["decoder_sparse_step"])?.unwrap_or(1).max(1);
+        Ok(Pattern::Uniform { first_dense, moe_every })
     }
 }
 
-fn required(value: Option<usize>, name: &'static str) -> Result<usize, HuggingFaceError> {
-    value.filter(|value| *value > 0).ok_or_else(|| field(name, "is missing; must be at least 1"))
-}
+/// What is said of a field that is not there.
+const MISSING: &str = "is missing; must be at least 1";
 
-fn field(field: &'static str, rule: &'static str) -> HuggingFaceError {
-    HuggingFaceError::Field { field, rule }
+fn field(field: &'static str, rule: impl Into<String>) -> HuggingFaceError {
+    HuggingFaceError::Field { field, rule: rule.into() }
 }
 
 #[cfg(test)]
@@ -265,7 +298,7 @@ mod tests {
             said(r#"{"hidden_size":8}"#),
             "config.json: num_hidden_layers: is missing; must be at least 1"
         );
-        assert!(said("[").starts_with("config.json: EOF"));
+        assert!(said("{").starts_with("config.json: EOF"));
         let unknown = said(r#"{"model_type":"t5","hidden_size":8}"#);
         assert!(
             unknown.starts_with("config.json: model_type \"t5\" is not known; known: llama, "),
@@ -274,5 +307,81 @@ mod tests {
         let last = r#"{"num_hidden_layers":3,"hidden_size":8,"vocab_size":9,"num_attention_heads":1,"sliding_window":4,
             "layer_types":["full_attention","full_attention","sliding_attention"]}"#;
         assert!(said(last).contains("layer_types: sliding_attention must be in every"));
+    }
+
+    /// A llama of small sizes with these fields besides, or instead.
+    fn with(fields: &str) -> Result<Architecture, HuggingFaceError> {
+        let small = r#"{"num_hidden_layers":2,"hidden_size":64,"vocab_size":100,"num_attention_heads":4"#;
+        Architecture::from_hugging_face(&format!("{small},{fields}}}"))
+    }
+
+    #[test]
+    fn sizes_out_of_range_are_named() {
+        let cases = [
+            (
+                r#""num_hidden_layers":4294967296"#,
+                "num_hidden_layers: is 4294967296; must be a whole number up to",
+            ),
+            (r#""num_hidden_layers":10001"#, "num_hidden_layers: is 10001; must be between 1 and 10000"),
+            (r#""vocab_size":1e30"#, "vocab_size: is 1e+30; must be a whole number up to 16777216"),
+            (r#""hidden_size":-8"#, "hidden_size: is -8; must be a whole number"),
+            (r#""hidden_size":"64""#, "hidden_size: is \"64\"; must be a whole number"),
+            (r#""intermediate_size":0"#, "intermediate_size: is 0; must be between 1 and 16777216"),
+            (r#""head_dim":0"#, "head_dim: is 0; must be between 1"),
+            (r#""num_attention_heads":128"#, "num_attention_heads: is 128; must divide hidden_size = 64"),
+            (r#""num_attention_heads":3"#, "num_attention_heads: is 3; must divide hidden_size = 64"),
+            (r#""num_key_value_heads":0"#, "num_key_value_heads: must divide num_attention_heads = 4"),
+            (
+                r#""num_experts":4,"num_experts_per_tok":5"#,
+                "num_experts_per_tok: is 5; must be at most the 4 experts",
+            ),
+            (r#""first_k_dense_replace":3"#, "3 dense layers; there are 2"),
+            (r#""tie_word_embeddings":1"#, "tie_word_embeddings: is 1; must be true or false"),
+            (
+                r#""num_experts":16777216,"num_experts_per_tok":1,"moe_intermediate_size":1"#,
+                "experts in all layers",
+            ),
+            (
+                r#""hidden_size":16777216,"intermediate_size":16777216"#,
+                "the model has 3.9407e15 parameters; at most 1.0000e15 are planned",
+            ),
+        ];
+        for (fields, expected) in cases {
+            let said = with(fields).unwrap_err().to_string();
+            assert!(said.starts_with("config.json: ") && said.contains(expected), "{fields}: {said}");
+        }
+    }
+
+    #[test]
+    fn two_names_of_one_field_may_agree() {
+        let both = |local: usize| {
+            let fields = format!(r#""num_experts":8,"num_local_experts":{local},"num_experts_per_tok":2"#);
+            with(&format!("{fields},\"intermediate_size\":128"))
+        };
+        assert_eq!(both(8).unwrap().moe.unwrap().experts, 8);
+        assert_eq!(
+            both(4).unwrap_err().to_string(),
+            "config.json: num_experts = 8 and num_local_experts = 4 are two names of one field: leave out one"
+        );
+    }
+
+    #[test]
+    fn older_families_have_names_and_heads_of_their_own() {
+        let neo = r#"{"model_type":"gpt_neo","num_layers":12,"hidden_size":768,"num_heads":12,"vocab_size":50257,
+            "intermediate_size":null}"#;
+        let neo = Architecture::from_hugging_face(neo).unwrap();
+        assert_eq!((neo.layers, neo.attention.heads(), neo.ffn_dense), (12, 12, 3072));
+        let code = |multi_query: &str| {
+            let json = format!(
+                r#"{{"model_type":"gpt_bigcode","n_layer":40,"n_embd":6144,"n_head":48,"vocab_size":49152,
+                "n_inner":24576{multi_query}}}"#
+            );
+            Architecture::from_hugging_face(&json).unwrap()
+        };
+        // StarCoder's 15.5 B.
+        let shared = code(r#","multi_query":true"#);
+        assert_eq!(shared.attention.kv_heads(), 1);
+        assert!((shared.parameters() as f64 / 15.5e9 - 1.0).abs() < 0.02, "{}", shared.parameters());
+        assert_eq!(code(r#","multi_query":false"#).attention.kv_heads(), 48);
     }
 }

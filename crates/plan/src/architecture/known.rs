@@ -37,12 +37,14 @@ impl Architecture {
     }
 
     /// Reads a table of architectures with the columns of `data/models.csv`. What a row leaves empty is taken from the
-    /// known model of the same `model_key`; rows without layers, hidden width or heads are left out.
+    /// known model of the same `model_key`; rows without layers, hidden width or heads, and those too large to be planned, are
+    /// left out.
     pub fn read_table(text: &str) -> Vec<Self> {
         let known = Table::parse(MODELS);
         let table = Table::parse(text);
         let find = |key: &str| known.rows().find(|row| row.text("model_key") == key);
-        table.rows().filter_map(|row| read(&Facts { row, known: find(row.text("model_key")) })).collect()
+        let models = table.rows().filter_map(|row| read(&Facts { row, known: find(row.text("model_key")) }));
+        models.filter(|model| model.check_size().is_ok()).collect()
     }
 }
 

@@ -39,9 +39,10 @@ impl Cluster {
     /// `gbyte_per_s`, `latency_us`, `oversubscription`) that replace all levels of the network.
     ///
     /// # Errors
-    /// Unknown keys and GPUs, and impossible values, by name.
+    /// Unknown keys and GPUs, impossible values, and keys that `[[level]]` leaves without effect, by name.
     pub fn from_toml(text: &str) -> Result<Self, ClusterError> {
         let file: File = toml::from_str(text).map_err(|error| ClusterError::Toml(error.to_string()))?;
+        file.check_effect()?;
         let mut gpu = Gpu::named(&file.gpu)?;
         gpu.per_server = file.per_server.unwrap_or(gpu.per_server);
         gpu.nvlink_domain = file.nvlink_domain.unwrap_or(gpu.nvlink_domain);
@@ -53,7 +54,7 @@ impl Cluster {
         }
         let mut cluster = Self::of(gpu, file.gpus)?;
         if let Some(price) = file.price_usd_per_gpu_hour {
-            cluster.price_usd_per_gpu_hour = positive("price_usd_per_gpu_hour", price)?;
+            cluster.price_usd_per_gpu_hour = at_least_zero("price_usd_per_gpu_hour", price)?;
         }
         if let Some(rate) = file.failures_per_gpu_hour {
             cluster.failures_per_gpu_hour = positive("failures_per_gpu_hour", rate)?;
@@ -65,6 +66,23 @@ impl Cluster {
     }
 }
 
+impl File {
+    /// Levels replace the usual network, so that nothing else may describe it.
+    fn check_effect(&self) -> Result<(), ClusterError> {
+        let replaced = [
+            ("nvlink_domain", self.nvlink_domain.map(|domain| domain.to_string())),
+            ("nic_gbyte_per_s", self.nic_gbyte_per_s.map(|rate| rate.to_string())),
+        ];
+        for (field, value) in replaced {
+            let value = value.filter(|_| !self.level.is_empty());
+            check(value.is_none(), field, value.unwrap_or_default(), || {
+                "has no effect beside [[level]], which says all of the network: leave it out".into()
+            })?;
+        }
+        Ok(())
+    }
+}
+
 fn levels(from: Vec<FileLevel>, gpus: usize) -> Result<Vec<Level>, ClusterError> {
     let mut levels: Vec<Level> = Vec::with_capacity(from.len());
     for level in from {
@@ -72,6 +90,12 @@ fn levels(from: Vec<FileLevel>, gpus: usize) -> Result<Vec<Level>, ClusterError>
         let width = level.width.unwrap_or(gpus);
         check(width > inner, "level.width", width, || {
             format!("must be more than the {inner} of the level within")
+        })?;
+        check(width >= gpus || width.is_multiple_of(inner.max(1)), "level.width", width, || {
+            format!("must be a multiple of the {inner} of the level within")
+        })?;
+        check(levels.iter().all(|other| other.name != level.name), "level.name", &level.name, || {
+            "must differ from the other levels'".into()
         })?;
         check(level.oversubscription >= 1.0, "level.oversubscription", level.oversubscription, || {
             "must be at least 1".into()
@@ -97,6 +121,11 @@ fn positive(field: &'static str, value: f64) -> Result<f64, ClusterError> {
     Ok(value)
 }
 
+fn at_least_zero(field: &'static str, value: f64) -> Result<f64, ClusterError> {
+    check(value.is_finite() && value >= 0.0, field, value, || "must be at least 0".into())?;
+    Ok(value)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -105,6 +134,8 @@ mod tests {
     fn what_a_file_leaves_out_is_as_usual() {
         let plain = Cluster::from_toml("gpu = \"h100\"\ngpus = 64").unwrap();
         assert_eq!(plain, Cluster::parse("h100x64").unwrap());
+        let owned = Cluster::from_toml("gpu = \"h100\"\ngpus = 64\nprice_usd_per_gpu_hour = 0").unwrap();
+        assert_eq!(owned.price_usd_per_gpu_hour, 0.0);
         let text = "gpu = \"h100\"\ngpus = 64\nprice_usd_per_gpu_hour = 1.5\n\
             [[level]]\nname = \"NVLink\"\nwidth = 8\ngbyte_per_s = 450\nlatency_us = 2\n\
             [[level]]\nname = \"Ethernet\"\ngbyte_per_s = 12.5\nlatency_us = 20\noversubscription = 2";
@@ -128,6 +159,29 @@ mod tests {
             said("gpu = \"h100\"\ngpus = 64\nnic_gbyte_per_s = 0"),
             "cluster nic_gbyte_per_s = 0: must be more than 0"
         );
+        assert_eq!(
+            said("gpu = \"h100\"\ngpus = 64\nprice_usd_per_gpu_hour = -1"),
+            "cluster price_usd_per_gpu_hour = -1: must be at least 0"
+        );
+        let more = |name: &str, width: usize| {
+            let outer = "\n[[level]]\nname = \"all\"\ngbyte_per_s = 1\nlatency_us = 1";
+            format!(
+                "{}\n{}{outer}",
+                level(8),
+                level(width).split_once("64\n").unwrap().1.replace("\"a\"", name)
+            )
+        };
+        assert!(Cluster::from_toml(&more("\"b\"", 16)).is_ok());
+        assert_eq!(
+            said(&more("\"b\"", 12)),
+            "cluster level.width = 12: must be a multiple of the 8 of the level within"
+        );
+        assert_eq!(said(&more("\"a\"", 16)), "cluster level.name = a: must differ from the other levels'");
+        for key in ["nvlink_domain = 8", "nic_gbyte_per_s = 25"] {
+            let text = more("\"b\"", 16).replace("gpus = 64", &format!("gpus = 64\n{key}"));
+            let expected = "has no effect beside [[level]], which says all of the network: leave it out";
+            assert_eq!(said(&text), format!("cluster {key}: {expected}"));
+        }
         assert!(said("gpu = \"h100\"\nnodes = 3").contains("unknown field `nodes`"));
     }
 }

@@ -218,6 +218,52 @@ pub fn validate_with(cases: &str, models: Option<&str>, price: Pricing<'_>) -> V
     cases.judge((0..cases.len()).map(|row| cases.outcome(row, price)).collect())
 }
 
+/// Columns without which no row can be priced or compared; of several names one is enough.
+const NEEDED: [&[&str]; 4] = [
+    &["gpu"],
+    &["n_gpus"],
+    &["model_key", "model_as_printed", "custom_arch"],
+    &["step_time_s", "tokens_per_s_per_gpu", "tflops_per_gpu", "mem_max_gib"],
+];
+
+/// A table that is none of measurements, or none of models.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum TableError {
+    /// There is no row below the header.
+    #[error("has no rows; the first line must name the columns, a row of them follow")]
+    Empty,
+    /// Columns that nothing can be done without.
+    #[error("lacks the columns {}", .0.join("; "))]
+    Columns(Vec<String>),
+}
+
+/// Checks that `cases` has rows and the columns that every prediction needs.
+///
+/// # Errors
+/// Names all columns that are missing.
+pub fn check_cases(cases: &str) -> Result<(), TableError> {
+    check_table(cases, &NEEDED)
+}
+
+/// The same of a table of models.
+///
+/// # Errors
+/// Names all columns that are missing.
+pub fn check_models(models: &str) -> Result<(), TableError> {
+    check_table(models, &[&["model_key"], &["layers"], &["hidden"], &["heads"]])
+}
+
+fn check_table(text: &str, needed: &[&[&str]]) -> Result<(), TableError> {
+    let table = Table::parse(text);
+    let missing = needed.iter().filter(|names| !names.iter().any(|name| table.has(name)));
+    let missing: Vec<String> = missing.map(|names| names.join(" or ")).collect();
+    match (missing.is_empty(), table.rows().next()) {
+        (false, _) => Err(TableError::Columns(missing)),
+        (true, None) => Err(TableError::Empty),
+        (true, Some(_)) => Ok(()),
+    }
+}
+
 /// A table that was read and interpreted once, to be priced many times.
 #[derive(Debug)]
 pub struct Cases {

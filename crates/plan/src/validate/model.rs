@@ -34,6 +34,7 @@ pub(super) fn architecture(case: &Case, models: &[Architecture]) -> Result<Archi
     if case.mentions("w/o mtp") {
         model.mtp_layers = 0;
     }
+    model.check_size().map_err(|error| error.to_string())?;
     Ok(model)
 }
 

@@ -146,7 +146,7 @@ pub fn front(answer: &Answer, plans: &[Plan]) -> String {
     text(&mut svg, "chart-soft", "end", WIDTH - 20.0, HEIGHT - 4.0, "seconds of a step; upwards: free GiB");
     for plan in plans {
         let chosen = plan.layout == answer.chosen.layout;
-        let radius = 3.0 + 7.0 * (plan.run_usd / dearest).sqrt();
+        let radius = 3.0 + 7.0 * (plan.run_usd / dearest.max(f64::MIN_POSITIVE)).sqrt();
         let title = format!(
             "{}: {:.2} s, {:.1} GiB free, ${:.2} M",
             plan.layout,
@@ -163,9 +163,9 @@ pub fn front(answer: &Answer, plans: &[Plan]) -> String {
             escape(&title)
         );
     }
-    let chosen = &answer.chosen;
-    let (at, label) = (x(chosen.priced.step_s) + 12.0, format!("chosen: {}", chosen.layout));
-    text(&mut svg, "chart-text", "start", at, y(chosen.headroom_bytes) - 10.0, &label);
+    // Above the highest dot.
+    let _ = writeln!(svg, "<rect class=\"k4\" x=\"{LEFT:.1}\" y=\"2\" width=\"9\" height=\"9\"/>");
+    text(&mut svg, "chart-text", "start", LEFT + 15.0, 11.0, &format!("chosen: {}", answer.chosen.layout));
     svg + "</svg>"
 }
 
