@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use unisono_plan::search::{Found, Plan, Search};
 use unisono_plan::{
-    Architecture, Change, Cluster, Outlook, Parallelism, Percentiles, Pricer, RankMemory, RoutedStep,
+    Architecture, Change, Cluster, Outlook, Parallelism, Percentiles, Priced, Pricer, RankMemory, RoutedStep,
     Routing, SimulatedStep, Traffic, Training, changes,
 };
 
@@ -109,6 +109,11 @@ impl Answer {
         let slow = pricer.of_step(RoutedStep::Slow).price_simulated(layout).ok()?;
         let (even_step_s, even_bytes) = (even.step_s, even.memory.total());
         Some(Uneven { rows, slow_step_s: slow.step_s, even_step_s, even_bytes })
+    }
+
+    /// The chosen layout's price in closed form, as the search pruned with it.
+    pub fn closed_form(&self) -> Priced {
+        self.pricer().price(&self.chosen.layout).unwrap_or_else(|_| self.chosen.priced.clone())
     }
 
     /// The chosen layout's step, op by op.

@@ -30,7 +30,8 @@ pub fn page(answer: &Answer) -> Result<String, CliError> {
     let note = format!(
         "Pipeline ranks from top to bottom, time to the right: forward blue, backward green, weight gradients violet; numbers are \
          micro-batches. Simulated op by op: {:.3} s; in closed form {:.3} s.",
-        step.simulated.seconds, answer.chosen.priced.step_s
+        step.simulated.seconds,
+        answer.closed_form().step_s
     );
     section(
         &mut body,
