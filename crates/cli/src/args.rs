@@ -272,9 +272,14 @@ pub struct Config {
 }
 
 /// A number of ranks, threads or sequences: at least 1, and no more than any machine has.
-fn count() -> impl clap::builder::TypedValueParser<Value = usize> {
+pub fn count() -> impl clap::builder::TypedValueParser<Value = usize> {
+    within(1..=65_536)
+}
+
+/// A number in a range.
+pub fn within(range: std::ops::RangeInclusive<u64>) -> impl clap::builder::TypedValueParser<Value = usize> {
     use clap::builder::TypedValueParser;
-    clap::builder::RangedU64ValueParser::<u64>::new().range(1..=65_536).map(|count| count as usize)
+    clap::builder::RangedU64ValueParser::<u64>::new().range(range).map(|number| number as usize)
 }
 
 #[cfg(test)]

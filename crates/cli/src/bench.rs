@@ -10,6 +10,7 @@ use unisono_train::baseline::{BaselineMeasured, Synchronisation, bench_baseline}
 use unisono_train::bench::{StepBench, StepMeasured, bench_products, bench_step};
 use unisono_train::config::{EvaluationConfig, TrainConfig};
 
+use crate::args::{count, within};
 use crate::bench_collectives::{self, Collectives};
 use crate::bench_local::{self, Layouts, Local};
 use crate::bench_ways::{self, Dispatch, Exactness, Overlap};
@@ -47,40 +48,40 @@ pub enum Bench {
 #[derive(Debug, Clone, Args)]
 pub struct Sizes {
     /// Tokens of the vocabulary, at most 4,096
-    #[arg(long, default_value_t = 4096)]
+    #[arg(long, default_value_t = 4096, value_parser = within(1..=4096))]
     pub vocab: usize,
     /// Width of the model
-    #[arg(long, default_value_t = 256)]
+    #[arg(long, default_value_t = 256, value_parser = count())]
     pub d_model: usize,
     /// Layers, each with experts
-    #[arg(long, default_value_t = 4)]
+    #[arg(long, default_value_t = 4, value_parser = count())]
     pub layers: usize,
     /// Query heads
-    #[arg(long, default_value_t = 4)]
+    #[arg(long, default_value_t = 4, value_parser = count())]
     pub heads: usize,
     /// Key and value heads
-    #[arg(long, default_value_t = 2)]
+    #[arg(long, default_value_t = 2, value_parser = count())]
     pub kv_heads: usize,
     /// Routed experts
-    #[arg(long, default_value_t = 16)]
+    #[arg(long, default_value_t = 16, value_parser = count())]
     pub experts: usize,
     /// Experts a token visits
-    #[arg(long, default_value_t = 2)]
+    #[arg(long, default_value_t = 2, value_parser = count())]
     pub top_k: usize,
     /// Shared experts
-    #[arg(long, default_value_t = 1)]
+    #[arg(long, default_value_t = 1, value_parser = within(0..=65_536))]
     pub shared: usize,
     /// Hidden width of an expert
-    #[arg(long, default_value_t = 256)]
+    #[arg(long, default_value_t = 256, value_parser = count())]
     pub expert_ff: usize,
     /// Tokens of a sequence
-    #[arg(long, default_value_t = 256)]
+    #[arg(long, default_value_t = 256, value_parser = count())]
     pub seq: usize,
     /// Sequences of a step
-    #[arg(long, default_value_t = 32)]
+    #[arg(long, default_value_t = 32, value_parser = count())]
     pub batch: usize,
     /// Sequences of a replica in one accumulation step
-    #[arg(long, default_value_t = 8)]
+    #[arg(long, default_value_t = 8, value_parser = count())]
     pub micro: usize,
     /// Print one JSON object
     #[arg(long)]
@@ -93,22 +94,22 @@ pub struct Step {
     #[command(flatten)]
     sizes: Sizes,
     /// Ranks
-    #[arg(long, default_value_t = 1)]
+    #[arg(long, default_value_t = 1, value_parser = count())]
     ranks: usize,
     /// Compute threads of each rank [default: cores / ranks]
-    #[arg(long)]
+    #[arg(long, value_parser = count())]
     threads: Option<usize>,
     /// Replicas of the grid
-    #[arg(long, default_value_t = 2)]
+    #[arg(long, default_value_t = 2, value_parser = count())]
     replicas: usize,
     /// Slots that dispatch tokens together
-    #[arg(long, default_value_t = 2)]
+    #[arg(long, default_value_t = 2, value_parser = count())]
     expert_group: usize,
     /// Steps measured
-    #[arg(long, default_value_t = 10)]
+    #[arg(long, default_value_t = 10, value_parser = count())]
     steps: usize,
     /// Steps before the measured ones
-    #[arg(long, default_value_t = 3)]
+    #[arg(long, default_value_t = 3, value_parser = within(0..=65_536))]
     warmup: usize,
 }
 
@@ -118,7 +119,7 @@ pub struct Products {
     #[command(flatten)]
     sizes: Sizes,
     /// Compute threads [default: the cores]
-    #[arg(long)]
+    #[arg(long, value_parser = count())]
     threads: Option<usize>,
 }
 
@@ -128,7 +129,7 @@ pub struct Baseline {
     #[command(flatten)]
     sizes: Sizes,
     /// Steps measured at each number of ranks
-    #[arg(long, default_value_t = 3)]
+    #[arg(long, default_value_t = 3, value_parser = count())]
     steps: usize,
 }
 
@@ -208,7 +209,7 @@ fn measure(
     args: (usize, usize),
 ) -> Result<StepMeasured, CliError> {
     let (warmup, steps) = args;
-    Ok(bench_step(&StepBench { config, ranks, threads, warmup, steps: steps.max(1) })?)
+    Ok(bench_step(&StepBench { config, ranks, threads, warmup, steps })?)
 }
 
 fn step(args: &Step) -> Result<u8, CliError> {
@@ -297,9 +298,13 @@ fn baseline(args: &Baseline) -> Result<u8, CliError> {
         let mut config = config.clone();
         let batch = args.sizes.batch / ranks;
         (config.train.micro_batch, config.train.accumulate) = (batch.max(1), 1);
-        let dataset = Dataset::random(1, config.train.sequence_length * args.sizes.batch * 4 + 1, 4096)?;
+        let dataset = Dataset::random(
+            1,
+            config.train.sequence_length * args.sizes.batch * 4 + 1,
+            args.sizes.vocab as u32,
+        )?;
         for way in [Synchronisation::MapReduce, Synchronisation::ParameterServer, Synchronisation::Unisono] {
-            let measured = bench_baseline(&config, &dataset, way, ranks, args.steps.max(1))?;
+            let measured = bench_baseline(&config, &dataset, way, ranks, args.steps)?;
             let mib = |bytes: u64| format!("{:.1}", bytes as f64 / f64::from(1 << 20));
             let name = match way {
                 Synchronisation::MapReduce => "one reducer",

@@ -8,20 +8,24 @@ use unisono_comm::bench::{Collective, Native, Timed, time_collective};
 use unisono_comm::{CommError, Communicator, Place, ThreadRanks};
 use unisono_train::TrainError;
 
+use crate::args::{count, within};
 use crate::error::{CliError, DONE, STORAGE};
 use crate::job::Job;
 use crate::plot::{Panel, svg};
 use crate::screen::say;
 use crate::style::table;
 
+/// A vector of more, once for each rank and then some, is more memory than anyone means: 1 GiB.
+const LARGEST_KIB: u64 = 1 << 20;
+
 /// `unisono bench collectives`
 #[derive(Debug, Args)]
 pub struct Collectives {
-    /// Sizes of the vector in KiB
-    #[arg(long, value_delimiter = ',', default_values_t = [64, 256, 1024, 4096, 16384, 65536])]
+    /// Sizes of the vector in KiB, at most 1,048,576
+    #[arg(long, value_delimiter = ',', default_values_t = [64, 256, 1024, 4096, 16384, 65536], value_parser = within(1..=LARGEST_KIB))]
     kib: Vec<usize>,
     /// Times that each is measured
-    #[arg(long, default_value_t = 15)]
+    #[arg(long, default_value_t = 15, value_parser = count())]
     rounds: usize,
     /// Print one JSON object
     #[arg(long)]
@@ -65,7 +69,7 @@ fn all_sizes(
     let cases =
         Collective::ALL.into_iter().flat_map(|what| args.kib.iter().map(move |kib| (what, kib << 10)));
     let native = native.map(|native| native as &dyn Native);
-    cases.map(|(what, bytes)| time_collective(comm, native, what, bytes, args.rounds.max(1))).collect()
+    cases.map(|(what, bytes)| time_collective(comm, native, what, bytes, args.rounds)).collect()
 }
 
 fn show(args: &Collectives, all: &[Timed], native: Option<&str>) -> Result<(), CliError> {

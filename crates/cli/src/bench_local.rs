@@ -9,6 +9,7 @@ use unisono_train::bench::{StepBench, bench_step};
 use unisono_train::run_folder::write_durably;
 use unisono_train::{measure_machine, recalibrate};
 
+use crate::args::count;
 use crate::config;
 use crate::error::{CliError, DONE};
 use crate::machine::{self, LocalLayout, MACHINE_FILE};
@@ -35,10 +36,10 @@ pub struct Layouts {
     #[arg(long, value_name = "FILE")]
     machine: Option<PathBuf>,
     /// Steps measured of each layout in a round
-    #[arg(long, value_name = "N", default_value_t = 5)]
+    #[arg(long, value_name = "N", default_value_t = 5, value_parser = count())]
     steps: usize,
     /// Rounds through all layouts; the one in which a layout was fastest counts
-    #[arg(long, value_name = "N", default_value_t = 2)]
+    #[arg(long, value_name = "N", default_value_t = 2, value_parser = count())]
     rounds: usize,
     /// Override one key of the config; may be given again
     #[arg(long, value_name = "a.b=c")]

@@ -9,6 +9,7 @@ use unisono_train::RunConfig;
 use unisono_train::config::{DispatchConfig, LayoutConfig, ReduceEvery, WireConfig};
 use unisono_train::ways::{Way, WayMeasured, WaysBench, bench_ways};
 
+use crate::args::count;
 use crate::bench::{Sizes, config, print};
 use crate::error::{CliError, DONE};
 use crate::job::Job;
@@ -20,13 +21,13 @@ pub struct Measuring {
     #[command(flatten)]
     sizes: Sizes,
     /// Ranks as threads, each with one compute thread; under mpirun those it has started
-    #[arg(long, default_value_t = 2)]
+    #[arg(long, default_value_t = 2, value_parser = count())]
     ranks: usize,
     /// Rounds of all ways in turn
-    #[arg(long, default_value_t = 3)]
+    #[arg(long, default_value_t = 3, value_parser = count())]
     rounds: usize,
     /// Steps of a way in a round; one more warms up
-    #[arg(long, default_value_t = 4)]
+    #[arg(long, default_value_t = 4, value_parser = count())]
     steps: usize,
 }
 
@@ -39,13 +40,13 @@ pub struct Dispatch {
     #[arg(long, value_delimiter = ',')]
     nodes: Vec<usize>,
     /// Nodes of experts: what a token's choices on one of them return is summed before it travels back
-    #[arg(long, default_value_t = 2)]
+    #[arg(long, default_value_t = 2, value_parser = count())]
     expert_nodes: usize,
     /// Groups of experts
-    #[arg(long, default_value_t = 1)]
+    #[arg(long, default_value_t = 1, value_parser = count())]
     groups: usize,
     /// Groups that a token may choose experts of
-    #[arg(long, default_value_t = 1)]
+    #[arg(long, default_value_t = 1, value_parser = count())]
     top_groups: usize,
     /// Every expert gets as many tokens, and the next tokens in turn go to the next ones
     #[arg(long)]
@@ -70,8 +71,13 @@ pub struct Overlap {
     #[arg(long, value_enum, default_value = "gathers")]
     what: Hidden,
     /// Megabytes a second of each thread rank's pretended link
-    #[arg(long, default_value_t = 200.0)]
+    #[arg(long, default_value_t = 200.0, value_parser = rate, allow_hyphen_values = true)]
     link_mb_per_s: f64,
+}
+
+fn rate(text: &str) -> Result<f64, String> {
+    let rate = text.parse().ok().filter(|rate: &f64| rate.is_finite() && *rate > 0.0);
+    rate.ok_or_else(|| "must be a number above 0".into())
 }
 
 /// `unisono bench exactness`
@@ -95,7 +101,7 @@ fn measure(
         ranks,
         nodes: nodes.to_vec(),
         rounds: measuring.rounds,
-        steps: measuring.steps.max(1),
+        steps: measuring.steps,
     };
     let measured = bench_ways(&bench)?;
     Ok(job.leads().then_some(measured))

@@ -8,6 +8,7 @@ use unisono_comm::Ledger;
 use unisono_plan::Layout;
 use unisono_train::{Event, Observer, RunConfig, RunOptions, Summary, train};
 
+use crate::args::count;
 use crate::config::load;
 use crate::error::{CliError, DONE};
 use crate::layout::ranks_and_threads;
@@ -17,18 +18,19 @@ use crate::style::{duration, grouped, short, table};
 /// `unisono compare`
 #[derive(Debug, Args)]
 pub struct Compare {
-    /// TOML file of the sparse model [default: the built-in config]
+    /// TOML file of the sparse model: with model.first_dense = 0, or with dense layers (model.intermediate_size) as wide as
+    /// the experts that a token visits [default: the built-in config]
     config: Option<PathBuf>,
     /// Ranks in this process
-    #[arg(long, value_name = "N")]
+    #[arg(long, value_name = "N", value_parser = count())]
     ranks: Option<usize>,
     /// Compute threads of each rank
-    #[arg(long, value_name = "N")]
+    #[arg(long, value_name = "N", value_parser = count())]
     threads: Option<usize>,
     /// Steps of each model
     #[arg(long, value_name = "N")]
     steps: Option<u64>,
-    /// Folder for both runs [default: runs/compare]
+    /// Folder for both runs
     #[arg(long, value_name = "DIR", default_value = "runs/compare")]
     run: PathBuf,
     /// Override one key of the config; may be given again
@@ -128,7 +130,7 @@ fn rows(dense: &Side, sparse: &Side) -> Vec<Vec<String>> {
     let figures: [Figure; 12] = [
         ("validation loss, nats", |s| loss(s, |v| v.loss)),
         ("validation bits/byte", |s| loss(s, |v| v.bits_per_byte)),
-        ("training loss, last step", |s| format!("{:.4}", s.summary.last_loss)),
+        ("training loss, last step", |s| format!("{:.4}", s.summary.last_loss.unwrap_or(f64::NAN))),
         ("parameters", |s| short(parameters(s).0 as u64)),
         ("parameters active a token", |s| short(parameters(s).1 as u64)),
         ("MFLOP a token, forward + backward", |s| format!("{:.2}", flops(s) / 1e6)),

@@ -3,13 +3,17 @@
 use std::path::Path;
 use std::time::Instant;
 
-use unisono_data::{Dataset, InputFormat, Manifest, Part, PrepareOptions, Split, Tokenizer, Verify, prepare};
+use unisono_data::{
+    Dataset, InputFormat, Manifest, Part, PrepareOptions, Split, Tokenizer, Verify, discard_unfinished,
+    prepare,
+};
 use unisono_train::system::readable;
 
 use crate::args::{Data, Format, Prepare};
 use crate::error::{CliError, DONE};
 use crate::layout::cores;
 use crate::screen::{Screen, say};
+use crate::signals::clean_up_at_signal;
 use crate::style::{duration, grouped, program, quoted};
 
 /// The progress bar.
@@ -29,6 +33,8 @@ fn run_prepare(args: Prepare) -> Result<u8, CliError> {
         Some(path) => Tokenizer::from_file(path, args.end_of_text.as_deref())?,
     };
     let options = options(&args)?;
+    let out = args.out.clone();
+    clean_up_at_signal(move || drop(discard_unfinished(&out)))?;
     let screen = Screen::new(BAR);
     screen.start(0, 0);
     let begin = Instant::now();

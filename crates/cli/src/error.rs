@@ -74,7 +74,7 @@ impl From<TrainError> for CliError {
             | TrainError::Resume(_) => USAGE,
             TrainError::Io { action: "read" | "open", source, .. } => io_code(&source),
             TrainError::Io { .. } => STORAGE,
-            TrainError::Storage { .. } => STORAGE,
+            TrainError::Storage { .. } | TrainError::Peer { .. } => STORAGE,
             TrainError::NonFinite { .. } => HALTED,
             TrainError::Comm(_) | TrainError::Ranks(_) => BUG,
         };

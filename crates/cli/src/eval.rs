@@ -1,19 +1,21 @@
 //! `unisono eval`
 
-use unisono_train::{checkpoint_config, evaluate};
+use unisono_train::evaluate;
 
 use crate::args::Eval;
 use crate::error::{CliError, DONE};
+use crate::generate::open;
 use crate::layout::ranks_and_threads;
 use crate::screen::say;
 use crate::style::grouped;
 
 /// `unisono eval`
 pub fn run(args: Eval) -> Result<u8, CliError> {
-    let config = checkpoint_config(&args.run, args.step)?;
+    let opened = open(&args.run, args.step)?;
+    let config = opened.config();
     let (ranks, threads) = ranks_and_threads(config.grid.slots(), args.ranks, args.threads);
     let sequences = args.sequences.unwrap_or(config.evaluation.sequences);
-    let Some(record) = evaluate(&args.run, args.step, ranks, threads, sequences)? else {
+    let Some(record) = evaluate(&opened, ranks, threads, sequences)? else {
         return Err(CliError::usage(format!(
             "the run's dataset has no validation sequence of {} tokens: prepare it with --validation above 0",
             config.train.sequence_length

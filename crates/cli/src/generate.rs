@@ -1,16 +1,27 @@
 //! `unisono generate`
 
-use unisono_train::{GenerateOptions, checkpoint_config, generate};
+use std::path::Path;
+
+use unisono_train::{GenerateOptions, Opened, generate};
 
 use crate::args::Generate;
 use crate::error::{CliError, DONE};
 use crate::layout::cores;
-use crate::screen::say;
+use crate::screen::{complain, say};
+
+/// A run's checkpoint; says which newer ones were passed over.
+pub fn open(folder: &Path, step: Option<u64>) -> Result<Opened, CliError> {
+    let opened = Opened::new(folder, step)?;
+    for passed in &opened.rejected {
+        complain("warning", &format!("passed over a checkpoint: {passed}"));
+    }
+    Ok(opened)
+}
 
 /// `unisono generate`
 pub fn run(args: Generate) -> Result<u8, CliError> {
-    let config = checkpoint_config(&args.run, args.step)?;
-    let mut sample = config.sample;
+    let opened = open(&args.run, args.step)?;
+    let mut sample = opened.config().sample.clone();
     sample.prompt = args.prompt.unwrap_or(sample.prompt);
     sample.tokens = args.tokens.unwrap_or(sample.tokens);
     sample.temperature = args.temperature.unwrap_or(sample.temperature);
@@ -22,9 +33,8 @@ pub fn run(args: Generate) -> Result<u8, CliError> {
     if !(sample.top_p > 0.0 && sample.top_p <= 1.0) {
         return Err(CliError::usage(format!("--top-p {}: must be above 0, at most 1", sample.top_p)));
     }
-    say(&sample.prompt);
     let threads = args.threads.unwrap_or_else(cores);
-    generate(&args.run, &GenerateOptions { sample, seed: args.seed, threads, step: args.step }, &say)?;
+    generate(&opened, &GenerateOptions { sample, seed: args.seed, threads }, &say)?;
     say("\n");
     Ok(DONE)
 }

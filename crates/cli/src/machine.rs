@@ -94,6 +94,12 @@ pub fn price(
     Ok(machine.price(&engine_layout(config, &fold, |_| 0), step_rows(config), threads))
 }
 
+/// Floating-point operations a second that `threads` threads reach at most: those of the fastest product that was measured.
+pub fn peak_flops(machine: &LocalMachine, threads: usize) -> f64 {
+    let fastest = machine.products.plain.iter().copied().fold(0.0, f64::max);
+    fastest * 1e9 * threads.min(machine.cores) as f64
+}
+
 /// A way to run a config here; the numbers are the same in all.
 #[derive(Debug, Clone)]
 pub struct LocalLayout {

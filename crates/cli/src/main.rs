@@ -33,15 +33,23 @@ use std::process::ExitCode;
 use clap::Parser;
 
 use crate::args::{Arguments, Command};
-use crate::error::{BUG, CliError};
+use crate::error::{BUG, CliError, STORAGE};
 
 fn main() -> ExitCode {
     unisono_tensor::cpu::keep_freed_memory();
     let arguments = Arguments::parse();
+    // What `train` prints is not its result.
+    let prints_its_result = !matches!(arguments.command, Command::Train(_));
     // A panic has said where it was; what is left to say is whose fault it is.
     let outcome = std::panic::catch_unwind(AssertUnwindSafe(|| run(arguments.command)));
     let outcome = outcome.unwrap_or_else(|_| {
         Err(CliError { code: BUG, message: "this is a defect of unisono: please report it".into() })
+    });
+    let outcome = outcome.and_then(|code| match screen::lost().filter(|_| prints_its_result) {
+        None => Ok(code),
+        Some(why) => {
+            Err(CliError { code: STORAGE, message: format!("cannot write to standard output: {why}") })
+        }
     });
     match outcome {
         Ok(code) => code.into(),

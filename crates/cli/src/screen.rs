@@ -1,6 +1,7 @@
 //! What goes to the terminal: lines on stdout, complaints and the progress bar on stderr.
 
-use std::io::{IsTerminal, Write};
+use std::io::{ErrorKind, IsTerminal, Write};
+use std::sync::OnceLock;
 
 use indicatif::{ProgressBar, ProgressStyle};
 
@@ -9,10 +10,21 @@ use crate::style::Paint;
 /// Before there is a bar.
 const WAIT: &str = "{msg} ...";
 
-/// Writes to stdout. A reader that has gone (`| head`) is no reason to end a run.
+/// Why something could not be written to stdout, the first time.
+static LOST: OnceLock<String> = OnceLock::new();
+
+/// Writes to stdout. A reader that has gone (`| head`) is no reason to end a run, nor is a disk that is full.
 pub fn say(text: &str) {
     let mut out = std::io::stdout().lock();
-    let _ = out.write_all(text.as_bytes()).and_then(|()| out.flush());
+    match out.write_all(text.as_bytes()).and_then(|()| out.flush()) {
+        Err(error) if error.kind() != ErrorKind::BrokenPipe => drop(LOST.set(error.to_string())),
+        _ => {}
+    }
+}
+
+/// Why not all that was said has arrived on stdout; none if its reader has gone.
+pub fn lost() -> Option<&'static str> {
+    LOST.get().map(String::as_str)
 }
 
 /// Writes `label: message` to stderr.

@@ -13,6 +13,25 @@ use crate::error::CliError;
 /// when one has ended, and they may still be writing their flight records.
 pub const LAST_WORDS: Duration = Duration::from_millis(300);
 
+/// From now on the first SIGINT or SIGTERM ends the process, after `clean_up`.
+///
+/// # Errors
+/// If the system refuses.
+pub fn clean_up_at_signal(clean_up: impl Fn() + Send + 'static) -> Result<(), CliError> {
+    let mut arriving = Arriving::new([SIGINT, SIGTERM]).map_err(refused)?;
+    let wait = move || {
+        if let Some(signal) = arriving.forever().next() {
+            clean_up();
+            std::process::exit(128 + signal);
+        }
+    };
+    std::thread::Builder::new().name("signals".into()).spawn(wait).map(drop).map_err(refused)
+}
+
+fn refused(error: std::io::Error) -> CliError {
+    CliError::usage(format!("cannot listen for signals: {error}"))
+}
+
 /// What has arrived so far.
 #[derive(Debug, Default)]
 struct State {
@@ -32,7 +51,6 @@ impl Signals {
     /// # Errors
     /// If the system refuses.
     pub fn listen(notice: impl Fn() + Send + 'static) -> Result<Self, CliError> {
-        let refused = |error: std::io::Error| CliError::usage(format!("cannot listen for signals: {error}"));
         let state = Arc::new(State::default());
         let shared = Arc::clone(&state);
         let mut arriving = Arriving::new([SIGINT, SIGTERM]).map_err(refused)?;

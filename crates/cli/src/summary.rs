@@ -51,8 +51,10 @@ fn outcome(summary: &Summary, started: &Started, paint: Paint) -> Vec<String> {
             grouped(tokens),
             grouped((tokens as f64 / summary.seconds.max(1e-9)) as u64),
         ),
-        format!("  training loss    {:.4} nats, step {}", summary.last_loss, summary.step),
     ];
+    lines.extend(
+        summary.last_loss.map(|loss| format!("  training loss    {loss:.4} nats, step {}", summary.step)),
+    );
     if let Some(record) = &summary.validation {
         lines.push(paint.green(&format!(
             "  validation loss  {:.4} nats, {:.3} bits/byte, step {}",

@@ -2,12 +2,13 @@
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use unisono_comm::{Failure, Reason};
 use unisono_train::run_folder::{
     CONFIG_FILE, METRICS_FILE, SUMMARY_FILE, holds_a_run, read_config, write_durably,
 };
-use unisono_train::{GenerateOptions, RunConfig, RunOptions, Summary, generate};
+use unisono_train::{GenerateOptions, Opened, RunConfig, RunOptions, Summary, generate};
 
 use crate::args::Train;
 use crate::config;
@@ -102,6 +103,7 @@ fn resolve(args: Train, job: &Job) -> Result<(RunConfig, RunOptions), CliError> 
         && let Some(machine) = machine::load(args.machine.as_deref())?
     {
         options.predicted_step_s = Some(machine::price(&machine, &config, ranks, threads)?.step_s);
+        options.peak_flops = Some(machine::peak_flops(&machine, ranks * threads));
     }
     Ok((config, options))
 }
@@ -151,15 +153,14 @@ fn sample(config: &RunConfig, folder: &Path, seen: &Seen, summary: &mut Summary)
         format!("{}\n", paint.faint(&format!("{title}{dashes}")))
     };
     say(&format!("\n{}", rule("── a sample of text ")));
-    let prompt = config.sample.prompt.trim_start();
-    say(&Paint::new(&std::io::stdout()).strong(prompt));
-    let options = GenerateOptions {
-        sample: config.sample.clone(),
-        seed: config.train.seed,
-        threads: cores(),
-        step: Some(summary.step),
+    let options =
+        GenerateOptions { sample: config.sample.clone(), seed: config.train.seed, threads: cores() };
+    let first = AtomicBool::new(true);
+    let show = |text: &str| match first.swap(false, Ordering::Relaxed) {
+        true => say(&Paint::new(&std::io::stdout()).strong(text.trim_start())),
+        false => say(text),
     };
-    let text = generate(folder, &options, &say)?;
+    let text = generate(&Opened::new(folder, Some(summary.step))?, &options, &show)?;
     say(&format!("\n{}", rule("")));
     summary.sample = Some(format!("{}{text}", config.sample.prompt));
     let json = serde_json::to_vec_pretty(summary)
@@ -171,7 +172,12 @@ fn sample(config: &RunConfig, folder: &Path, seen: &Seen, summary: &mut Summary)
 fn next_commands(config: &RunConfig, folder: &Path, summary: &Summary, paint: Paint) -> String {
     let (program, run) = (program(), quoted(folder));
     let mut lines = vec![String::new()];
-    if summary.stopped {
+    let steps = summary.step + config.train.steps.div_ceil(2).max(1);
+    let more = format!("  {program} train --run {run} --resume --steps {steps}");
+    if summary.step == 0 && !summary.stopped {
+        // No step, no checkpoint to write text from.
+        lines.extend([paint.strong("Next"), more]);
+    } else if summary.stopped {
         lines.push(
             paint.strong(&format!(
                 "Stopped after step {} of {}. Go on with",
@@ -183,8 +189,7 @@ fn next_commands(config: &RunConfig, folder: &Path, summary: &Summary, paint: Pa
         lines.push(paint.strong("Next"));
         lines.push(format!("  {program} generate --run {run} --prompt 'To be'"));
         lines.push(format!("  {program} eval --run {run}"));
-        let steps = summary.step + config.train.steps.div_ceil(2).max(1);
-        lines.push(format!("  {program} train --run {run} --resume --steps {steps}"));
+        lines.push(more);
     }
     lines.push(String::new());
     lines.join("\n")

@@ -10,6 +10,7 @@ use crate::config;
 use crate::error::{CliError, DIFFERENT, DONE};
 use crate::job::Job;
 use crate::screen::{Screen, say};
+use crate::signals::clean_up_at_signal;
 use crate::style::{program, quoted};
 use crate::train::abandon;
 
@@ -83,8 +84,17 @@ impl Runs {
 impl Drop for Runs {
     fn drop(&mut self) {
         if !self.kept {
-            // A temporary folder that stays is no reason to fail.
-            let _ = std::fs::remove_dir_all(&self.folder);
+            remove(&self.folder);
+        }
+    }
+}
+
+/// Removes a temporary folder, while ranks may still be writing there. One that stays is no reason to fail.
+fn remove(folder: &Path) {
+    const TRIES: usize = 20;
+    for _ in 0..TRIES {
+        if std::fs::remove_dir_all(folder).is_ok() || !folder.exists() {
+            return;
         }
     }
 }
@@ -101,6 +111,10 @@ fn check(args: Verify, job: &Job) -> Result<u8, CliError> {
     let (ranks, threads) =
         job.ranks_and_threads(config.grid.slots(), args.ranks, args.threads, &args.nodes)?;
     let mut runs = if job.leads() { Runs::new(args.run)? } else { Runs::kept(PathBuf::new()) };
+    if !runs.kept {
+        let folder = runs.folder.clone();
+        clean_up_at_signal(move || remove(&folder))?;
+    }
     let folder = PathBuf::from(job.told_by_first(runs.folder.display().to_string())?);
     let mut options = RunOptions::new(&folder, ranks, threads);
     (options.nodes, options.abandon, options.place) = (args.nodes, abandon, job.place.clone());

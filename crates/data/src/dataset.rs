@@ -181,6 +181,11 @@ impl Dataset {
         &self.tokenizer
     }
 
+    /// The tokenizer alone.
+    pub fn into_tokenizer(self) -> Tokenizer {
+        self.tokenizer
+    }
+
     /// A hash of tokenizer and tokens: two runs with equal fingerprints train on the same data.
     pub fn fingerprint(&self) -> [u8; 32] {
         self.fingerprint

@@ -68,6 +68,14 @@ pub enum DataError {
         /// What is wrong and what would be right.
         problem: String,
     },
+    /// A part is left without a document.
+    #[error("the {part} part would have no document: {remedy}")]
+    EmptyPart {
+        /// "train" or "validation".
+        part: &'static str,
+        /// What would help.
+        remedy: &'static str,
+    },
     /// The caller asks for something that does not exist or makes no sense.
     #[error("{0}")]
     Request(String),
@@ -76,7 +84,7 @@ pub enum DataError {
 impl DataError {
     /// Whether a file's contents are at fault (rather than the storage or the request).
     pub fn is_bad_input(&self) -> bool {
-        !self.is_storage() && !matches!(self, Self::Request(_))
+        !self.is_storage() && !matches!(self, Self::Request(_) | Self::EmptyPart { .. })
     }
 
     /// Whether the operating system refused to read or write.

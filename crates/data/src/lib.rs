@@ -34,6 +34,6 @@ pub use error::{DataError, Result};
 pub use manifest::{MANIFEST_FILE, Manifest, PartEntry, ShardEntry, TokenizerEntry};
 pub use packing::{IGNORE, Sequence};
 pub use pieces::Split;
-pub use prepare::{InputFormat, PrepareOptions, Progress, prepare};
+pub use prepare::{InputFormat, PrepareOptions, Progress, discard_unfinished, prepare};
 pub use sampler::Sampler;
 pub use tokenizer::{DecodeStream, Tokenizer};

@@ -25,8 +25,9 @@ pub enum Split {
         share: f64,
     },
     /// Long documents are cut at line ends into chunks of about 16 KiB (a shorter document is one
-    /// chunk), and evenly spaced chunks go to validation. Works with any number of documents and
-    /// represents all of them. A run of chunks in the same part counts as one document there.
+    /// chunk), and evenly spaced chunks go to validation; where that leaves a part empty, into smaller
+    /// ones. Works with any number of documents and represents all of them. A run of chunks in the same
+    /// part counts as one document there.
     Chunks {
         /// The share of validation chunks, above 0 and below 1.
         share: f64,
@@ -44,6 +45,14 @@ impl Split {
             }
             _ => Ok(()),
         }
+    }
+
+    /// The size of pieces that leaves no part of `bytes` of text empty where [`Self::piece_bytes`] does, in bytes.
+    pub(crate) fn smaller_piece_bytes(self, bytes: u64) -> Option<usize> {
+        let Self::Chunks { share } = self else { return None };
+        // Pieces may come out at twice their size.
+        let target = (bytes as f64 * share.min(1.0 - share) / 2.0) as usize;
+        (target < CHUNK_BYTES).then_some(target.max(1))
     }
 
     /// The size of pieces a document is cut into, in bytes.

@@ -83,8 +83,8 @@ pub struct Progress {
 /// removed, and so is what this run wrote when it fails.
 ///
 /// # Errors
-/// [`DataError::Input`] names file and line of malformed input; [`DataError::Request`] for options that make no sense,
-/// a folder that already holds a dataset, or a part left without a document; [`DataError::Io`]; [`DataError::Coding`].
+/// [`DataError::Input`] names file and line of malformed input; [`DataError::Request`] for options that make no sense or
+/// a folder that already holds a dataset; [`DataError::EmptyPart`]; [`DataError::Io`]; [`DataError::Coding`].
 pub fn prepare(
     inputs: &[PathBuf],
     tokenizer: &Tokenizer,
@@ -97,13 +97,42 @@ pub fn prepare(
     for input in inputs {
         bytes_total += fs::metadata(input).map_err(DataError::io("read", input))?.len();
     }
+    let is_new = !out_dir.exists();
     make_room(out_dir, tokenizer)?;
-    let result = write_dataset(inputs, tokenizer, out_dir, options, bytes_total, progress);
-    if result.is_err() {
-        // The first error is the one to tell.
-        let _ = remove_leftovers(out_dir);
+    let mut write = |piece_bytes: usize| {
+        let job = Job { inputs, tokenizer, out_dir, options, piece_bytes, bytes_total };
+        let result = job.write(progress);
+        if result.is_err() {
+            // The first error is the one to tell.
+            let _ = remove_leftovers(out_dir);
+        }
+        result
+    };
+    let mut result = write(options.split.piece_bytes());
+    if let (Err(DataError::EmptyPart { .. }), Some(smaller)) =
+        (&result, options.split.smaller_piece_bytes(bytes_total))
+    {
+        result = write(smaller);
+    }
+    if result.is_err() && is_new {
+        let _ = fs::remove_dir(out_dir);
     }
     result
+}
+
+/// Removes what a [`prepare()`] that was interrupted has left in `out_dir`, and the folder if nothing else is in it. A
+/// whole dataset stays.
+///
+/// # Errors
+/// [`DataError::Io`].
+pub fn discard_unfinished(out_dir: &Path) -> Result<()> {
+    if !out_dir.exists() || out_dir.join(MANIFEST_FILE).exists() {
+        return Ok(());
+    }
+    remove_leftovers(out_dir)?;
+    // It may hold files of others.
+    let _ = fs::remove_dir(out_dir);
+    Ok(())
 }
 
 fn check_options(inputs: &[PathBuf], options: &PrepareOptions) -> Result<()> {
@@ -119,6 +148,11 @@ fn check_options(inputs: &[PathBuf], options: &PrepareOptions) -> Result<()> {
             if s.is_empty() =>
         {
             refuse("the separator is empty: leave it out for one document a file")
+        }
+        InputFormat::ByName { separator: Some(_) } if inputs.iter().all(|input| is_named_json(input)) => {
+            refuse(
+                "a separator is for text, and all inputs are JSON lines by their names: leave it out, or name the format",
+            )
         }
         _ => options.split.check(),
     }
@@ -174,60 +208,66 @@ fn is_shard_name(name: &str) -> bool {
     })
 }
 
-fn write_dataset(
-    inputs: &[PathBuf],
-    tokenizer: &Tokenizer,
-    out_dir: &Path,
-    options: &PrepareOptions,
+/// One way to write a dataset.
+struct Job<'a> {
+    inputs: &'a [PathBuf],
+    tokenizer: &'a Tokenizer,
+    out_dir: &'a Path,
+    options: &'a PrepareOptions,
+    piece_bytes: usize,
     bytes_total: u64,
-    progress: &mut dyn FnMut(Progress),
-) -> Result<Manifest> {
-    let parts = Part::ALL.map(|part| PartWriter {
-        folder: out_dir,
-        tokenizer,
-        part,
-        max_shard_tokens: options.max_shard_tokens,
-        shard: None,
-        documents: 0,
-        entry: PartEntry::default(),
-    });
-    let mut preparation = Preparation {
-        assembler: Assembler::new(tokenizer, options.split, options.threads, Parts { parts }),
-        bytes: Progress { bytes_total, ..Progress::default() },
-        progress,
-    };
-    for input in inputs {
-        read_input(input, options, &mut preparation)?;
-    }
-    preparation.assembler.flush()?;
-    preparation.tell();
-    let text_bytes = preparation.assembler.text_bytes;
-    let [mut train, mut validation] = preparation.assembler.finish()?.parts;
-    train.end_shard()?;
-    validation.end_shard()?;
-    check_parts(&train.entry, &validation.entry, options.split)?;
-    write_file(&out_dir.join(TOKENIZER_FILE), tokenizer.json())?;
-    let entry = TokenizerEntry {
-        file: TOKENIZER_FILE.into(),
-        blake3: hex(&tokenizer.hash()),
-        vocab_size: tokenizer.vocab_size(),
-        end_of_text: tokenizer.end_of_text().into(),
-        end_of_text_id: tokenizer.eot_id(),
-    };
-    let manifest = Manifest::new(entry, options.split, text_bytes, [train.entry, validation.entry]);
-    write_file(&out_dir.join(MANIFEST_FILE), &manifest.to_json())?;
-    Ok(manifest)
 }
 
-fn read_input(path: &Path, options: &PrepareOptions, sink: &mut dyn Sink) -> Result<()> {
-    let piece_bytes = options.split.piece_bytes();
-    let named_json = || {
-        let extension = path.extension().and_then(|extension| extension.to_str()).unwrap_or_default();
-        ["jsonl", "ndjson", "json"].iter().any(|json| extension.eq_ignore_ascii_case(json))
-    };
-    match &options.format {
+impl Job<'_> {
+    fn write(&self, progress: &mut dyn FnMut(Progress)) -> Result<Manifest> {
+        let Self { inputs, tokenizer, out_dir, options, piece_bytes, bytes_total } = *self;
+        let parts = Part::ALL.map(|part| PartWriter {
+            folder: out_dir,
+            tokenizer,
+            part,
+            max_shard_tokens: options.max_shard_tokens,
+            shard: None,
+            documents: 0,
+            entry: PartEntry::default(),
+        });
+        let mut preparation = Preparation {
+            assembler: Assembler::new(tokenizer, options.split, options.threads, Parts { parts }),
+            bytes: Progress { bytes_total, ..Progress::default() },
+            progress,
+        };
+        for input in inputs {
+            read_input(input, &options.format, piece_bytes, &mut preparation)?;
+        }
+        preparation.assembler.flush()?;
+        preparation.tell();
+        let text_bytes = preparation.assembler.text_bytes;
+        let [mut train, mut validation] = preparation.assembler.finish()?.parts;
+        train.end_shard()?;
+        validation.end_shard()?;
+        check_parts(&train.entry, &validation.entry, options.split)?;
+        write_file(&out_dir.join(TOKENIZER_FILE), tokenizer.json())?;
+        let entry = TokenizerEntry {
+            file: TOKENIZER_FILE.into(),
+            blake3: hex(&tokenizer.hash()),
+            vocab_size: tokenizer.vocab_size(),
+            end_of_text: tokenizer.end_of_text().into(),
+            end_of_text_id: tokenizer.eot_id(),
+        };
+        let manifest = Manifest::new(entry, options.split, text_bytes, [train.entry, validation.entry]);
+        write_file(&out_dir.join(MANIFEST_FILE), &manifest.to_json())?;
+        Ok(manifest)
+    }
+}
+
+fn is_named_json(path: &Path) -> bool {
+    let extension = path.extension().and_then(|extension| extension.to_str()).unwrap_or_default();
+    ["jsonl", "ndjson", "json"].iter().any(|json| extension.eq_ignore_ascii_case(json))
+}
+
+fn read_input(path: &Path, format: &InputFormat, piece_bytes: usize, sink: &mut dyn Sink) -> Result<()> {
+    match format {
         InputFormat::JsonLines => input::read_json_lines(path, piece_bytes, sink),
-        InputFormat::ByName { .. } if named_json() => input::read_json_lines(path, piece_bytes, sink),
+        InputFormat::ByName { .. } if is_named_json(path) => input::read_json_lines(path, piece_bytes, sink),
         InputFormat::ByName { separator } | InputFormat::Text { separator } => {
             input::read_text(path, separator.as_deref(), piece_bytes, sink)
         }
@@ -238,10 +278,11 @@ fn check_parts(train: &PartEntry, validation: &PartEntry, split: Split) -> Resul
     let remedy = match split {
         Split::None => "the inputs hold no text",
         Split::Documents { .. } => {
-            "there are too few documents to divide by hash: divide by chunks, or use more text"
+            "there are too few documents to divide by hash: divide by chunks (without --by-document), use more text, or hold \
+             nothing back (--validation 0)"
         }
         Split::Chunks { .. } => {
-            "there are too few chunks of 16 KiB for this share: use more text or another share"
+            "there is too little text for this share: use more text, another share, or hold nothing back (--validation 0)"
         }
     };
     let empty = [(Part::Train, train), (Part::Validation, validation)].into_iter().find(|(part, entry)| {
@@ -249,9 +290,7 @@ fn check_parts(train: &PartEntry, validation: &PartEntry, split: Split) -> Resul
     });
     match empty {
         None => Ok(()),
-        Some((part, _)) => {
-            Err(DataError::Request(format!("the {} part would have no document: {remedy}", part.name())))
-        }
+        Some((part, _)) => Err(DataError::EmptyPart { part: part.name(), remedy }),
     }
 }
 

@@ -8,7 +8,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use unisono_data::{
     DataError, Dataset, IGNORE, InputFormat, Manifest, Part, PrepareOptions, Sequence, Split, Tokenizer,
-    Verify, corpus, prepare,
+    Verify, corpus, discard_unfinished, prepare,
 };
 
 fn contents(folder: &Path) -> BTreeMap<String, Vec<u8>> {
@@ -167,9 +167,10 @@ fn nothing_is_overwritten_and_nothing_half_done_is_left() {
     let out = folder.path().join("other");
     let error = run(&[bad], &out, &options()).unwrap_err();
     assert!(error.is_bad_input() && error.to_string().contains("bad.jsonl:151: "), "{error}");
-    assert!(contents(&out).is_empty());
+    assert!(!out.exists());
 
     // Somebody's tokenizer is not replaced.
+    fs::create_dir(&out).unwrap();
     fs::write(out.join("tokenizer.json"), "{}").unwrap();
     let error = run(&[folder.path().join("input.jsonl")], &out, &options()).unwrap_err();
     assert!(error.to_string().contains("another tokenizer"), "{error}");
@@ -182,7 +183,7 @@ fn requests_that_make_no_sense_are_refused() {
     let empty = [write(folder.path(), "empty.txt", "")];
     let out = folder.path().join("data");
     let separator = Some(String::new());
-    let cases: [(&[PathBuf], PrepareOptions, &str); 6] = [
+    let cases: [(&[PathBuf], PrepareOptions, &str); 8] = [
         (&[], options(), "no input"),
         (&input, PrepareOptions { max_shard_tokens: 0, ..options() }, "max_shard_tokens"),
         (&input, PrepareOptions { split: Split::Chunks { share: 1.5 }, ..options() }, "1.5"),
@@ -192,12 +193,52 @@ fn requests_that_make_no_sense_are_refused() {
             "separator is empty",
         ),
         (&input, PrepareOptions { split: Split::Documents { share: 1e-9 }, ..options() }, "divide by chunks"),
+        (
+            &input,
+            PrepareOptions { format: InputFormat::ByName { separator: Some("--".into()) }, ..options() },
+            "all inputs are JSON lines by their names",
+        ),
+        (&empty, PrepareOptions::default(), "--validation 0"),
         (&empty, PrepareOptions { split: Split::None, ..PrepareOptions::default() }, "no text"),
     ];
     for (inputs, options, part) in cases {
         let error = run(inputs, &out, &options).unwrap_err();
-        assert!(matches!(error, DataError::Request(_)) && error.to_string().contains(part), "{error}");
+        assert!(!error.is_bad_input() && !error.is_storage() && error.to_string().contains(part), "{error}");
+        assert!(!out.exists());
     }
     let error = run(&[folder.path().join("absent")], &out, &options()).unwrap_err();
     assert!(error.is_storage() && error.to_string().contains("absent"), "{error}");
+}
+
+/// Chunks of the usual size would leave nothing for validation.
+#[test]
+fn small_texts_hold_back_their_share_too() {
+    let folder = tempfile::tempdir().unwrap();
+    for (lines, bytes) in [(30, 1_500), (2_000, 100_000)] {
+        let text: String =
+            (0..lines).map(|line| format!("line {line} of a text that is rather short, ok\n")).collect();
+        assert!(text.len() < 2 * bytes);
+        let input = write(folder.path(), "input.txt", &text);
+        let out = folder.path().join(lines.to_string());
+        let manifest = run(&[input], &out, &PrepareOptions::default()).unwrap();
+        let [train, validation] = [&manifest.train, &manifest.validation].map(|part| part.tokens as f64);
+        let share = validation / (train + validation);
+        assert!((0.01..0.15).contains(&share), "{lines} lines: {share}");
+        Dataset::open(&out, Verify::AtOpen).unwrap();
+    }
+}
+
+#[test]
+fn what_an_interrupted_preparation_left_is_discarded() {
+    let folder = tempfile::tempdir().unwrap();
+    let (whole, _) = small_dataset(folder.path());
+    let before = contents(&whole);
+    discard_unfinished(&whole).unwrap();
+    assert!(contents(&whole) == before);
+    let cut = folder.path().join("cut");
+    fs::create_dir(&cut).unwrap();
+    fs::write(cut.join("train-00000.tokens.partial"), "half").unwrap();
+    discard_unfinished(&cut).unwrap();
+    assert!(!cut.exists());
+    discard_unfinished(&cut).unwrap();
 }

@@ -12,6 +12,7 @@ use unisono_tensor::{Backend, Buffer};
 use crate::config::RunConfig;
 use crate::error::TrainError;
 use crate::optimizer::PlacedPiece;
+use crate::parameters::ShardedParameters;
 use crate::rank::{Progress, RankState};
 
 /// The small state beside the tensors.
@@ -95,7 +96,7 @@ impl<B: Backend> RankState<'_, B> {
     /// Saves the state of all ranks as one checkpoint. Every rank returns the same verdict.
     ///
     /// # Errors
-    /// [`TrainError::Checkpoint`] on rank 0 and [`TrainError::Storage`] elsewhere if it could not be written: what was
+    /// [`TrainError::Checkpoint`] on the rank that failed and [`TrainError::Peer`] elsewhere if it could not be written: what was
     /// saved before is intact and training may go on.
     pub fn save(&self, dir: &Path, id: &SaveId, extra: &Extra) -> Result<Option<Committed>, TrainError> {
         let rank = self.comm.rank();
@@ -145,7 +146,7 @@ impl<B: Backend> RankState<'_, B> {
             None => Ok(()),
             Some(rank) => {
                 let said = String::from_utf8_lossy(&all[rank]).into_owned();
-                Err(TrainError::Storage { failures: 1, last: format!("rank {rank}: {said}") })
+                Err(TrainError::Peer { rank, said })
             }
         }
     }
@@ -237,12 +238,8 @@ impl<B: Backend> RankState<'_, B> {
     /// If a file is damaged or a tensor is missing or of another shape.
     pub fn restore(&mut self, reader: &Reader, extra: &Extra) -> Result<(), TrainError> {
         let layout = self.model.layout().clone();
-        self.parameters.fill(|kind, range| read_segment(reader, &layout, kind, range))?;
+        restore_parameters(&mut self.parameters, &layout, reader)?;
         self.restore_moments(reader, &layout)?;
-        for (index, layer) in layout.moe_layers().enumerate() {
-            let bytes = reader.read(&bias_name(&layout, index), 0..layout.num_experts() as u64)?;
-            self.parameters.set_bias(Layout::layer_unit(layer), floats(&bytes));
-        }
         self.progress = extra.progress;
         Ok(())
     }
@@ -266,6 +263,23 @@ impl<B: Backend> RankState<'_, B> {
         }
         Ok(())
     }
+}
+
+/// Fills parameters and balance biases from a checkpoint.
+///
+/// # Errors
+/// If a file is damaged or a tensor is missing or of another shape.
+pub(crate) fn restore_parameters<B: Backend>(
+    parameters: &mut ShardedParameters<B>,
+    layout: &Layout,
+    reader: &Reader,
+) -> Result<(), TrainError> {
+    parameters.fill(|kind, range| read_segment(reader, layout, kind, range))?;
+    for (index, layer) in layout.moe_layers().enumerate() {
+        let bytes = reader.read(&bias_name(layout, index), 0..layout.num_experts() as u64)?;
+        parameters.set_bias(Layout::layer_unit(layer), floats(&bytes));
+    }
+    Ok(())
 }
 
 /// Elements `range` of a segment's parameters, padding zero.

@@ -1,6 +1,6 @@
 //! Two runs compared: the first step, and the quantity or tensor, in which they differ.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 
 use unisono_checkpoint::{Reader, compare, list};
@@ -26,7 +26,7 @@ pub struct Comparison {
     pub steps: usize,
     /// The last step of each.
     pub lengths: [u64; 2],
-    /// The first loss, norm or routing count that differs.
+    /// The first loss, norm or routing count that differs, or step that one of them lacks.
     pub quantity: Option<Found>,
     /// Steps of which both have hashes.
     pub hashed: usize,
@@ -51,10 +51,9 @@ impl Comparison {
         Ok(Self {
             steps: common(&a, &b).count(),
             lengths: [&a, &b].map(|steps| steps.keys().next_back().copied().unwrap_or(0)),
-            quantity: common(&a, &b).find_map(|(step, a, b)| Some(Found { step, text: quantity(a, b)? })),
+            quantity: first_difference(&a, &b, quantity),
             hashed: common(&a_hashes, &b_hashes).count(),
-            hash: common(&a_hashes, &b_hashes)
-                .find_map(|(step, a, b)| Some(Found { step, text: hashed_tensor(a, b)? })),
+            hash: hash_difference(&a_hashes, &b_hashes),
             checkpoints,
             tensor,
         })
@@ -75,6 +74,7 @@ impl Comparison {
         let [a, b] = self.lengths;
         let mut lines = Vec::new();
         match self.first_step() {
+            None if a != b => lines.push(format!("identical as far as both go, to step {}", a.min(b))),
             None => lines.push("identical".to_string()),
             Some(step) => lines.push(format!("different from step {step} on")),
         }
@@ -120,6 +120,29 @@ fn common<'a, T>(
     b: &'a BTreeMap<u64, T>,
 ) -> impl Iterator<Item = (u64, &'a T, &'a T)> {
     a.iter().filter_map(|(step, a)| Some((*step, a, b.get(step)?)))
+}
+
+/// The first step in which `differ` finds something, or that is in one of them only, up to where the shorter one ends.
+fn first_difference<T>(
+    a: &BTreeMap<u64, T>,
+    b: &BTreeMap<u64, T>,
+    differ: impl Fn(&T, &T) -> Option<String>,
+) -> Option<Found> {
+    let end = a.keys().next_back()?.min(b.keys().next_back()?);
+    let steps: BTreeSet<u64> = a.keys().chain(b.keys()).filter(|step| *step <= end).copied().collect();
+    steps.into_iter().find_map(|step| {
+        let text = match (a.get(&step), b.get(&step)) {
+            (Some(a), Some(b)) => differ(a, b)?,
+            (Some(_), None) => "the second run has no record of it".into(),
+            (None, _) => "the first run has no record of it".into(),
+        };
+        Some(Found { step, text })
+    })
+}
+
+/// Hashes may be of every so many steps, and of others in each run.
+fn hash_difference(a: &BTreeMap<u64, StepHashes>, b: &BTreeMap<u64, StepHashes>) -> Option<Found> {
+    common(a, b).find_map(|(step, a, b)| Some(Found { step, text: hashed_tensor(a, b)? }))
 }
 
 /// The first quantity in which two records of a step differ.

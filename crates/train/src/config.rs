@@ -376,9 +376,9 @@ impl RunConfig {
                 apply_override(&mut table, text)?;
             }
             // The text alone was right, so what is wrong comes from an override.
-            config = table.try_into().map_err(|error: toml::de::Error| {
-                let message = error.to_string().trim_end().replace('\n', " ");
-                ConfigError::Override { text: overrides.join(" --set "), reason: message }
+            config = table.try_into().map_err(|error: toml::de::Error| ConfigError::Override {
+                text: overrides.join(" --set "),
+                reason: plain(&error.to_string()),
             })?;
         }
         config.validate()?;
@@ -532,7 +532,22 @@ fn check(holds: bool, field: &'static str, value: impl ToString, rule: &str) -> 
 fn parse_error(text: &str, error: &toml::de::Error) -> ConfigError {
     let before = error.span().map_or(0, |span| span.start.min(text.len()));
     let line = 1 + text.as_bytes()[..before].iter().filter(|byte| **byte == b'\n').count();
-    ConfigError::Parse(format!("line {line}: {}", error.message().replace('\n', " ")))
+    ConfigError::Parse(format!("line {line}: {}", plain(error.message())))
+}
+
+/// A message of serde in one line and without names of types.
+fn plain(message: &str) -> String {
+    let message = message.trim_end().replace('\n', " ");
+    let Some((before, rest)) = message.split_once("expected struct ") else { return message };
+    let rest = rest.trim_start_matches(|c: char| c.is_alphanumeric());
+    format!("{before}expected a section of keys{rest}")
+}
+
+/// Whether `text` is a number that TOML has no room for.
+fn is_too_large(text: &str) -> bool {
+    let text = text.trim();
+    text.parse::<i128>().is_ok_and(|number| i64::try_from(number).is_err())
+        || text.parse::<f64>().is_ok_and(f64::is_infinite)
 }
 
 /// Sets `a.b.c=value` in a table. The value is TOML; a bare word is a string.
@@ -542,6 +557,9 @@ fn apply_override(table: &mut toml::Table, text: &str) -> Result<(), ConfigError
     let value = match toml::from_str::<toml::Table>(&format!("value = {value}")) {
         Ok(mut parsed) if parsed.len() == 1 => {
             parsed.remove("value").ok_or_else(|| refuse("has no value"))?
+        }
+        _ if is_too_large(value) => {
+            return Err(refuse("is too large: integers go to 9223372036854775807, floats to 1.8e308"));
         }
         _ => toml::Value::String(value.into()),
     };
@@ -592,6 +610,11 @@ mod tests {
             "ok"
         );
         assert!(said("", &["train.steps=x"]).contains("invalid type"));
+        for too_large in ["optimizer.learning_rate=1e400", "train.seed=9223372036854775808"] {
+            assert!(said("", &[too_large]).contains("is too large: integers go to"), "{too_large}");
+        }
+        assert!(said("", &["train=3"]).contains("integer `3`, expected a section of keys in `train`"));
+        assert!(said("train = 3", &[]).ends_with("integer `3`, expected a section of keys"));
         assert_eq!(said("", &["layout.zero=4"]), "layout.zero = 4: must be 1, 2 or 3");
     }
 

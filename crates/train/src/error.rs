@@ -68,6 +68,14 @@ pub enum TrainError {
         /// The run's seed.
         seed: u64,
     },
+    /// A checkpoint failed on another rank.
+    #[error("rank {rank}: {said}")]
+    Peer {
+        /// The rank.
+        rank: usize,
+        /// Its error.
+        said: String,
+    },
     /// Checkpoints failed too often.
     #[error("{failures} checkpoints in a row could not be written; the last said: {last}")]
     Storage {

@@ -7,15 +7,17 @@ use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::{Rng, SeedableRng};
 use unisono_checkpoint::{Reader, latest};
 use unisono_comm::{Communicator, ThreadRanks};
+use unisono_data::Tokenizer;
 use unisono_mesh::{Fold, Grid};
 use unisono_model::{Decoder, Profile};
 use unisono_tensor::Cpu;
 
+use crate::checkpointing::{Extra, restore_parameters};
 use crate::config::{LayoutConfig, RunConfig, SampleConfig};
 use crate::error::TrainError;
-use crate::rank::RankState;
+use crate::rank::{RankState, initial_model};
 use crate::record::ValidationRecord;
-use crate::run::{open_dataset, read_extra};
+use crate::run::{open_dataset, open_tokenizer, read_extra};
 use crate::run_folder::CHECKPOINTS;
 
 /// How text is drawn.
@@ -27,90 +29,104 @@ pub struct GenerateOptions {
     pub seed: u64,
     /// Compute threads.
     pub threads: usize,
-    /// The checkpoint's step; the newest good one if absent.
-    pub step: Option<u64>,
 }
 
-/// The checkpoint to read: that of `step`, or the newest that verifies.
-fn open_checkpoint(folder: &Path, step: Option<u64>) -> Result<Reader, TrainError> {
-    let dir = folder.join(CHECKPOINTS);
-    let step = match step {
-        Some(step) => step,
-        None => latest(&dir)?.step.ok_or_else(|| {
-            TrainError::Resume(format!(
-                "{} has no checkpoint that verifies: train first, with `unisono train --run {}`",
-                folder.display(),
-                folder.display()
-            ))
-        })?,
-    };
-    Ok(Reader::open(&dir, step)?)
+/// A run's checkpoint, open.
+pub struct Opened {
+    reader: Reader,
+    extra: Extra,
+    /// Newer checkpoints that were passed over, and why.
+    pub rejected: Vec<String>,
 }
 
-/// Restores a run's newest state on `fold`'s ranks and calls `work` on each.
-fn with_state<T: Send>(
-    folder: &Path,
-    step: Option<u64>,
-    ranks: Option<usize>,
-    threads: usize,
-    work: impl Fn(&mut RankState<'_, Cpu>) -> Result<T, TrainError> + Sync,
-) -> Result<Vec<T>, TrainError> {
-    let reader = open_checkpoint(folder, step)?;
-    let extra = read_extra(&reader)?;
-    let mut config = extra.config.clone();
-    let ranks = ranks.unwrap_or_else(|| {
-        // One sequence on one rank: whatever the grid was, every expert is here.
-        config.grid = Grid { expert_nodes: config.grid.expert_nodes, ..Grid::default() };
-        1
-    });
-    config.layout = LayoutConfig::default();
-    let fold = Fold::new(config.grid, ranks)?;
-    let dataset = open_dataset(&config, ranks * threads)?;
-    let body = |comm: Communicator| {
-        let backend = Cpu::new(threads);
-        let mut state = RankState::new(&config, &dataset, backend, fold, comm, Profile::new(Instant::now()))?;
-        state.restore(&Reader::open(&folder.join(CHECKPOINTS), reader.step())?, &extra)?;
-        work(&mut state)
-    };
-    ThreadRanks::new(ranks).run(body).map_err(crate::run::root_cause)
+impl Opened {
+    /// The checkpoint of `step`, or the newest of the run in `folder` that verifies.
+    ///
+    /// # Errors
+    /// If there is none.
+    pub fn new(folder: &Path, step: Option<u64>) -> Result<Self, TrainError> {
+        let dir = folder.join(CHECKPOINTS);
+        let (step, rejected) = match step {
+            Some(step) => (step, Vec::new()),
+            None => newest(folder)?,
+        };
+        let reader = Reader::open(&dir, step)?;
+        Ok(Self { extra: read_extra(&reader)?, reader, rejected })
+    }
+
+    /// The config that the run was last started with before.
+    pub fn config(&self) -> &RunConfig {
+        &self.extra.config
+    }
 }
 
-/// Continues the prompt with text drawn from a run's checkpoint; `say` is given each piece as it comes.
+fn newest(folder: &Path) -> Result<(u64, Vec<String>), TrainError> {
+    let found = latest(&folder.join(CHECKPOINTS))?;
+    let rejected: Vec<String> =
+        found.rejected.iter().map(|(step, why)| format!("step {step}: {why}")).collect();
+    let reasons = if rejected.is_empty() { String::new() } else { format!(" ({})", rejected.join("; ")) };
+    let step = found.step.ok_or_else(|| {
+        TrainError::Resume(format!(
+            "{} has no checkpoint that verifies{reasons}: train first, with `unisono train --run {}`",
+            folder.display(),
+            folder.display()
+        ))
+    })?;
+    Ok((step, rejected))
+}
+
+/// Continues the prompt with text drawn from a checkpoint. `say` is given the prompt once all is open, and each piece as it
+/// comes; what is returned begins behind the prompt.
 ///
 /// # Errors
-/// If the run has no good checkpoint or its data cannot be opened.
+/// If the checkpoint is damaged or the run's data cannot be opened.
 pub fn generate(
-    folder: &Path,
+    opened: &Opened,
     options: &GenerateOptions,
     say: &(dyn Fn(&str) + Sync),
 ) -> Result<String, TrainError> {
-    let texts =
-        with_state(folder, options.step, None, options.threads, |state| continue_text(state, options, say))?;
+    let mut config = opened.extra.config.clone();
+    // One sequence on one rank: whatever the grid was, every expert is here.
+    config.grid = Grid { expert_nodes: config.grid.expert_nodes, ..Grid::default() };
+    config.layout = LayoutConfig::default();
+    let fold = Fold::new(config.grid, 1)?;
+    let tokenizer = open_tokenizer(&config)?;
+    let body = |comm: Communicator| {
+        let profile = Profile::new(Instant::now());
+        let (model, _, mut parameters) =
+            initial_model(&config, Cpu::new(options.threads), fold, &comm, profile)?;
+        restore_parameters(&mut parameters, model.layout(), &opened.reader)?;
+        say(&options.sample.prompt);
+        let decoder = Decoder::new(&model, &parameters);
+        continue_text(&decoder, &tokenizer, config.train.sequence_length, options, say)
+    };
+    let texts: Vec<String> = ThreadRanks::new(1).run(body).map_err(crate::run::root_cause)?;
     Ok(texts.concat())
 }
 
+/// `room` is the longest sequence that the model was trained on.
 fn continue_text(
-    state: &RankState<'_, Cpu>,
+    decoder: &Decoder<'_, Cpu>,
+    tokenizer: &Tokenizer,
+    room: usize,
     options: &GenerateOptions,
     say: &(dyn Fn(&str) + Sync),
 ) -> Result<String, TrainError> {
-    let tokenizer = state.dataset().tokenizer();
     let mut tokens = tokenizer.encode(&options.sample.prompt)?;
     if tokens.is_empty() {
         tokens.push(tokenizer.eot_id());
     }
-    let room = state.config().train.sequence_length;
-    let decoder = Decoder::new(state.model(), state.parameters());
+    let half = (room / 2).max(1);
     let mut generator = ChaCha8Rng::seed_from_u64(options.seed);
     let mut stream = tokenizer.decode_stream();
     let mut text = String::new();
     let mut cache = decoder.cache(room);
-    let mut next: Vec<u32> = tokens[tokens.len().saturating_sub(room / 2)..].to_vec();
+    let mut next: Vec<u32> = tokens[tokens.len().saturating_sub(half)..].to_vec();
     for _ in 0..options.sample.tokens {
         if cache.len() + next.len() > cache.capacity() {
             // The window is full: begin again with its newer half.
             cache = decoder.cache(room);
-            next = tokens[tokens.len() - room / 2..].to_vec();
+            next = tokens[tokens.len().saturating_sub(half)..].to_vec();
         }
         let logits = decoder.advance(&mut cache, &next)?;
         let logits = &logits[..tokenizer.vocab_size() as usize];
@@ -158,27 +174,28 @@ fn draw(logits: &[f32], temperature: f32, top_p: f32, generator: &mut ChaCha8Rng
     order[kept - 1]
 }
 
-/// Validation loss of a run's checkpoint, on `ranks` ranks (which must divide the run's slots).
+/// Validation loss of a checkpoint, on `ranks` ranks (which must divide the run's slots).
 ///
 /// # Errors
-/// If the run has no good checkpoint, its data cannot be opened, or the ranks do not divide its slots.
+/// If the checkpoint is damaged, the run's data cannot be opened, or the ranks do not divide its slots.
 pub fn evaluate(
-    folder: &Path,
-    step: Option<u64>,
+    opened: &Opened,
     ranks: usize,
     threads: usize,
     sequences: usize,
 ) -> Result<Option<ValidationRecord>, TrainError> {
-    let records = with_state(folder, step, Some(ranks), threads, |state| state.validate(sequences))?;
+    let mut config = opened.extra.config.clone();
+    config.layout = LayoutConfig::default();
+    let fold = Fold::new(config.grid, ranks)?;
+    let dataset = open_dataset(&config, ranks * threads)?;
+    let body = |comm: Communicator| {
+        let (backend, profile) = (Cpu::new(threads), Profile::new(Instant::now()));
+        let mut state = RankState::new(&config, &dataset, backend, fold, comm, profile)?;
+        state.restore(&opened.reader, &opened.extra)?;
+        state.validate(sequences)
+    };
+    let records = ThreadRanks::new(ranks).run(body).map_err(crate::run::root_cause)?;
     Ok(records.into_iter().next().flatten())
-}
-
-/// The config a run was started with.
-///
-/// # Errors
-/// If the run has no good checkpoint.
-pub fn checkpoint_config(folder: &Path, step: Option<u64>) -> Result<RunConfig, TrainError> {
-    Ok(read_extra(&open_checkpoint(folder, step)?)?.config)
 }
 
 #[cfg(test)]

@@ -100,6 +100,44 @@ struct Sums {
     data_s: f64,
 }
 
+/// A rank's model with initial parameters, and who owns what of them.
+pub(crate) type InitialModel<B> = (Transformer<B>, Rc<Shards>, ShardedParameters<B>);
+
+/// # Errors
+/// If groups cannot be made.
+pub(crate) fn initial_model<B: Backend>(
+    config: &RunConfig,
+    backend: B,
+    fold: Fold,
+    comm: &Communicator,
+    profile: Profile,
+) -> Result<InitialModel<B>, TrainError> {
+    let members: Vec<usize> = fold.dispatch_ranks(comm.rank()).collect();
+    let recompute = match config.train.recompute {
+        RecomputeConfig::None => Recompute::None,
+        RecomputeConfig::Selective => Recompute::Selective,
+        RecomputeConfig::Full => Recompute::Full,
+    };
+    let model = Transformer::new(
+        backend.clone(),
+        config.model.clone(),
+        fold,
+        comm.rank(),
+        comm.subgroup("experts", &members)?,
+        config.train.sequence_length,
+        recompute,
+        dispatch_shape(config),
+        config.layout.overlap,
+        profile.clone(),
+    );
+    let (layout, held) = (model.layout(), model.held_experts());
+    let shards = Rc::new(Shards::new(layout, model.placement(), &fold));
+    let mut parameters =
+        ShardedParameters::new(backend, layout, &shards, held, &config.layout, comm, profile)?;
+    initialize(&mut parameters, layout, config.train.seed);
+    Ok((model, shards, parameters))
+}
+
 impl<'a, B: Backend> RankState<'a, B> {
     /// A rank at step 0 with initial parameters.
     ///
@@ -113,36 +151,9 @@ impl<'a, B: Backend> RankState<'a, B> {
         comm: Communicator,
         profile: Profile,
     ) -> Result<Self, TrainError> {
-        let members: Vec<usize> = fold.dispatch_ranks(comm.rank()).collect();
-        let recompute = match config.train.recompute {
-            RecomputeConfig::None => Recompute::None,
-            RecomputeConfig::Selective => Recompute::Selective,
-            RecomputeConfig::Full => Recompute::Full,
-        };
-        let model = Transformer::new(
-            backend.clone(),
-            config.model.clone(),
-            fold,
-            comm.rank(),
-            comm.subgroup("experts", &members)?,
-            config.train.sequence_length,
-            recompute,
-            dispatch_shape(config),
-            config.layout.overlap,
-            profile.clone(),
-        );
-        let (layout, held) = (model.layout(), model.held_experts());
-        let shards = Rc::new(Shards::new(layout, model.placement(), &fold));
-        let mut parameters = ShardedParameters::new(
-            backend.clone(),
-            layout,
-            &shards,
-            held,
-            &config.layout,
-            &comm,
-            profile.clone(),
-        )?;
-        initialize(&mut parameters, layout, config.train.seed);
+        let (model, shards, parameters) =
+            initial_model(config, backend.clone(), fold, &comm, profile.clone())?;
+        let layout = model.layout();
         let reducer = GradientReducer::new(
             backend.clone(),
             layout,

@@ -8,46 +8,113 @@ use unisono_comm::Ledger;
 use crate::agreement::{StepTimeRecord, TrafficRecord};
 use crate::survey::WorldRecord;
 
+/// Floats in JSON, which has no number for what is not finite: `"NaN"`, `"inf"`, `"-inf"`.
+mod float {
+    use serde::{Deserialize, Deserializer, Serializer};
+
+    #[derive(Deserialize)]
+    #[serde(untagged)]
+    enum Written {
+        Number(f64),
+        Word(String),
+        /// What older versions wrote for all that is not finite.
+        Null(()),
+    }
+
+    impl Written {
+        fn value<E: serde::de::Error>(self) -> Result<f64, E> {
+            match self {
+                Self::Number(value) => Ok(value),
+                Self::Null(()) => Ok(f64::NAN),
+                Self::Word(word) => {
+                    let value = word.parse().ok().filter(|value: &f64| !value.is_finite());
+                    let wrong =
+                        || E::custom(format!("\"{word}\" is no number: NaN, inf or -inf may be quoted"));
+                    value.ok_or_else(wrong)
+                }
+            }
+        }
+    }
+
+    pub fn serialize<S: Serializer>(value: &f64, serializer: S) -> Result<S::Ok, S::Error> {
+        if value.is_finite() { serializer.serialize_f64(*value) } else { serializer.collect_str(value) }
+    }
+
+    pub fn deserialize<'de, D: Deserializer<'de>>(deserializer: D) -> Result<f64, D::Error> {
+        Written::deserialize(deserializer)?.value()
+    }
+
+    /// A float or null for none.
+    pub mod option {
+        use super::{Deserialize, Deserializer, Serializer, Written};
+
+        pub fn serialize<S: Serializer>(value: &Option<f64>, serializer: S) -> Result<S::Ok, S::Error> {
+            match value {
+                Some(value) => super::serialize(value, serializer),
+                None => serializer.serialize_none(),
+            }
+        }
+
+        pub fn deserialize<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<f64>, D::Error> {
+            Option::<Written>::deserialize(deserializer)?.map(Written::value).transpose()
+        }
+    }
+}
+
 /// One step, as `metrics.jsonl` has it. Numbers of the computation (all but times and bytes) do not depend on the layout.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct StepRecord {
     /// The step; the first is 1.
     pub step: u64,
     /// Mean cross-entropy of the target tokens, in nats.
+    #[serde(with = "float")]
     pub loss: f64,
     /// The largest of the slots' mean losses.
+    #[serde(with = "float")]
     pub max_loss: f64,
     /// The loss in bits per byte of text.
+    #[serde(with = "float")]
     pub bits_per_byte: f64,
     /// Balance loss, with its coefficient.
+    #[serde(with = "float")]
     pub balance_loss: f64,
     /// Router z-loss, with its coefficient.
+    #[serde(with = "float")]
     pub z_loss: f64,
     /// Global norm of the gradient before clipping.
+    #[serde(with = "float")]
     pub grad_norm: f64,
     /// Learning rate of the step.
+    #[serde(with = "float")]
     pub learning_rate: f64,
     /// Whether the update was skipped because a number was not finite.
     pub skipped: bool,
     /// Tokens since the run's start.
     pub tokens: u64,
     /// Largest over mean load of an expert, averaged over MoE layers; 0 for dense models.
+    #[serde(with = "float")]
     pub expert_load_max_over_mean: f64,
     /// Mean entropy of the router's scores, in nats; 0 for dense models.
+    #[serde(with = "float")]
     pub router_entropy: f64,
     /// `[MoE layer][expert]` routed rows of the step.
     pub expert_load: Vec<Vec<u64>>,
     /// Seconds of the step.
+    #[serde(with = "float")]
     pub step_s: f64,
     /// Tokens a second.
+    #[serde(with = "float")]
     pub tokens_per_s: f64,
     /// Floating-point operations of the model a second, all ranks, in 10^12.
+    #[serde(with = "float")]
     pub tflops: f64,
     /// Share of the ranks' time in communication.
+    #[serde(with = "float")]
     pub communication_share: f64,
     /// Bytes that ranks sent to other ranks.
     pub bytes_moved: u64,
     /// Seconds of the step spent on reading data.
+    #[serde(with = "float")]
     pub data_s: f64,
 }
 
@@ -76,8 +143,10 @@ pub struct ValidationRecord {
     /// After this step.
     pub validation_step: u64,
     /// Mean cross-entropy of the target tokens, in nats.
+    #[serde(with = "float")]
     pub loss: f64,
     /// The loss in bits per byte of text.
+    #[serde(with = "float")]
     pub bits_per_byte: f64,
     /// Target tokens.
     pub tokens: u64,
@@ -144,8 +213,9 @@ pub struct Summary {
     pub seconds: f64,
     /// Tokens of this start.
     pub tokens: u64,
-    /// The last step's loss.
-    pub last_loss: f64,
+    /// The last step's loss; none where this start made no step.
+    #[serde(with = "float::option")]
+    pub last_loss: Option<f64>,
     /// The last validation.
     pub validation: Option<ValidationRecord>,
     /// What moved, all ranks.

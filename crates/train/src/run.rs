@@ -8,12 +8,12 @@ use std::time::{Duration, Instant};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
-use unisono_checkpoint::{Reader, SaveId, keep_last, latest};
+use unisono_checkpoint::{Reader, SaveId, keep_last};
 use unisono_comm::watch::{Grace, Identity};
 use unisono_comm::{
     Activity, Cause, Communicator, Failure, FlightDeck, Ledger, Place, RunError, ThreadRanks, Watchdog,
 };
-use unisono_data::{Dataset, Part, Verify};
+use unisono_data::{Dataset, Part, Tokenizer, Verify};
 use unisono_mesh::Fold;
 use unisono_model::{Lane, Profile};
 use unisono_plan::Layout;
@@ -31,8 +31,9 @@ use crate::probe::probe;
 use crate::rank::{Fault, RankState};
 use crate::record::{Event, MemoryRecord, Observer, Started, StepRecord, Summary, ValidationRecord};
 use crate::run_folder::{
-    CHECKPOINTS, FLIGHT, RunFolder, SUMMARY_FILE, TRACE_FILE, holds_a_run, next_identity, write_durably,
+    CHECKPOINTS, FLIGHT, RunFolder, SUMMARY_FILE, TRACE_FILE, next_identity, read_identity, write_durably,
 };
+use crate::start::{Start, find_start};
 use crate::survey::{Credentials, WorldRecord, survey};
 use crate::system::peak_rss;
 use crate::trace::{TraceWriter, span_value};
@@ -46,7 +47,7 @@ pub struct RunOptions {
     pub ranks: usize,
     /// Compute threads of each rank.
     pub threads: usize,
-    /// Go on from the newest good checkpoint of the folder.
+    /// Go on from the newest good checkpoint of the folder; from step 0 if the run was never saved.
     pub resume: bool,
     /// Write a Chrome trace.
     pub trace: bool,
@@ -67,6 +68,8 @@ pub struct RunOptions {
     pub place: Place,
     /// Seconds that a step is predicted to take, for the summary.
     pub predicted_step_s: Option<f64>,
+    /// Floating-point operations a second that all ranks together reach at most, where the machine has been measured.
+    pub peak_flops: Option<f64>,
 }
 
 impl RunOptions {
@@ -86,6 +89,7 @@ impl RunOptions {
             abandon: |_| {},
             place: Place::Threads,
             predicted_step_s: None,
+            peak_flops: None,
         }
     }
 }
@@ -111,14 +115,32 @@ pub fn open_dataset(config: &RunConfig, threads: usize) -> Result<Dataset, Train
         None => Dataset::builtin(threads)?,
         Some(path) => Dataset::open(path, Verify::OnFirstUse)?,
     };
-    let needed = dataset.tokenizer().vocab_size() as usize;
-    if config.model.vocab_size < needed {
-        return Err(TrainError::Resume(format!(
-            "model.vocab_size = {}: the dataset's tokenizer has {needed} tokens; set model.vocab_size to at least that",
-            config.model.vocab_size
-        )));
-    }
+    check_vocabulary(config, dataset.tokenizer())?;
     Ok(dataset)
+}
+
+/// The tokenizer of what a config reads. The built-in text is not encoded for it.
+///
+/// # Errors
+/// As [`open_dataset`].
+pub(crate) fn open_tokenizer(config: &RunConfig) -> Result<Tokenizer, TrainError> {
+    let tokenizer = match &config.data.path {
+        None => Tokenizer::builtin()?,
+        Some(path) => Dataset::open(path, Verify::OnFirstUse)?.into_tokenizer(),
+    };
+    check_vocabulary(config, &tokenizer)?;
+    Ok(tokenizer)
+}
+
+fn check_vocabulary(config: &RunConfig, tokenizer: &Tokenizer) -> Result<(), TrainError> {
+    let needed = tokenizer.vocab_size() as usize;
+    if config.model.vocab_size >= needed {
+        return Ok(());
+    }
+    Err(TrainError::Resume(format!(
+        "model.vocab_size = {}: the dataset's tokenizer has {needed} tokens; set model.vocab_size to at least that",
+        config.model.vocab_size
+    )))
 }
 
 /// Hexadecimal fingerprint of a dataset.
@@ -244,43 +266,6 @@ fn new_trace(folder: &Path, ranks: usize) -> Result<TraceWriter, TrainError> {
     TraceWriter::create(&path, ranks).map_err(TrainError::io("write", path))
 }
 
-/// The step to go on from, and which checkpoints were passed over.
-fn find_start(
-    config: &RunConfig,
-    options: &RunOptions,
-    dataset: &Dataset,
-) -> Result<(Option<u64>, Vec<String>), TrainError> {
-    let folder = &options.folder;
-    if !options.resume {
-        if holds_a_run(folder) {
-            return Err(TrainError::Resume(format!(
-                "{} already holds a run: add --resume to go on with it, or name another folder with --run",
-                folder.display()
-            )));
-        }
-        return Ok((None, Vec::new()));
-    }
-    let found = latest(&folder.join(CHECKPOINTS))?;
-    let rejected: Vec<String> =
-        found.rejected.iter().map(|(step, why)| format!("step {step}: {why}")).collect();
-    let Some(step) = found.step else {
-        let reasons = if rejected.is_empty() { String::new() } else { format!(" ({})", rejected.join("; ")) };
-        return Err(TrainError::Resume(format!(
-            "{} has no checkpoint that verifies{reasons}: start anew with another --run",
-            folder.display()
-        )));
-    };
-    let extra = read_extra(&Reader::open(&folder.join(CHECKPOINTS), step)?)?;
-    check_same_computation(config, &extra.config)?;
-    if extra.data != fingerprint(dataset) {
-        return Err(TrainError::Resume(format!(
-            "the data of {} are not the ones the run was started with: resume with the same dataset",
-            folder.display()
-        )));
-    }
-    Ok((Some(step), rejected))
-}
-
 /// The small state of a checkpoint.
 ///
 /// # Errors
@@ -289,30 +274,6 @@ pub fn read_extra(reader: &Reader) -> Result<Extra, TrainError> {
     serde_json::from_value(reader.extra().clone()).map_err(|error| {
         TrainError::Resume(format!("checkpoint step {} has no state of a run: {error}", reader.step()))
     })
-}
-
-/// What may not change between start and resume, since later numbers would not be those of one run.
-fn check_same_computation(now: &RunConfig, then: &RunConfig) -> Result<(), TrainError> {
-    let fixed = |config: &RunConfig| {
-        let mut fixed = config.clone();
-        fixed.train.steps = 0;
-        fixed.train.recompute = crate::config::RecomputeConfig::None;
-        fixed.train.on_non_finite = OnNonFinite::Skip;
-        let (optimizer, schedule) = Default::default();
-        (fixed.optimizer, fixed.schedule) = (optimizer, schedule);
-        (fixed.data, fixed.layout) = Default::default();
-        (fixed.evaluation, fixed.checkpoint) = (Default::default(), Default::default());
-        (fixed.log, fixed.watchdog, fixed.sample) = Default::default();
-        fixed
-    };
-    let (now, then) = (fixed(now).to_toml()?, fixed(then).to_toml()?);
-    match now.lines().zip(then.lines()).find(|(now, then)| now != then) {
-        None => Ok(()),
-        Some((now, then)) => Err(TrainError::Resume(format!(
-            "resume asks for {now}, the run was started with {then}: this would be another computation; drop the change or \
-             start anew with another --run"
-        ))),
-    }
 }
 
 fn run_rank(shared: &Shared<'_>, comm: Communicator) -> Result<Summary, TrainError> {
@@ -360,6 +321,8 @@ fn run_rank(shared: &Shared<'_>, comm: Communicator) -> Result<Summary, TrainErr
         saved: orders.start,
         orders,
         failed_saves: 0,
+        unwritten: false,
+        save_now: false,
         validation: None,
         last: None,
         expert_load: Vec::new(),
@@ -392,20 +355,41 @@ impl Shared<'_> {
     fn orders(&self, comm: &Communicator, probe: &str) -> Result<Orders, TrainError> {
         let mut message = Vec::new();
         if comm.rank() == 0 {
-            let (start, rejected) = find_start(self.config, self.options, self.dataset)?;
-            let folder = &self.options.folder;
-            *lock(&self.folder) = Some(RunFolder::open(folder, self.config, start)?);
-            if self.options.trace {
-                *lock(&self.trace) = Some(new_trace(folder, comm.size())?);
-            }
-            let identity = next_identity(folder, probe, self.config.train.seed)?;
-            let identity = Identity { run_id: identity.run_id, epoch: identity.epoch };
-            let orders = Orders { start, rejected, identity };
+            let start = find_start(self.config, self.options, self.dataset)?;
+            let identity = self.open_folder(&start, comm.size(), probe)?;
+            let orders = Orders { start: start.checkpoint, rejected: start.rejected, identity };
             message = serde_json::to_vec(&orders).map_err(|error| TrainError::Resume(error.to_string()))?;
         }
         let all = comm.all_gather_values(&message)?;
         serde_json::from_slice(&all[0])
             .map_err(|error| TrainError::Resume(format!("rank 0 sent no orders that can be read: {error}")))
+    }
+
+    /// Whether a run that goes on from `start` has no step left. Then nothing in its folder changes.
+    fn is_over(&self, start: Option<u64>) -> bool {
+        start.is_some_and(|step| step >= self.config.train.steps)
+    }
+
+    /// Opens what is written to, and counts this start.
+    fn open_folder(&self, start: &Start, ranks: usize, probe: &str) -> Result<Identity, TrainError> {
+        let folder = &self.options.folder;
+        let identity = if self.is_over(start.checkpoint) {
+            read_identity(folder)?
+        } else {
+            if start.again {
+                self.observer.event(Event::Warning(format!(
+                    "{} has no checkpoint yet: the run begins again at step 0",
+                    folder.display()
+                )));
+            }
+            *lock(&self.folder) = Some(RunFolder::open(folder, self.config, start.keep_until())?);
+            if self.options.trace {
+                *lock(&self.trace) = Some(new_trace(folder, ranks)?);
+            }
+            Some(next_identity(folder, probe, self.config.train.seed)?)
+        };
+        let identity = identity.map(|found| Identity { run_id: found.run_id, epoch: found.epoch });
+        Ok(identity.unwrap_or_default())
     }
 
     fn started(&self, probe: String, world: WorldRecord, orders: &Orders) -> Started {
@@ -427,13 +411,23 @@ impl Shared<'_> {
         }
     }
 
-    /// Runs `write` on the run folder; for rank 0.
+    /// Runs `write` on the run folder where it is open: with rank 0.
     fn with_folder(
         &self,
         write: impl FnOnce(&mut RunFolder) -> Result<(), TrainError>,
     ) -> Result<(), TrainError> {
         lock(&self.folder).as_mut().map_or(Ok(()), write)
     }
+}
+
+/// What rank 0 says before a step.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Told {
+    GoOn,
+    /// Go on after a checkpoint.
+    Save,
+    /// End after a checkpoint.
+    Stop,
 }
 
 /// One rank's run.
@@ -444,6 +438,9 @@ struct RankRun<'a, 'b> {
     orders: Orders,
     failed_saves: u32,
     saved: Option<u64>,
+    /// Whether a record could not be written, which is said once.
+    unwritten: bool,
+    save_now: bool,
     validation: Option<ValidationRecord>,
     last: Option<StepRecord>,
     expert_load: Vec<Vec<u64>>,
@@ -460,8 +457,11 @@ impl RankRun<'_, '_> {
     fn steps(&mut self) -> Result<bool, TrainError> {
         let config = self.shared.config;
         while self.state.progress().step < config.train.steps {
-            if self.told_to_stop()? {
+            let told = self.told()?;
+            if told != Told::GoOn {
                 self.during(Activity::Checkpoint, Self::save)?;
+            }
+            if told == Told::Stop {
                 return Ok(true);
             }
             self.one_step()?;
@@ -493,11 +493,31 @@ impl RankRun<'_, '_> {
     }
 
     /// Rank 0 decides; all ranks hear it before they go on.
-    fn told_to_stop(&self) -> Result<bool, TrainError> {
+    fn told(&mut self) -> Result<Told, TrainError> {
         let options = self.shared.options;
         let reached = options.stop_after.is_some_and(|step| self.state.progress().step >= step);
-        let stop = self.leads() && (reached || self.shared.observer.stop());
-        Ok(self.comm.broadcast(0, vec![u64::from(stop)])?[0] == 1)
+        let told = match self.leads() && (reached || self.shared.observer.stop()) {
+            true => Told::Stop,
+            false if std::mem::take(&mut self.save_now) => Told::Save,
+            false => Told::GoOn,
+        };
+        let all = [Told::GoOn, Told::Save, Told::Stop];
+        Ok(all[self.comm.broadcast(0, vec![told as u64])?[0] as usize])
+    }
+
+    /// Rank 0 writes into the run folder. The first failure is a warning, and a checkpoint is tried at once.
+    fn note(&mut self, write: impl FnOnce(&mut RunFolder) -> Result<(), TrainError>) {
+        if !self.leads() {
+            return;
+        }
+        let Err(error) = self.shared.with_folder(write) else { return };
+        if std::mem::replace(&mut self.unwritten, true) {
+            return;
+        }
+        self.save_now = true;
+        self.shared.observer.event(Event::Warning(format!(
+            "{error}; training goes on, records of steps may be missing from here on: make room on the disk"
+        )));
     }
 
     fn one_step(&mut self) -> Result<(), TrainError> {
@@ -506,15 +526,14 @@ impl RankRun<'_, '_> {
         let config = self.shared.config;
         if config.log.hashes_every > 0 && record.step.is_multiple_of(config.log.hashes_every) {
             let hashes = self.state.hashes()?;
-            if self.leads() {
-                self.shared.with_folder(|folder| folder.hashes(&hashes))?;
-            }
+            self.note(|folder| folder.hashes(&hashes));
         }
         self.write_spans()?;
         if self.leads() {
             let memory = self.state.model().backend().memory().1 as u64;
             let effective = 1.0 - self.skipped as f64 / record.step as f64;
-            self.shared.with_folder(|folder| folder.step(&record, memory, effective))?;
+            let mfu = self.shared.options.peak_flops.map(|peak| 100.0 * record.tflops * 1e12 / peak);
+            self.note(|folder| folder.step(&record, memory, effective, mfu));
             self.shared.observer.event(Event::Step(Box::new(record.clone())));
         }
         if record.skipped {
@@ -554,7 +573,7 @@ impl RankRun<'_, '_> {
             return Ok(());
         };
         if self.leads() {
-            self.shared.with_folder(|folder| folder.validation(&record))?;
+            self.note(|folder| folder.validation(&record));
             self.shared.observer.event(Event::Validation(record.clone()));
         }
         self.validation = Some(record);
@@ -587,7 +606,7 @@ impl RankRun<'_, '_> {
                 }
                 Ok(())
             }
-            Err(error @ (TrainError::Checkpoint(_) | TrainError::Storage { .. })) => {
+            Err(error @ (TrainError::Checkpoint(_) | TrainError::Peer { .. })) => {
                 self.failed_saves += 1;
                 if self.failed_saves >= MOST_FAILED_SAVES {
                     let failures = self.failed_saves;
@@ -666,7 +685,7 @@ impl RankRun<'_, '_> {
             stopped,
             seconds,
             tokens: progress.tokens,
-            last_loss: self.last.as_ref().map_or(f64::NAN, |record| record.loss),
+            last_loss: self.last.as_ref().map(|record| record.loss),
             validation: self.validation.clone(),
             ledger,
             step_time: StepTimeRecord::new(self.shared.options.predicted_step_s, &self.step_s),
@@ -678,7 +697,7 @@ impl RankRun<'_, '_> {
             skipped_steps: self.skipped,
             sample: None,
         };
-        if self.leads() {
+        if self.leads() && !self.shared.is_over(self.orders.start) {
             let folder = &self.shared.options.folder;
             if let Some(trace) = lock(&self.shared.trace).take() {
                 trace.close().map_err(TrainError::io("write", folder.join(TRACE_FILE)))?;

@@ -1,7 +1,7 @@
 //! The folder of a run: config, metrics, events, hashes, checkpoints.
 
 use std::fs::{self, File, OpenOptions};
-use std::io::{BufRead, BufReader, Read, Seek, SeekFrom, Write};
+use std::io::{Read, Seek, SeekFrom, Write};
 use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
@@ -69,8 +69,9 @@ pub fn holds_a_run(path: &Path) -> bool {
 /// # Errors
 /// If there is none, or it cannot be used.
 pub fn read_config(folder: &Path) -> Result<RunConfig, TrainError> {
-    let text = read_text(&folder.join(CONFIG_FILE))?;
-    Ok(RunConfig::load(&text, &[])?)
+    let path = folder.join(CONFIG_FILE);
+    let damaged = |error| TrainError::Resume(format!("{} cannot be used: {error}", path.display()));
+    RunConfig::load(&read_text(&path)?, &[]).map_err(damaged)
 }
 
 /// Which start of which run was the last in `folder`; None if it was never started.
@@ -121,26 +122,48 @@ pub fn read_last_step(folder: &Path) -> Result<Option<u64>, TrainError> {
 /// The step records of the run in `folder`, in order. A last line cut short by a crash is passed over.
 ///
 /// # Errors
-/// If the file cannot be read.
+/// If the file cannot be read, or another line of it is damaged.
 pub fn read_steps(folder: &Path) -> Result<Vec<StepRecord>, TrainError> {
-    read_lines(&folder.join(METRICS_FILE))
+    let lines = read_lines(&folder.join(METRICS_FILE), |line| match serde_json::from_slice(line) {
+        Ok(step) => Ok(Some(step)),
+        Err(_) if serde_json::from_slice::<ValidationRecord>(line).is_ok() => Ok(None),
+        Err(error) => Err(error),
+    })?;
+    Ok(lines.into_iter().flatten().collect())
 }
 
-/// The hashes of the run in `folder`, in order; none if it wrote none.
+/// The hashes of the run in `folder`, in order; none if it wrote none. A last line cut short by a crash is passed over.
 ///
 /// # Errors
-/// If the file cannot be read.
+/// If the file cannot be read, or another line of it is damaged.
 pub fn read_hashes(folder: &Path) -> Result<Vec<StepHashes>, TrainError> {
     let path = folder.join(HASHES_FILE);
-    if path.exists() { read_lines(&path) } else { Ok(Vec::new()) }
+    if path.exists() { read_lines(&path, |line| serde_json::from_slice(line)) } else { Ok(Vec::new()) }
 }
 
-fn read_lines<T: serde::de::DeserializeOwned>(path: &Path) -> Result<Vec<T>, TrainError> {
-    let file = File::open(path).map_err(TrainError::io("open", path))?;
+/// Whether a line has anything in it.
+fn filled(line: &[u8]) -> bool {
+    !line.trim_ascii().is_empty()
+}
+
+/// All lines of a file; the last one only if it can be read.
+fn read_lines<T>(path: &Path, parse: impl Fn(&[u8]) -> serde_json::Result<T>) -> Result<Vec<T>, TrainError> {
+    let bytes = fs::read(path).map_err(TrainError::io("read", path))?;
+    let mut lines =
+        bytes.split(|byte| *byte == b'\n').enumerate().filter(|(_, line)| filled(line)).peekable();
     let mut records = Vec::new();
-    for line in BufReader::new(file).lines() {
-        let line = line.map_err(TrainError::io("read", path))?;
-        records.extend(serde_json::from_str(&line).ok());
+    while let Some((index, line)) = lines.next() {
+        match parse(line) {
+            Ok(record) => records.push(record),
+            Err(_) if lines.peek().is_none() => {}
+            Err(error) => {
+                return Err(TrainError::Resume(format!(
+                    "{}:{}: the line is damaged: {error}; resume the run from an earlier checkpoint, or remove the line",
+                    path.display(),
+                    index + 1
+                )));
+            }
+        }
     }
     Ok(records)
 }
@@ -158,6 +181,9 @@ impl RunFolder {
         if let Some(step) = keep_until {
             keep_lines(&metrics, step)?;
             keep_lines(&hashes, step)?;
+        }
+        if keep_until == Some(0) {
+            EventWriter::remove_all(path).map_err(TrainError::io("remove events in", path))?;
         }
         let append = |path: &Path| {
             OpenOptions::new().create(true).append(true).open(path).map_err(TrainError::io("open", path))
@@ -179,11 +205,17 @@ impl RunFolder {
         &self.path
     }
 
-    /// Writes a step's record and its TensorBoard scalars.
+    /// Writes a step's record and its TensorBoard scalars; `mfu` is the model's operations in percent of the machine's most.
     ///
     /// # Errors
     /// If a file cannot be written.
-    pub fn step(&mut self, record: &StepRecord, peak_memory: u64, effective: f64) -> Result<(), TrainError> {
+    pub fn step(
+        &mut self,
+        record: &StepRecord,
+        peak_memory: u64,
+        effective: f64,
+        mfu: Option<f64>,
+    ) -> Result<(), TrainError> {
         self.line(record)?;
         let gib = peak_memory as f64 / (1u64 << 30) as f64;
         let scalars: [(&str, f64); 15] = [
@@ -203,7 +235,9 @@ impl RunFolder {
             ("moe/dropped(%)", 0.0),
             ("goodput/effective_ratio", effective),
         ];
-        let scalars = scalars.map(|(tag, value)| (tag, value as f32));
+        let mfu = mfu.map(|mfu| ("mfu(%)", mfu));
+        let scalars: Vec<(&str, f32)> =
+            scalars.into_iter().chain(mfu).map(|(tag, value)| (tag, value as f32)).collect();
         let write = self.events.scalars(record.step, &scalars);
         write.and_then(|()| self.events.flush()).map_err(TrainError::io("write events in", &self.path))
     }
@@ -236,7 +270,12 @@ impl RunFolder {
 fn append_line(file: &mut File, path: &Path, record: &impl Serialize) -> Result<(), TrainError> {
     let mut line = serde_json::to_string(record).map_err(|e| TrainError::Resume(e.to_string()))?;
     line.push('\n');
-    file.write_all(line.as_bytes()).map_err(TrainError::io("write", path))
+    let before = file.metadata().map(|metadata| metadata.len());
+    file.write_all(line.as_bytes()).map_err(|error| {
+        // Half a line would spoil the next one. The first error is the one to tell.
+        let _ = before.and_then(|before| file.set_len(before));
+        TrainError::io("write", path)(error)
+    })
 }
 
 /// Any line of the metrics.
@@ -246,21 +285,20 @@ struct AnyRecord {
     step: u64,
 }
 
-/// Keeps the lines of a file whose step is at most `step`.
+/// Keeps the lines of a file that can be read and whose step is at most `step`.
 fn keep_lines(path: &Path, step: u64) -> Result<(), TrainError> {
     if !path.exists() {
         return Ok(());
     }
-    let file = File::open(path).map_err(TrainError::io("open", path))?;
-    let mut kept = String::new();
-    for line in BufReader::new(file).lines() {
-        let line = line.map_err(TrainError::io("read", path))?;
-        if serde_json::from_str::<AnyRecord>(&line).is_ok_and(|record| record.step <= step) {
-            kept.push_str(&line);
-            kept.push('\n');
+    let bytes = fs::read(path).map_err(TrainError::io("read", path))?;
+    let mut kept = Vec::new();
+    for line in bytes.split(|byte| *byte == b'\n') {
+        if serde_json::from_slice::<AnyRecord>(line).is_ok_and(|record| record.step <= step) {
+            kept.extend_from_slice(line);
+            kept.push(b'\n');
         }
     }
-    write_durably(path, kept.as_bytes())
+    write_durably(path, &kept)
 }
 
 /// Writes a whole file so that after a crash either the old or the new one is there.

@@ -9,6 +9,9 @@ use std::io::{self, BufWriter, Write};
 use std::path::{Path, PathBuf};
 use std::time::{SystemTime, UNIX_EPOCH};
 
+/// TensorBoard reads files whose names have `tfevents` in them.
+const PREFIX: &str = "events.out.tfevents.";
+
 /// Writes one event file. What was written is visible to TensorBoard after [`EventWriter::flush`]; dropping
 /// the writer flushes, too.
 #[derive(Debug)]
@@ -26,9 +29,9 @@ impl EventWriter {
     pub fn create(dir: &Path) -> io::Result<Self> {
         fs::create_dir_all(dir)?;
         let now = wall_time();
-        // TensorBoard reads files with `tfevents` in their name, in name order.
+        // TensorBoard reads them in name order.
         for number in 0..1000 {
-            let path = dir.join(format!("events.out.tfevents.{:010}.unisono.{number}", now as u64));
+            let path = dir.join(format!("{PREFIX}{:010}.unisono.{number}", now as u64));
             match OpenOptions::new().write(true).create_new(true).open(&path) {
                 Ok(file) => {
                     let mut writer = Self { file: BufWriter::new(file), path };
@@ -41,6 +44,21 @@ impl EventWriter {
             }
         }
         Err(io::Error::new(io::ErrorKind::AlreadyExists, "1,000 event files of this second; remove some"))
+    }
+
+    /// Removes all event files of runs from the folder `dir`.
+    ///
+    /// # Errors
+    /// The folder cannot be read or a file not removed.
+    pub fn remove_all(dir: &Path) -> io::Result<()> {
+        for entry in fs::read_dir(dir)? {
+            let entry = entry?;
+            let name = entry.file_name().into_string().unwrap_or_default();
+            if name.starts_with(PREFIX) && name.contains(".unisono.") {
+                fs::remove_file(entry.path())?;
+            }
+        }
+        Ok(())
     }
 
     /// The file.

@@ -11,7 +11,7 @@ use crate::config::{LayoutConfig, RunConfig};
 use crate::error::TrainError;
 use crate::memory::{check_fits, estimate};
 use crate::record::Observer;
-use crate::run::{RunOptions, open_dataset, train_on};
+use crate::run::{RunOptions, check_nodes, open_dataset, train_on};
 
 /// The folder of the reference run, in that of a verification.
 pub fn reference_folder(folder: &Path) -> PathBuf {
@@ -37,6 +37,7 @@ pub fn verify(
     observer: &dyn Observer,
 ) -> Result<Option<Comparison>, TrainError> {
     config.validate()?;
+    check_nodes(&options.nodes, options.ranks)?;
     let fits = |config: &RunConfig, ranks: usize, place: &Place| {
         let fold = Fold::new(config.grid, ranks)?;
         check_fits(config, &fold, &estimate(config, &fold), place)

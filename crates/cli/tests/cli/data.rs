@@ -2,7 +2,7 @@
 
 use std::fs;
 
-use crate::common::{TINY, run, small_text};
+use crate::common::{TINY, command, run, small_text};
 
 #[test]
 fn text_becomes_a_dataset_that_trains() {
@@ -67,4 +67,42 @@ fn configs_are_printed_whole() {
     assert_eq!(run(folder.path(), 0, &["config", "--print", "printed.toml"]).out, printed);
     let reference = run(folder.path(), 0, &["config", "--reference"]).out;
     assert!(reference.contains("| `train.steps` | integer | `400` |"), "{reference}");
+}
+
+/// The commands of the fifth step of README.md.
+#[test]
+fn the_readme_trains_on_itself() {
+    let folder = tempfile::tempdir().unwrap();
+    let folder = folder.path();
+    fs::copy(concat!(env!("CARGO_MANIFEST_DIR"), "/../../README.md"), folder.join("README.md")).unwrap();
+    let done = run(folder, 0, &["data", "prepare", "README.md", "--out", "runs/data"]).out;
+    assert!(!done.contains("validation  0 tokens"), "{done}");
+    let data = ["--set", "data.path=runs/data", "--set", "grid.replicas=2", "--run", "runs/own"];
+    let args = [&["train", TINY][..], &data, &["--steps", "2", "--set", "sample.tokens=2"]].concat();
+    run(folder, 0, &args);
+}
+
+#[test]
+fn a_text_too_small_to_share_out_is_refused_and_leaves_nothing() {
+    let folder = tempfile::tempdir().unwrap();
+    fs::write(folder.path().join("a.txt"), "a").unwrap();
+    let refused = run(folder.path(), 2, &["data", "prepare", "a.txt", "--out", "set"]).err;
+    assert!(refused.contains("--validation 0"), "{refused}");
+    assert!(!folder.path().join("set").exists());
+    run(folder.path(), 0, &["data", "prepare", "a.txt", "--out", "set", "--validation", "0"]);
+    fs::write(folder.path().join("b.jsonl"), "{\"text\": \"a\"}\n").unwrap();
+    let refused =
+        run(folder.path(), 2, &["data", "prepare", "b.jsonl", "--out", "o", "--separator", "x"]).err;
+    assert!(refused.contains("JSON lines by their names"), "{refused}");
+}
+
+/// What a disk that is full has not taken is no result.
+#[test]
+fn results_that_cannot_be_written_are_an_error() {
+    let folder = tempfile::tempdir().unwrap();
+    let full = fs::OpenOptions::new().write(true).open("/dev/full").unwrap();
+    let done = command(folder.path(), &["config", "--print"]).stdout(full).output().unwrap();
+    assert_eq!(done.status.code(), Some(21));
+    let said = String::from_utf8(done.stderr).unwrap();
+    assert!(said.contains("cannot write to standard output: "), "{said}");
 }

@@ -97,6 +97,9 @@ fn a_run_that_ended_well_is_well_and_what_is_no_run_is_refused() {
     let said = run(folder.path(), 0, &["doctor", "a"]).out;
     assert_eq!(said, "a: start 1, ended well after step 4 of 4\n");
     assert_eq!(json(folder.path(), 0)["outcome"], "ended");
+    // Nor does a start with nothing to do change that.
+    run(folder.path(), 0, &["train", "--run", "a", "--resume"]);
+    assert_eq!(run(folder.path(), 0, &["doctor", "a"]).out, said);
     let refused = run(folder.path(), 2, &["doctor", "."]);
     assert!(refused.err.contains(". is not the folder of a run"), "{}", refused.err);
     // All of a process was killed: nothing could be written.

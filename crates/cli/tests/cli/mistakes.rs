@@ -142,3 +142,31 @@ fn numbers_that_are_not_finite() {
         assert!(done.err.contains(part), "no {part:?} in {}", done.err);
     }
 }
+
+#[test]
+fn benchmarks() {
+    let folder = tempfile::tempdir().unwrap();
+    let refused = |line: &str, part: &str| {
+        let args: Vec<&str> = line.split(' ').collect();
+        let done = run(folder.path(), 2, &args);
+        assert!(done.err.contains(part), "{line}: {}", done.err);
+    };
+    for (line, part) in [
+        ("bench baseline --vocab 5000", "5000 is not in 1..=4096"),
+        ("bench baseline --steps 0", "0 is not in 1..="),
+        ("bench step --ranks 0", "0 is not in 1..="),
+        ("bench overlap --link-mb-per-s 0", "must be a number above 0"),
+        ("bench overlap --link-mb-per-s -5", "must be a number above 0"),
+        ("bench overlap --link-mb-per-s nan", "must be a number above 0"),
+        ("bench collectives --kib 99999999999", "is not in 1..=1048576"),
+        ("bench collectives --kib 0", "0 is not in 1..="),
+        ("bench collectives --rounds 0", "0 is not in 1..="),
+        ("bench dispatch --experts 0", "0 is not in 1..="),
+        ("bench dispatch --rounds 0", "0 is not in 1..="),
+    ] {
+        refused(line, part);
+    }
+    let sizes = "--d-model 32 --layers 1 --heads 2 --kv-heads 1 --experts 8 --expert-ff 32 --seq 8 --batch 8 --micro 1";
+    let small = format!("bench baseline --vocab 64 --steps 1 {sizes}");
+    run(folder.path(), 0, &small.split(' ').collect::<Vec<_>>());
+}

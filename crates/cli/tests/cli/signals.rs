@@ -3,7 +3,7 @@
 use std::io::{BufRead, BufReader, Read};
 use std::process::{Child, Command, Stdio};
 
-use crate::common::{command, run, train_args};
+use crate::common::{TINY, command, dataset, run, train_args};
 
 /// Starts a long run, waits for its first step, sends a signal, and gives exit code, stdout and stderr.
 fn signalled(folder: &std::path::Path, signal: &str) -> (Option<i32>, String, String) {
@@ -45,4 +45,26 @@ fn sigterm_saves_and_asks_to_be_started_again() {
     let (code, out, err) = signalled(folder.path(), "-TERM");
     assert_eq!(code, Some(20), "{out}\n{err}");
     run(folder.path(), 0, &["checkpoint", "verify", "a"]);
+}
+
+/// What is temporary does not stay.
+#[test]
+fn verify_leaves_nothing_behind() {
+    let folder = tempfile::tempdir().unwrap();
+    let data = format!("data.path={}", dataset().display());
+    let args = ["verify", TINY, "--ranks", "2", "--steps", "100000", "--set", &data];
+    for (signal, code) in [("-TERM", 143), ("-INT", 130)] {
+        let mut command = command(folder.path(), &args);
+        let mut child = command.env("TMPDIR", folder.path()).stdout(Stdio::piped()).spawn().unwrap();
+        let mut out = BufReader::new(child.stdout.take().unwrap());
+        let mut text = String::new();
+        while !text.contains("step 1  loss") {
+            assert!(out.read_line(&mut text).unwrap() > 0, "ended before its first step: {text}");
+        }
+        assert!(folder.path().read_dir().unwrap().next().is_some());
+        Command::new("kill").args([signal, &child.id().to_string()]).status().unwrap();
+        out.read_to_string(&mut text).unwrap();
+        assert_eq!(child.wait().unwrap().code(), Some(code));
+        assert!(folder.path().read_dir().unwrap().next().is_none(), "{signal}");
+    }
 }

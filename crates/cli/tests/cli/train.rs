@@ -120,6 +120,7 @@ fn diff_finds_other_seeds_and_missing_steps() {
         &["train", "--run", "two", "--resume", "--steps", "8", "--set", "optimizer.learning_rate=0.001"],
     );
     let longer = run(folder.path(), 0, &["diff", "one", "two"]).out;
+    assert!(longer.starts_with("identical as far as both go, to step 6\n"), "{longer}");
     assert!(longer.contains("the first ends at step 6, the second at 8"), "{longer}");
 }
 
@@ -151,7 +152,11 @@ fn checkpoints_are_listed_and_checked() {
     assert!(bad.out.starts_with("step 3:"), "{}", bad.out);
     run(folder.path(), 0, &["checkpoint", "verify", "a", "--step", "3"]);
 
-    // A resume passes over the damaged one and says so.
+    // What reads a checkpoint passes over the damaged one and says so.
+    for command in ["eval", "generate"] {
+        let said = run(folder.path(), 0, &[command, "--run", "a"]).err;
+        assert!(said.starts_with("warning: passed over a checkpoint: step 6: "), "{said}");
+    }
     let resumed = run(folder.path(), 0, &["train", "--run", "a", "--resume"]);
     assert!(resumed.out.contains("resume  from the checkpoint of step 3"), "{}", resumed.out);
     assert!(resumed.err.starts_with("warning: passed over a checkpoint: step 6: "), "{}", resumed.err);
@@ -198,4 +203,13 @@ fn a_closed_pipe_does_not_end_a_run() {
     drop(child.stdout.take());
     let done = child.wait_with_output().unwrap();
     assert!(done.status.success(), "{}", String::from_utf8_lossy(&done.stderr));
+}
+
+#[test]
+fn a_run_without_steps_names_the_command_that_goes_on() {
+    let folder = tempfile::tempdir().unwrap();
+    let said = train(folder.path(), "a", &["--steps", "0"]).out;
+    assert!(!said.contains("generate") && said.contains("train --run a --resume --steps 1"), "{said}");
+    let again = run(folder.path(), 0, &["train", "--run", "a", "--resume", "--steps", "1"]);
+    assert!(again.err.contains("a has no checkpoint yet: the run begins again at step 0"), "{}", again.err);
 }

@@ -28,4 +28,10 @@ fn a_layout_is_checked_before_a_long_run() {
     assert!(taken.err.contains("both is there already"), "{}", taken.err);
     let refused = run(folder.path(), 2, &["verify", TINY, "--ranks", "3"]);
     assert!(refused.err.contains("ranks = 3 does not divide the grid's slots"), "{}", refused.err);
+    let refused = run(folder.path(), 2, &["verify", TINY, "--ranks", "2", "--nodes", "3"]);
+    assert!(
+        refused.err.contains("nodes of [3] ranks do not make 2 ranks") && refused.out.is_empty(),
+        "{}",
+        refused.err
+    );
 }

@@ -1,6 +1,7 @@
 //! What people suffer from in other trainers, and what says so when something does go wrong.
 
 mod common;
+mod folder;
 mod known_failures;
 mod verify;
 mod watchdog;
