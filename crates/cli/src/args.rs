@@ -50,6 +50,17 @@ pub enum Command {
     Bench(crate::bench::Bench),
 }
 
+impl Command {
+    /// Whether ranks can be processes that a launcher has started.
+    pub fn can_be_one_of_several(&self) -> bool {
+        match self {
+            Self::Train(_) | Self::Verify(_) => true,
+            Self::Bench(bench) => bench.can_be_one_of_several(),
+            _ => false,
+        }
+    }
+}
+
 /// `unisono train`
 #[derive(Debug, Args)]
 pub struct Train {

@@ -44,6 +44,13 @@ pub enum Bench {
     Layouts(Layouts),
 }
 
+impl Bench {
+    /// Whether ranks can be processes that a launcher has started.
+    pub fn can_be_one_of_several(&self) -> bool {
+        matches!(self, Self::Collectives(_) | Self::Overlap(_) | Self::Dispatch(_) | Self::Exactness(_))
+    }
+}
+
 /// Sizes of the step, named as in `scripts/torch_moe.py`.
 #[derive(Debug, Clone, Args)]
 pub struct Sizes {

@@ -3,7 +3,7 @@
 use std::path::Path;
 
 use serde_json::{Value, json};
-use unisono_comm::watch::{Identity, Records, read_records};
+use unisono_comm::watch::{Identity, Records, Verdict, diagnose, in_time, read_records};
 use unisono_comm::{Diagnosis, FlightRecord, Reason};
 use unisono_train::Summary;
 use unisono_train::run_folder::{
@@ -87,9 +87,10 @@ impl Report {
         let (records, ranks) = select(found, &identity, &mut problems);
         let known = |rank: &usize| records.binary_search_by_key(rank, |record| record.rank).is_ok();
         let missing = (0..ranks.unwrap_or(0)).filter(|rank| !known(rank)).collect();
+        let diagnosis = diagnose(&records);
         Ok(Self {
-            outcome: outcome(summary.as_ref(), &identity, &records),
-            diagnosis: unisono_comm::watch::diagnose(&records),
+            outcome: outcome(summary.as_ref(), &identity, &records, &diagnosis),
+            diagnosis,
             identity,
             last_step,
             steps,
@@ -179,15 +180,29 @@ fn select(
     for record in others {
         problems.push(format!("the record of rank {} is of a run of {} ranks", record.rank, record.ranks));
     }
+    let in_time = in_time(&of_this);
+    let (of_this, late): (Vec<_>, Vec<_>) = of_this.into_iter().partition(in_time);
+    for record in late {
+        problems.push(format!(
+            "the record of rank {} came when the watchdog had ended the run: the rank was stopped, or woken to be killed",
+            record.rank
+        ));
+    }
     (of_this, ranks)
 }
 
-fn outcome(summary: Option<&Summary>, identity: &Identity, records: &[FlightRecord]) -> Outcome {
+fn outcome(
+    summary: Option<&Summary>,
+    identity: &Identity,
+    records: &[FlightRecord],
+    diagnosis: &Diagnosis,
+) -> Outcome {
     if summary.is_some_and(|summary| summary.epoch == identity.epoch) {
         return Outcome::Ended;
     }
     let any = |is: fn(&Reason) -> bool| records.iter().any(|record| is(&record.reason));
-    if any(|reason| matches!(reason, Reason::Failed { .. })) {
+    let failed = diagnosis.culprits.iter().any(|culprit| matches!(culprit.verdict, Verdict::Failed { .. }));
+    if failed {
         Outcome::Failed
     } else if any(|reason| *reason == Reason::Stalled) {
         Outcome::Stalled

@@ -71,6 +71,7 @@ impl From<TrainError> for CliError {
             | TrainError::Mesh(_)
             | TrainError::Memory { .. }
             | TrainError::Nodes { .. }
+            | TrainError::NotShared { .. }
             | TrainError::Resume(_) => USAGE,
             TrainError::Io { action: "read" | "open", source, .. } => io_code(&source),
             TrainError::Io { .. } => STORAGE,

@@ -1,15 +1,46 @@
 //! This process as one of a job's: who it is, and how they end together.
 
-use unisono_comm::Place;
-use unisono_comm::mpi::launched;
+use std::cell::Cell;
+use std::time::Duration;
+#[cfg(feature = "mpi")]
+use std::time::Instant;
 
-use crate::error::CliError;
+use unisono_comm::Place;
+#[cfg(feature = "mpi")]
+use unisono_comm::mpi::MpiRanks;
+use unisono_comm::mpi::{Launched, launched};
+#[cfg(feature = "mpi")]
+use unisono_comm::{Cause, Failure};
+
+use crate::error::{CliError, USAGE};
 use crate::layout::{ranks_and_threads, threads_each};
+use crate::signals::LAST_WORDS;
 
 /// This process's part of a job.
 pub struct Job {
     /// Where the ranks are.
     pub place: Place,
+    /// How long ranks that have done their part wait for the others to leave; None for as long as it takes.
+    patience: Cell<Option<Duration>>,
+}
+
+/// For what says nothing else.
+const PATIENCE: Duration = Duration::from_secs(1800);
+
+/// Refuses a command that would do the same in each process of a launcher.
+///
+/// # Errors
+/// If there are several.
+pub fn check_alone() -> Result<(), CliError> {
+    let Some(Launched { size: Some(size @ 2..), by, rank }) = launched() else { return Ok(()) };
+    if rank != 0 {
+        // The first one says so; the launcher kills whoever is left when another one has ended.
+        std::thread::sleep(LAST_WORDS);
+        std::process::exit(i32::from(USAGE));
+    }
+    Err(CliError::usage(format!(
+        "{by} has started {size} processes, and this command would run in each of them: start it without {by}"
+    )))
 }
 
 impl Job {
@@ -18,8 +49,11 @@ impl Job {
     /// # Errors
     /// If this binary cannot be one of several, or MPI cannot be used.
     pub fn join() -> Result<Self, CliError> {
-        let Some(launched) = launched() else { return Ok(Self { place: Place::Threads }) };
-        join(launched.by, launched.size)
+        let place = match launched() {
+            None => Place::Threads,
+            Some(launched) => join(launched.by, launched.size)?,
+        };
+        Ok(Self { place, patience: Cell::new(Some(PATIENCE)) })
     }
 
     /// Whether this process speaks for the job.
@@ -48,6 +82,11 @@ impl Job {
         }
         let (ranks, each) = ranks_and_threads(slots, self.ranks().or(ranks), threads);
         Ok((ranks, if threads.is_none() { threads_each(self.place.ranks_here(ranks)) } else { each }))
+    }
+
+    /// How long ranks that have done their part wait for the others; None for as long as it takes.
+    pub fn wait_at_end(&self, patience: Option<Duration>) {
+        self.patience.set(patience);
     }
 
     /// How many ranks the launcher has started; none if that is up to this process.
@@ -84,15 +123,15 @@ impl Job {
         match self.place {
             Place::Threads => outcome,
             #[cfg(feature = "mpi")]
-            Place::Mpi(ranks) => end(&ranks, outcome),
+            Place::Mpi(ranks) => end(&ranks, self.patience.get(), outcome),
         }
     }
 }
 
 #[cfg(not(feature = "mpi"))]
-fn join(by: &str, size: Option<usize>) -> Result<Job, CliError> {
+fn join(by: &str, size: Option<usize>) -> Result<Place, CliError> {
     if size == Some(1) {
-        return Ok(Job { place: Place::Threads });
+        return Ok(Place::Threads);
     }
     let size = size.map_or_else(|| "several".into(), |size| size.to_string());
     Err(CliError::usage(format!(
@@ -102,8 +141,8 @@ fn join(by: &str, size: Option<usize>) -> Result<Job, CliError> {
 }
 
 #[cfg(feature = "mpi")]
-fn join(by: &str, size: Option<usize>) -> Result<Job, CliError> {
-    use unisono_comm::mpi::{MpiOptions, MpiRanks};
+fn join(by: &str, size: Option<usize>) -> Result<Place, CliError> {
+    use unisono_comm::mpi::MpiOptions;
     let ranks = MpiRanks::join(MpiOptions::default()).map_err(|error| CliError::usage(error.to_string()))?;
     if let Some(size) = size.filter(|size| *size != ranks.size()) {
         return Err(CliError::usage(format!(
@@ -113,42 +152,65 @@ fn join(by: &str, size: Option<usize>) -> Result<Job, CliError> {
             ranks.size()
         )));
     }
-    Ok(Job { place: Place::Mpi(std::sync::Arc::new(ranks)) })
+    Ok(Place::Mpi(std::sync::Arc::new(ranks)))
 }
 
 #[cfg(feature = "mpi")]
-fn end(ranks: &unisono_comm::mpi::MpiRanks, outcome: Result<u8, CliError>) -> Result<u8, CliError> {
-    use std::time::Duration;
+fn end(ranks: &MpiRanks, patience: Option<Duration>, outcome: Result<u8, CliError>) -> Result<u8, CliError> {
     let error = match outcome {
-        Ok(code) => match ranks.leave() {
+        Ok(code) => match ranks.leave(patience) {
             Ok(()) => return Ok(code),
             Err(error) => unisono_train::TrainError::from(error).into(),
         },
         Err(error) => error,
     };
     let failure = ranks.fail(error.message.clone());
-    if failure.cause == unisono_comm::Cause::Died {
-        if ranks.is_witness() {
+    if failure.cause == Cause::Died {
+        if ranks.found_dead().is_some() {
             crate::screen::complain("error", &error.message);
         }
-        // The launcher is ending the job already, host by host, and waits for processes that still run. It answers nothing
-        // meanwhile: not what MPI asks at a usual exit.
-        std::thread::sleep(crate::signals::LAST_WORDS);
-        signal_hook::low_level::exit(i32::from(error.code));
+        quit(error.code);
     }
-    // The rank at fault speaks at once; should it be stuck or dead, the first of the others does. By then the others have
-    // written their flight records: the launcher kills whoever is left when a rank has ended.
-    let turn = match ranks.rank() {
-        rank if rank == failure.rank => 0,
-        rank => 1 + rank as u64 - u64::from(rank > failure.rank),
-    };
-    let wait_ms = match turn {
-        0 => 0,
-        1 => 500,
-        later => 1400 + 50 * later,
-    };
-    std::thread::sleep(Duration::from_millis(wait_ms));
+    if was_said_meanwhile(ranks, &failure) {
+        quit(error.code);
+    }
+    // First: others would be done waiting for their turn before a slow terminal has shown it.
+    ranks.says();
     crate::screen::complain("error", &error.message);
     ranks.abort(i32::from(error.code));
     std::process::exit(i32::from(error.code))
+}
+
+/// The launcher is ending the job already, host by host, and waits for processes that still run. It answers nothing
+/// meanwhile: not what MPI asks at a usual exit.
+#[cfg(feature = "mpi")]
+fn quit(code: u8) -> ! {
+    std::thread::sleep(LAST_WORDS);
+    signal_hook::low_level::exit(i32::from(code));
+}
+
+/// Waits for this rank's turn to say why the job has failed, and tells whether another one has said it. The rank at fault
+/// speaks at once; should it be stuck or dead, the first of the others does. By then the others have written their flight
+/// records: the launcher kills whoever is left when a rank has ended.
+#[cfg(feature = "mpi")]
+fn was_said_meanwhile(ranks: &MpiRanks, failure: &Failure) -> bool {
+    const LOOK: Duration = Duration::from_millis(10);
+    let turn_ms = match ranks.rank() {
+        rank if rank == failure.rank => 0,
+        0 => 500,
+        1 if failure.rank == 0 => 500,
+        rank => 1400 + 50 * rank as u64,
+    };
+    let end = Instant::now() + Duration::from_millis(turn_ms);
+    loop {
+        // A rank that was stopped is woken to be killed: the others have spoken.
+        let woken = failure.rank == ranks.rank() && matches!(failure.cause, Cause::Stalled { .. });
+        if ranks.was_said() || (woken && ranks.expects_end()) {
+            return true;
+        }
+        if Instant::now() >= end {
+            return false;
+        }
+        std::thread::sleep(LOOK);
+    }
 }

@@ -45,6 +45,7 @@ fn main() -> ExitCode {
     let outcome = outcome.unwrap_or_else(|_| {
         Err(CliError { code: BUG, message: "this is a defect of unisono: please report it".into() })
     });
+    screen::flush();
     let outcome = outcome.and_then(|code| match screen::lost().filter(|_| prints_its_result) {
         None => Ok(code),
         Some(why) => {
@@ -62,6 +63,9 @@ fn main() -> ExitCode {
 
 /// Runs a command; the number is the exit code.
 fn run(command: Command) -> Result<u8, CliError> {
+    if !command.can_be_one_of_several() {
+        job::check_alone()?;
+    }
     match command {
         Command::Train(args) => train::run(args),
         Command::Generate(args) => generate::run(args),

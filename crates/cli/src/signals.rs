@@ -1,4 +1,5 @@
-//! Ctrl-C and SIGTERM: the first ends the run after a checkpoint, a second Ctrl-C ends it at once.
+//! Ctrl-C and SIGTERM: the first ends the run after a checkpoint, a second Ctrl-C ends it at once. Before the first step there
+//! is nothing to save, and a signal ends the process.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicI32, Ordering};
@@ -6,6 +7,8 @@ use std::time::Duration;
 
 use signal_hook::consts::{SIGINT, SIGTERM};
 use signal_hook::iterator::Signals as Arriving;
+
+use unisono_comm::Place;
 
 use crate::error::CliError;
 
@@ -32,6 +35,15 @@ fn refused(error: std::io::Error) -> CliError {
     CliError::usage(format!("cannot listen for signals: {error}"))
 }
 
+/// What follows from a signal.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Then {
+    /// The run ends after a checkpoint.
+    Save,
+    /// The process ends.
+    End,
+}
+
 /// What has arrived so far.
 #[derive(Debug, Default)]
 struct State {
@@ -46,26 +58,28 @@ struct State {
 pub struct Signals(Arc<State>);
 
 impl Signals {
-    /// Listens from now on; `notice` is called when a stop is asked for.
+    /// Listens from now on; `notice` is called when a stop is asked for, and says what follows. Other processes of the job at
+    /// `place` get SIGTERM, too.
     ///
     /// # Errors
     /// If the system refuses.
-    pub fn listen(notice: impl Fn() + Send + 'static) -> Result<Self, CliError> {
+    pub fn listen(place: Place, notice: impl Fn() -> Then + Send + 'static) -> Result<Self, CliError> {
         let state = Arc::new(State::default());
         let shared = Arc::clone(&state);
         let mut arriving = Arriving::new([SIGINT, SIGTERM]).map_err(refused)?;
         let listen = move || {
             for signal in arriving.forever() {
+                if signal == SIGTERM {
+                    place.expect_end();
+                }
                 let again = signal == SIGINT && shared.asked.load(Ordering::SeqCst) != 0;
                 if again || shared.at_once.load(Ordering::SeqCst) {
-                    if signal == SIGTERM {
-                        std::thread::sleep(LAST_WORDS);
-                    }
-                    // As a shell reports a process that a signal has ended.
-                    std::process::exit(128 + signal);
+                    end(signal);
                 }
                 shared.asked.store(signal, Ordering::SeqCst);
-                notice();
+                if notice() == Then::End {
+                    end(signal);
+                }
             }
         };
         std::thread::Builder::new().name("signals".into()).spawn(listen).map_err(refused)?;
@@ -86,4 +100,12 @@ impl Signals {
     pub fn quit_at_once(&self) {
         self.0.at_once.store(true, Ordering::SeqCst);
     }
+}
+
+/// Ends the process, as a shell reports one that a signal has ended.
+fn end(signal: i32) -> ! {
+    if signal == SIGTERM {
+        std::thread::sleep(LAST_WORDS);
+    }
+    std::process::exit(128 + signal);
 }

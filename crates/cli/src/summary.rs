@@ -4,20 +4,30 @@ use std::collections::BTreeMap;
 
 use unisono_comm::Ledger;
 use unisono_mesh::LinkClass;
+use unisono_plan::dispatch::kind;
+use unisono_train::config::DispatchConfig;
 use unisono_train::system::readable;
 use unisono_train::{RunConfig, Started, Summary};
 
 use crate::style::{Paint, bar, duration, grouped, percent, spark, table};
 
-/// The whole summary.
-pub fn render(summary: &Summary, started: &Started, config: &RunConfig, paint: Paint) -> String {
+/// The whole summary; without a hint at how to predict steps unless they are `predictable`.
+pub fn render(
+    summary: &Summary,
+    started: &Started,
+    config: &RunConfig,
+    predictable: bool,
+    paint: Paint,
+) -> String {
     let mut lines = outcome(summary, started, paint);
     if summary.step <= started.from_step {
         return lines.join("\n") + "\n";
     }
+    let mut moved = traffic(&summary.ledger);
+    moved.extend(flat_instead(&summary.ledger, started, config).map(|line| paint.yellow(&line)));
     let sections = [
-        ("Predicted and measured (training steps, all ranks)", agreement(summary, paint)),
-        ("What moved (all ranks)", traffic(&summary.ledger)),
+        ("Predicted and measured (training steps, all ranks)", agreement(summary, predictable, paint)),
+        ("What moved (all ranks)", moved),
         ("Time by phase (mean rank)", phases(summary)),
         (
             "Expert load (rows of each expert, over their mean)",
@@ -70,8 +80,9 @@ fn outcome(summary: &Summary, started: &Started, paint: Paint) -> Vec<String> {
     lines
 }
 
-/// Step time, memory and bytes by kind of call, as the planner said and as they were.
-fn agreement(summary: &Summary, paint: Paint) -> Vec<String> {
+/// Step time, memory and bytes by kind of call, as the planner said and as they were; `predictable` where the time of steps can
+/// be said before.
+fn agreement(summary: &Summary, predictable: bool, paint: Paint) -> Vec<String> {
     let off =
         |predicted: f64, measured: f64| format!("{:+.0}%", 100.0 * (measured / predicted.max(1e-12) - 1.0));
     let mut rows = vec![["", "predicted", "measured", ""].map(String::from).to_vec()];
@@ -101,7 +112,7 @@ fn agreement(summary: &Summary, paint: Paint) -> Vec<String> {
         rows.push(vec![kind.replace('_', " "), readable(said), readable(measured), by]);
     }
     let mut lines = table(&rows, 1);
-    if time.predicted_s.is_none() {
+    if predictable && time.predicted_s.is_none() {
         lines.push(
             paint.faint("  `unisono bench local` measures this machine; then the step is predicted, too"),
         );
@@ -115,6 +126,20 @@ fn link_name(link: LinkClass) -> &'static str {
         LinkClass::SameNode => "same node",
         LinkClass::OtherNode => "other node",
     }
+}
+
+/// What the config asked of dispatch and did not get.
+fn flat_instead(ledger: &Ledger, started: &Started, config: &RunConfig) -> Option<String> {
+    let layout = &config.layout;
+    let asked = layout.dispatch == DispatchConfig::Hierarchical && layout.dispatch_rows > 0;
+    let moved = |kind: &str| ledger.rows.iter().any(|row| row.kind == kind);
+    let flat = moved(kind::DISPATCH) && !moved(kind::DISPATCH_INSIDE);
+    (asked && started.world.nodes.len() > 1 && flat).then(|| {
+        format!(
+            "  dispatch travelled flat, in rounds: layout.dispatch_rows = {} holds no hierarchical exchange; raise it",
+            layout.dispatch_rows
+        )
+    })
 }
 
 /// Bytes and time by call, group and link class.

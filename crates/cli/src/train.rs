@@ -17,7 +17,7 @@ use crate::job::Job;
 use crate::layout::cores;
 use crate::machine;
 use crate::screen::{Screen, complain, say};
-use crate::signals::Signals;
+use crate::signals::{Signals, Then};
 use crate::style::{Paint, WIDTH, program, quoted};
 use crate::summary;
 use crate::watch::{Seen, Watch};
@@ -39,18 +39,28 @@ fn train(args: Train, job: &Job) -> Result<u8, CliError> {
     let (config, options) = resolve(args, job)?;
     let screen = Arc::new(Screen::new(BAR));
     let notice = {
-        let (screen, deck) = (Arc::clone(&screen), options.deck.clone());
+        let (screen, deck, place) = (Arc::clone(&screen), options.deck.clone(), job.place.clone());
         move || {
+            // If the step never ends because another rank has died, this is what is left to know.
+            let written = deck.write(&Reason::Terminated);
+            if deck.is_starting() {
+                // This rank may be busy for longer than it will live.
+                if let Some(failure) = place.found_dead() {
+                    complain("error", &failure.to_string());
+                }
+                return Then::End;
+            }
             if leads {
                 screen.complain("stopping", "after this step and a checkpoint; Ctrl-C now quits at once");
             }
-            // If the step never ends because another rank has died, this is what is left to know.
-            if let Err(error) = deck.write(&Reason::Terminated) {
+            if let Err(error) = written {
                 screen.complain("warning", &format!("no flight record: {error}"));
             }
+            Then::Save
         }
     };
-    let signals = Signals::listen(notice)?;
+    let signals = Signals::listen(job.place.clone(), notice)?;
+    job.wait_at_end(config.watchdog.limits().map(|limits| limits.max));
     let watch = Watch::new(Arc::clone(&screen), &signals, &config);
     if leads {
         screen.wait("reading the data");
@@ -68,7 +78,8 @@ fn train(args: Train, job: &Job) -> Result<u8, CliError> {
     if !summary.stopped && seen.last.is_some() {
         sample(&config, &options.folder, &seen, &mut summary)?;
     }
-    say(&format!("\n{}", summary::render(&summary, started, &config, screen.paint)));
+    let predictable = job.ranks().is_none();
+    say(&format!("\n{}", summary::render(&summary, started, &config, predictable, screen.paint)));
     say(&next_commands(&config, &options.folder, &summary, screen.paint));
     Ok(if summary.stopped && signals.terminated() { REQUEUE } else { DONE })
 }
@@ -83,6 +94,7 @@ pub fn abandon(failure: &Failure) {
 fn resolve(args: Train, job: &Job) -> Result<(RunConfig, RunOptions), CliError> {
     let mut overrides = args.set;
     overrides.extend(args.steps.map(|steps| format!("train.steps={steps}")));
+    let named = args.run.clone();
     let folder = match (args.run, args.resume) {
         (Some(folder), _) => folder,
         (None, false) => new_folder(),
@@ -96,6 +108,19 @@ fn resolve(args: Train, job: &Job) -> Result<(RunConfig, RunOptions), CliError> 
         job.ranks_and_threads(config.grid.slots(), args.ranks, args.threads, &args.nodes)?;
     // Each process would name it by its own clock.
     let folder = PathBuf::from(job.told_by_first(folder.display().to_string())?);
+    if let Some(named) = named.filter(|named| *named != folder) {
+        return Err(CliError::usage(format!(
+            "--run {}: rank 0 goes to {}; give all ranks the same folder",
+            named.display(),
+            folder.display()
+        )));
+    }
+    if let (Some(machine), Some(_)) = (&args.machine, job.ranks()) {
+        return Err(CliError::usage(format!(
+            "--machine {}: steps are predicted for ranks as threads; leave it out under a launcher",
+            machine.display()
+        )));
+    }
     let mut options = RunOptions::new(folder, ranks, threads);
     (options.resume, options.trace, options.nodes) = (args.resume, args.trace, args.nodes);
     (options.abandon, options.place) = (abandon, job.place.clone());

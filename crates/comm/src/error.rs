@@ -109,6 +109,13 @@ pub struct Failure {
     pub flights: Vec<Vec<FlightEntry>>,
 }
 
+impl Cause {
+    /// Whether others say it of a rank that may be unable to say anything.
+    fn leaves_no_word(&self) -> bool {
+        matches!(self, Self::Stalled { .. } | Self::Died)
+    }
+}
+
 impl fmt::Display for Cause {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
@@ -132,6 +139,7 @@ impl fmt::Display for Failure {
         write!(f, "rank {} {}; rank {} was in step {}", self.rank, self.cause, self.rank, self.step)?;
         match &self.call {
             Some(call) => write!(f, ", its last call was {call}")?,
+            None if self.cause.leaves_no_word() => write!(f, ", its last call is not known")?,
             None => write!(f, ", it had made no call")?,
         }
         waiting_lines(&self.waiting).iter().try_for_each(|line| write!(f, "; {line}"))

@@ -1,10 +1,9 @@
 //! Where the ranks of a run live.
 
-#[cfg(feature = "mpi")]
 use std::sync::Arc;
 
 use crate::communicator::Communicator;
-use crate::error::RunError;
+use crate::error::{Failure, RunError};
 #[cfg(feature = "mpi")]
 use crate::mpi::MpiRanks;
 use crate::threads::ThreadRanks;
@@ -36,6 +35,24 @@ impl Place {
             Self::Threads => true,
             #[cfg(feature = "mpi")]
             Self::Mpi(ranks) => ranks.rank() == 0,
+        }
+    }
+
+    /// The process was told to end, and so are others of its job: from now on none of them is called dead.
+    pub fn expect_end(&self) {
+        match self {
+            Self::Threads => {}
+            #[cfg(feature = "mpi")]
+            Self::Mpi(ranks) => ranks.expect_end(),
+        }
+    }
+
+    /// The failure, if this process is the one that found out that another one of its job has died.
+    pub fn found_dead(&self) -> Option<Arc<Failure>> {
+        match self {
+            Self::Threads => None,
+            #[cfg(feature = "mpi")]
+            Self::Mpi(ranks) => ranks.found_dead(),
         }
     }
 

@@ -8,7 +8,7 @@ use std::ops::Range;
 use std::sync::Arc;
 use std::time::Duration;
 
-use crate::error::{CallSite, CommError, Failure};
+use crate::error::{CallSite, CommError, Failure, Waiting};
 use crate::flight::FlightRecorder;
 
 pub use crate::part::Piece;
@@ -159,6 +159,11 @@ pub trait Transport: Send + Sync {
     /// Ends the run with `failure`, unless it has failed already: calls of the ranks of this process that wait, and all
     /// later ones, end with [`CommError::Failed`]. The watchdog calls it from a thread of its own.
     fn fail(&self, failure: Arc<Failure>);
+
+    /// The call this rank waits in and for whom, where the transport itself knows.
+    fn waiting(&self) -> Option<Waiting> {
+        None
+    }
 
     /// Opens a group of world ranks, or finds it if it is open. All members pass the same name and list.
     ///

@@ -139,7 +139,7 @@ fn be_a_rank() -> ExitCode {
     std::panic::set_hook(Box::new(|_| {}));
     let outcome = ranks.run(|comm| (scenario.body)(&comm));
     let failed = match outcome {
-        Ok(()) => ranks.leave().err().map(|error| match error {
+        Ok(()) => ranks.leave(None).err().map(|error| match error {
             CommError::Failed(failure) => failure,
             other => panic!("{other}"),
         }),

@@ -10,10 +10,12 @@ use std::time::Duration;
 
 use common::{gather_one, within_seconds};
 use proptest::prelude::*;
-use unisono_comm::watch::{Culprit, Grace, Identity, LARGEST_RECORD_BYTES, Verdict, diagnose, read_records};
+use unisono_comm::watch::{
+    Culprit, Grace, GroupRecord, Identity, LARGEST_RECORD_BYTES, Verdict, diagnose, in_time, read_records,
+};
 use unisono_comm::{
-    Activity, CallState, Cause, CommError, Communicator, Failure, FlightDeck, FlightRecord, Limits, Reason,
-    RunError, Watchdog, run_ranks,
+    Activity, CallSite, CallState, Cause, CommError, Communicator, Failure, FlightDeck, FlightEntry,
+    FlightRecord, Limits, Reason, RunError, Watchdog, run_ranks,
 };
 
 /// For work that is done in no time, on a machine that may be busy.
@@ -26,6 +28,11 @@ fn grace() -> Grace {
 
 fn never(_: &Failure) {
     unreachable!("all ranks come back");
+}
+
+fn seat(deck: &FlightDeck, comm: &Communicator, folder: &Path) {
+    deck.join(comm);
+    deck.keep_in(folder, &identity());
 }
 
 fn identity() -> Identity {
@@ -89,7 +96,7 @@ fn threads_name_the_rank_that_does_not_join_and_write_every_flight_record() {
         let deck = FlightDeck::default();
         let watchdog = Watchdog::start(deck.clone(), PATIENT, grace(), never).expect("a thread");
         let outcome = run_ranks(4, |comm| {
-            deck.join(&comm, &path, &identity());
+            seat(&deck, &comm, &path);
             five_steps(&comm)
         });
         drop(watchdog);
@@ -107,7 +114,7 @@ fn processes_name_the_rank_that_does_not_join_from_each_others_records() {
         let seen = Mutex::new(Vec::new());
         let outcome: Result<Vec<()>, RunError> = run_ranks(4, |comm| {
             let deck = FlightDeck::default();
-            deck.join(&comm, &path, &identity());
+            seat(&deck, &comm, &path);
             let watchdog = Watchdog::start(deck, PATIENT, grace(), never)?;
             let outcome = five_steps(&comm);
             drop(watchdog);
@@ -132,7 +139,7 @@ fn a_rank_that_wakes_up_again_is_no_reason_and_neither_is_a_long_checkpoint() {
         let watchdog = Watchdog::start(deck.clone(), QUICK, grace(), never).expect("a thread");
         let folder = tempfile::tempdir().expect("a temporary folder");
         run_ranks(3, |comm| {
-            deck.join(&comm, folder.path(), &identity());
+            seat(&deck, &comm, folder.path());
             let busy = |seconds: f64| {
                 if comm.rank() == 0 {
                     std::thread::sleep(Duration::from_secs_f64(seconds));
@@ -177,7 +184,7 @@ fn a_rank_that_is_stuck_outside_of_all_calls_is_left_to_the_owner_of_the_process
         let watchdog = Watchdog::start(deck.clone(), limits, short, abandon).expect("a thread");
         let folder = tempfile::tempdir().expect("a temporary folder");
         let error = run_ranks(2, |comm| {
-            deck.join(&comm, folder.path(), &identity());
+            seat(&deck, &comm, folder.path());
             // Only the owner, here the test, can free it.
             while comm.rank() == 1 && !given_up.load(Ordering::SeqCst) {
                 std::thread::sleep(Duration::from_millis(5));
@@ -194,7 +201,7 @@ fn a_panic_leaves_the_records_of_the_moment() {
     let folder = tempfile::tempdir().expect("a temporary folder");
     let deck = FlightDeck::default();
     let error = run_ranks(3, |comm| {
-        deck.join(&comm, folder.path(), &identity());
+        seat(&deck, &comm, folder.path());
         comm.set_step(7);
         comm.barrier()?;
         assert!(comm.rank() != 1, "expert 4 is missing");
@@ -217,7 +224,7 @@ fn a_rank_that_died_is_named_by_those_that_waited_for_it() {
     let folder = tempfile::tempdir().expect("a temporary folder");
     let error = run_ranks(4, |comm| {
         let deck = FlightDeck::default();
-        deck.join(&comm, folder.path(), &identity());
+        seat(&deck, &comm, folder.path());
         std::thread::scope(|scope| {
             comm.set_step(12);
             comm.barrier()?;
@@ -253,15 +260,66 @@ fn a_rank_that_died_is_named_by_those_that_waited_for_it() {
     );
 }
 
+/// A record of a rank of three that waits in the second call of the world.
+fn waits(rank: usize, reason: Reason, written_us: u64) -> FlightRecord {
+    let call = CallSite { step: 20, seq: 1, kind: "all_gather".into(), group: "world".into() };
+    let state = CallState::Waiting;
+    let (bytes_sent, bytes_received, started_us, ended_us) = (0, 0, 0, None);
+    let entry = FlightEntry { call, message: None, bytes_sent, bytes_received, state, started_us, ended_us };
+    let world = GroupRecord { members: vec![0, 1, 2], started: 2 };
+    FlightRecord {
+        format: 1,
+        run: identity(),
+        rank,
+        ranks: 3,
+        step: 20,
+        activity: Activity::Step,
+        reason,
+        written_us,
+        groups: [("world".to_owned(), world)].into(),
+        calls: vec![entry],
+    }
+}
+
+/// A launcher wakes a stopped rank to kill it, which then sees the others die.
+#[test]
+fn a_stopped_rank_is_silent_whatever_it_says_when_it_is_woken() {
+    const SECOND: u64 = 1_000_000;
+    let died = |rank| Reason::Failed { rank, message: "died".into(), step: Some(20), call: None };
+    let others = [waits(1, Reason::Stalled, SECOND), waits(2, Reason::Stalled, SECOND + 1)];
+    let silent = Culprit { rank: 0, step: 20, last_call: None, verdict: Verdict::Silent };
+    for reason in [died(1), Reason::Terminated, Reason::Stalled] {
+        let [one, two] = others.clone();
+        let records = [waits(0, reason, 9 * SECOND), one, two];
+        assert_eq!(diagnose(&records).culprits, [silent.clone()]);
+        assert_eq!(records.each_ref().map(in_time(&records)), [false, true, true]);
+    }
+    // Nor does it count what a rank says of another one after the watchdog.
+    let [one, _] = others.clone();
+    assert_eq!(diagnose(&[one.clone(), waits(2, died(1), 2 * SECOND)]).culprits, [silent]);
+    // A rank that tells of itself does, and what it told of its step and call.
+    let own = Reason::Failed { rank: 2, message: "no".into(), step: Some(21), call: None };
+    let found = diagnose(&[one, waits(2, own, 2 * SECOND)]).culprits;
+    let [Culprit { rank: 2, step: 21, verdict: Verdict::Failed { .. }, .. }] = &found[..] else {
+        panic!("{found:?}");
+    };
+    // Without a watchdog the first who speaks is right, however late.
+    let told = diagnose(&[waits(0, died(1), 9 * SECOND), waits(2, Reason::Terminated, SECOND)]).culprits;
+    assert_eq!((told[0].rank, told[0].step), (1, 20));
+}
+
 /// A record with a group, a message and calls of several states.
 fn some_record() -> FlightRecord {
     run_ranks(2, |comm| {
         let deck = FlightDeck::default();
-        deck.join(&comm, Path::new("nowhere"), &identity());
+        seat(&deck, &comm, Path::new("nowhere"));
         comm.subgroup("pair", &[0, 1])?.barrier()?;
         comm.shift(1 - comm.rank(), Arc::new(vec![1u8]), 1 - comm.rank(), vec![0u8], 0..1, 3)?;
         let pending = comm.start_barrier()?;
-        let record = deck.records(&Reason::Failed { rank: 1, message: "no".into() }).remove(0);
+        let called = CallSite { step: 0, seq: 1, kind: "barrier".into(), group: "world".into() };
+        let record = deck
+            .records(&Reason::Failed { rank: 1, message: "no".into(), step: Some(0), call: Some(called) })
+            .remove(0);
         pending.finish()?;
         Ok::<_, CommError>(record)
     })
@@ -274,6 +332,10 @@ fn damaged_and_hostile_records_are_refused_with_a_reason_and_the_others_are_read
     let folder = tempfile::tempdir().expect("a temporary folder");
     let record = some_record();
     record.write(folder.path()).expect("written");
+    // What cannot be written leaves nothing.
+    fs::create_dir_all(folder.path().join("full/rank-0.json/x")).expect("created");
+    record.write(&folder.path().join("full")).expect_err("a folder is in the way");
+    assert_eq!(fs::read_dir(folder.path().join("full")).expect("there").count(), 1);
     let path = folder.path().join("rank-1.json");
     let own = folder.path().join("rank-0.json");
     let text = fs::read_to_string(&own).expect("written");

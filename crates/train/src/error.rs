@@ -43,6 +43,18 @@ pub enum TrainError {
         /// What would help.
         remedy: String,
     },
+    /// The run folder of a rank is another one than rank 0's.
+    #[error(
+        "rank {rank} ({host}) does not see the run folder {folder}: put it on storage that all hosts share"
+    )]
+    NotShared {
+        /// The rank.
+        rank: usize,
+        /// Its host.
+        host: String,
+        /// The folder.
+        folder: PathBuf,
+    },
     /// Pretended nodes that do not hold the ranks.
     #[error(
         "nodes of {nodes:?} ranks do not make {ranks} ranks: the sizes must be at least 1 and add up to the ranks"

@@ -31,11 +31,12 @@ use crate::probe::probe;
 use crate::rank::{Fault, RankState};
 use crate::record::{Event, MemoryRecord, Observer, Started, StepRecord, Summary, ValidationRecord};
 use crate::run_folder::{
-    CHECKPOINTS, FLIGHT, RunFolder, SUMMARY_FILE, TRACE_FILE, next_identity, read_identity, write_durably,
+    CHECKPOINTS, FLIGHT, RunFolder, SUMMARY_FILE, TRACE_FILE, next_identity, read_identity, sees_start,
+    write_durably,
 };
 use crate::start::{Start, find_start};
 use crate::survey::{Credentials, WorldRecord, survey};
-use crate::system::peak_rss;
+use crate::system::{host_name, peak_rss};
 use crate::trace::{TraceWriter, span_value};
 
 /// How a config is run here; nothing of it changes a number.
@@ -285,11 +286,22 @@ fn run_rank(shared: &Shared<'_>, comm: Communicator) -> Result<Summary, TrainErr
         config: shared.config.to_toml()?,
         data: fingerprint(shared.dataset),
         probe: probe(&backend),
+        resume: shared.options.resume,
+        trace: shared.options.trace,
     };
     let probe = credentials.probe.clone();
+    let deck = &shared.options.deck;
+    deck.join(&comm);
     let world = survey(&comm, credentials, shared.options.place.transport())?;
     let orders = shared.orders(&comm, &probe)?;
-    shared.options.deck.join(&comm, &shared.options.folder.join(FLIGHT), &orders.identity);
+    if !sees_start(&shared.options.folder, &orders.identity) {
+        return Err(TrainError::NotShared {
+            rank: comm.rank(),
+            host: host_name(),
+            folder: shared.options.folder.clone(),
+        });
+    }
+    deck.keep_in(&shared.options.folder.join(FLIGHT), &orders.identity);
     // From here on the ranks' clocks count from the same moment.
     comm.barrier()?;
     let began = Instant::now();

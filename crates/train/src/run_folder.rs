@@ -3,8 +3,10 @@
 use std::fs::{self, File, OpenOptions};
 use std::io::{Read, Seek, SeekFrom, Write};
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
+use unisono_comm::watch::Identity;
 
 use crate::config::RunConfig;
 use crate::error::TrainError;
@@ -313,6 +315,22 @@ pub fn write_durably(path: &Path, bytes: &[u8]) -> Result<(), TrainError> {
         File::open(parent.unwrap_or(Path::new(".")))?.sync_all()
     };
     write().map_err(TrainError::io("write", path))
+}
+
+/// Whether the run that `folder` holds is at this start, as rank 0 has written. Storage that hosts share may show it late.
+pub(crate) fn sees_start(folder: &Path, start: &Identity) -> bool {
+    const LOOKS: u32 = 100;
+    const LOOK: Duration = Duration::from_millis(100);
+    let sees = || {
+        let found = read_identity(folder).ok().flatten();
+        found.is_some_and(|found| (&found.run_id, found.epoch) == (&start.run_id, start.epoch))
+    };
+    (0..LOOKS).any(|_| {
+        sees() || {
+            std::thread::sleep(LOOK);
+            false
+        }
+    })
 }
 
 /// The identity of the run in `folder` for this start: a new one, or the former with its epoch counted on.

@@ -1,10 +1,12 @@
 //! What a run finds before its first step: nodes, processors, links, and whether all ranks are set up alike.
 
+use std::collections::BTreeSet;
+
 use serde::{Deserialize, Serialize};
 use unisono_comm::Communicator;
 
 use crate::error::TrainError;
-use crate::system::{cores, cpu_type, host_name};
+use crate::system::{bound_to, cores, cpu_type, host_name};
 
 /// One node of a run.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -15,7 +17,7 @@ pub struct NodeRecord {
     pub host: String,
     /// Its processor, as the system names it.
     pub cpu: String,
-    /// Cores that a rank's process may use.
+    /// Cores that its ranks may use together.
     pub cores: usize,
 }
 
@@ -36,6 +38,8 @@ struct Told {
     host: String,
     cpu: String,
     cores: usize,
+    /// The numbers of cores it is bound to.
+    bound_to: Vec<usize>,
     credentials: Credentials,
 }
 
@@ -50,6 +54,10 @@ pub(crate) struct Credentials {
     pub data: String,
     /// Hash of the kernels' results on fixed inputs.
     pub probe: String,
+    /// Whether it resumes.
+    pub resume: bool,
+    /// Whether it writes a trace.
+    pub trace: bool,
 }
 
 impl Credentials {
@@ -64,6 +72,8 @@ impl Credentials {
                 "kernels that give other bits on fixed inputs",
                 "run on machines of one kind",
             ),
+            (self.resume != first.resume, "another --resume", "start all ranks with it or none"),
+            (self.trace != first.trace, "another --trace", "start all ranks with it or none"),
         ]
         .into_iter()
         .find_map(|(differs, what, remedy)| differs.then_some((what, remedy)))
@@ -79,7 +89,7 @@ pub(crate) fn survey(
     credentials: Credentials,
     transport: String,
 ) -> Result<WorldRecord, TrainError> {
-    let told = Told { host: host_name(), cpu: cpu_type(), cores: cores(), credentials };
+    let told = Told { host: host_name(), cpu: cpu_type(), cores: cores(), bound_to: bound_to(), credentials };
     let text = serde_json::to_vec(&told).map_err(|error| TrainError::Resume(error.to_string()))?;
     let all: Vec<Told> = comm
         .all_gather_values(&text)?
@@ -107,24 +117,33 @@ fn check_alike(all: &[Told]) -> Result<(), TrainError> {
     )))
 }
 
+/// Cores of the ranks of a node: those that all of them are bound to, or what each may use if that is the same.
+fn cores_of<'a>(ranks: impl Iterator<Item = &'a Told> + Clone) -> usize {
+    let most = ranks.clone().map(|told| told.cores).max().unwrap_or(0);
+    let all: BTreeSet<&Vec<usize>> = ranks.clone().map(|told| &told.bound_to).collect();
+    match all.len() {
+        0 | 1 => most,
+        _ => most.max(all.into_iter().flatten().collect::<BTreeSet<_>>().len()),
+    }
+}
+
 fn describe(comm: &Communicator, all: &[Told], transport: String) -> WorldRecord {
     let mut nodes: Vec<(usize, NodeRecord)> = Vec::new();
     for (rank, told) in all.iter().enumerate() {
         let number = comm.node(rank);
         match nodes.iter_mut().find(|(node, _)| *node == number) {
             Some((_, node)) => node.ranks.push(rank),
-            None => nodes.push((
-                number,
-                NodeRecord {
-                    ranks: vec![rank],
-                    host: told.host.clone(),
-                    cpu: told.cpu.clone(),
-                    cores: told.cores,
-                },
-            )),
+            None => {
+                let (ranks, host, cpu) = (vec![rank], told.host.clone(), told.cpu.clone());
+                nodes.push((number, NodeRecord { ranks, host, cpu, cores: 0 }));
+            }
         }
     }
-    let nodes: Vec<NodeRecord> = nodes.into_iter().map(|(_, node)| node).collect();
+    let together = |(_, node): (usize, NodeRecord)| {
+        let cores = cores_of(node.ranks.iter().map(|rank| &all[*rank]));
+        NodeRecord { cores, ..node }
+    };
+    let nodes: Vec<NodeRecord> = nodes.into_iter().map(together).collect();
     let pairs = |ranks: usize| ranks * ranks.saturating_sub(1) / 2;
     let inside = nodes.iter().map(|node| pairs(node.ranks.len())).sum();
     WorldRecord { transport, links: (inside, pairs(all.len()) - inside), nodes }
@@ -138,7 +157,42 @@ mod tests {
 
     fn credentials(probe: &str) -> Credentials {
         let text = String::from;
-        Credentials { version: text("1"), config: text("c"), data: text("d"), probe: text(probe) }
+        let (resume, trace) = (false, false);
+        Credentials {
+            version: text("1"),
+            config: text("c"),
+            data: text("d"),
+            probe: text(probe),
+            resume,
+            trace,
+        }
+    }
+
+    #[test]
+    fn ranks_that_are_bound_apart_have_their_cores_together() {
+        let told = |cores: usize, bound_to: &[usize]| Told {
+            host: "h".into(),
+            cpu: "c".into(),
+            cores,
+            bound_to: bound_to.into(),
+            credentials: credentials("p"),
+        };
+        let cores = |ranks: &[Told]| cores_of(ranks.iter());
+        assert_eq!(cores(&[told(1, &[0]), told(1, &[1])]), 2);
+        assert_eq!(cores(&[told(2, &[0, 1]), told(2, &[1, 2])]), 3);
+        assert_eq!(cores(&[told(2, &[0, 1, 2, 3]), told(2, &[0, 1, 2, 3])]), 2, "a container grants two");
+        assert_eq!(cores(&[told(4, &[]), told(4, &[])]), 4);
+    }
+
+    #[test]
+    fn ranks_with_other_arguments_are_named() {
+        let verdicts = ThreadRanks::new(2).run(|comm| {
+            let given = Credentials { trace: comm.rank() == 0, ..credentials("p") };
+            Ok::<_, CommError>(survey(&comm, given, "x".into()).unwrap_err().to_string())
+        });
+        for text in verdicts.unwrap() {
+            assert!(text.contains("rank(s) 1 (") && text.contains("another --trace: start all"), "{text}");
+        }
     }
 
     #[test]

@@ -42,6 +42,24 @@ pub fn cores() -> usize {
     std::thread::available_parallelism().map_or(1, std::num::NonZeroUsize::get)
 }
 
+/// The numbers of the cores that this process is bound to, where the system tells; a container may grant fewer of them.
+pub fn bound_to() -> Vec<usize> {
+    let text = fs::read_to_string("/proc/self/status").unwrap_or_default();
+    let list = text.lines().find_map(|line| line.strip_prefix("Cpus_allowed_list:"));
+    list.and_then(numbers).unwrap_or_default()
+}
+
+/// `0-2,5` as numbers.
+fn numbers(list: &str) -> Option<Vec<usize>> {
+    let mut all = Vec::new();
+    for part in list.trim().split(',') {
+        let (first, last) = part.split_once('-').unwrap_or((part, part));
+        let (first, last): (usize, usize) = (first.parse().ok()?, last.parse().ok()?);
+        all.extend(first..=last);
+    }
+    Some(all)
+}
+
 /// Bytes, readable.
 pub fn readable(bytes: u64) -> String {
     let units = ["B", "KiB", "MiB", "GiB", "TiB"];
@@ -57,6 +75,13 @@ pub fn readable(bytes: u64) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn lists_of_cores_are_read() {
+        assert_eq!(numbers("\t0-2,5\n"), Some(vec![0, 1, 2, 5]));
+        assert_eq!(numbers("7"), Some(vec![7]));
+        assert_eq!(numbers(""), None);
+    }
 
     #[test]
     fn bytes_are_readable() {

@@ -37,6 +37,8 @@ pub(super) struct Engine {
     pub native_sums: AtomicBool,
     /// The rank's own thread polls, so nobody else needs to.
     pub waits: AtomicBool,
+    /// The process was told to end: others are told so, too, and their ends say nothing.
+    pub ending: AtomicBool,
     state: Mutex<State>,
 }
 
@@ -75,6 +77,8 @@ pub(super) struct State {
     pool: Pool,
     neighbour: Option<Neighbour>,
     pub verdict: Verdict,
+    /// Another rank tells people why the job has failed.
+    pub said: bool,
 }
 
 impl Engine {
@@ -99,6 +103,7 @@ impl Engine {
             pool: Pool::default(),
             neighbour,
             verdict: Verdict::default(),
+            said: false,
         };
         for _ in 0..(2 * size).clamp(4, 64) {
             state.listen(vec![0; CONTROL_BYTES])?;
@@ -113,6 +118,7 @@ impl Engine {
             step: AtomicU64::new(0),
             native_sums: AtomicBool::new(false),
             waits: AtomicBool::new(false),
+            ending: AtomicBool::new(false),
             state: Mutex::new(state),
         })
     }
@@ -437,6 +443,10 @@ impl State {
                 self.settle(engine, failure);
                 Ok(())
             }
+            Message::Said => {
+                self.said = true;
+                Ok(())
+            }
             Message::Bye => {
                 self.gone[source] = true;
                 Ok(())
@@ -456,6 +466,11 @@ impl State {
     /// Who waits here, and what the culprit did last.
     fn add_what_is_known(&self, engine: &Engine, failure: &mut Failure) {
         failure.waiting.extend(self.waits(engine.rank));
+        self.add_last_call(engine, failure);
+    }
+
+    /// What the culprit did last, as far as it has told this rank.
+    pub fn add_last_call(&self, engine: &Engine, failure: &mut Failure) {
         if failure.rank != engine.rank {
             let last = self.last[failure.rank].clone();
             failure.step = last.as_ref().map_or(failure.step, |(step, ..)| *step);
@@ -478,7 +493,8 @@ impl State {
     fn look_at_neighbour(&mut self, engine: &Engine) -> Result<(), CommError> {
         let Some(neighbour) = &mut self.neighbour else { return Ok(()) };
         let rank = neighbour.rank;
-        if self.gone[rank] || self.verdict.failure().is_some() || !neighbour.has_died(Instant::now()) {
+        let expected = self.gone[rank] || engine.ending.load(Ordering::Relaxed);
+        if !neighbour.has_died(Instant::now()) || expected || self.verdict.failure().is_some() {
             return Ok(());
         }
         let mut failure = Failure { rank, ..engine.failure(Cause::Died) };
@@ -492,6 +508,19 @@ impl State {
         self.neighbour.as_ref().is_some_and(Neighbour::was_found_dead)
     }
 
+    /// Says who has not said goodbye for too long.
+    pub fn report_staying(&mut self, engine: &Engine, waited: Duration) {
+        let staying = self.staying();
+        let Some(&rank) = staying.first() else { return };
+        let others: Vec<String> = staying[1..].iter().map(|rank| format!("; nor has rank {rank}")).collect();
+        let detail = format!(
+            "has not left the job, which has ended: it is stopped, it died or it still works{}",
+            others.concat()
+        );
+        let cause = Cause::Stalled { waited_s: Some(waited.as_secs_f64()), detail };
+        self.report(engine, Failure { rank, ..engine.failure(cause) }, 1);
+    }
+
     /// Brings a failure before rank 0.
     pub fn accuse(&mut self, engine: &Engine, failure: Failure, weight: u32) {
         let decides = engine.rank == 0;
@@ -503,7 +532,7 @@ impl State {
     }
 
     /// The call this rank waits in, and for whom.
-    fn waits(&self, rank: usize) -> Option<Waiting> {
+    pub fn waits(&self, rank: usize) -> Option<Waiting> {
         let side = self.sides.get(self.waiting.as_ref()?)?;
         let for_ranks = side.missing().into_iter().map(|member| side.members[member]).collect();
         Some(Waiting { rank, call: side.site.clone(), for_ranks })
@@ -579,10 +608,14 @@ impl State {
         !self.tickets.is_empty()
     }
 
+    /// The ranks that have not said goodbye.
+    pub fn staying(&self) -> Vec<usize> {
+        (0..self.library.size).filter(|&rank| rank != self.library.rank && !self.gone[rank]).collect()
+    }
+
     /// Whether all other ranks have said goodbye and everything is sent.
     pub fn all_gone(&self) -> bool {
-        let mut others = self.gone.iter().enumerate().filter(|(rank, _)| *rank != self.library.rank);
-        others.all(|(_, gone)| *gone) && self.requests.len() == self.inbox()
+        self.staying().is_empty() && self.requests.len() == self.inbox()
     }
 
     fn inbox(&self) -> usize {

@@ -11,6 +11,10 @@ use std::time::{Duration, Instant};
 const LOOK: Duration = Duration::from_millis(50);
 /// Looks that find it dead before it is said: a rank that fails in good order ends too, and its reason may be on the way.
 const LOOKS: u32 = 2;
+/// Only a process that was stopped makes such a pause between looks.
+const STOPPED: Duration = Duration::from_secs(1);
+/// How long nobody is found dead after it: a launcher wakes those that it kills, one after the other.
+const DOUBT: Duration = Duration::from_secs(5);
 /// The system's number of a process that is no more (`ESRCH`).
 const NO_SUCH_PROCESS: i32 = 3;
 
@@ -33,6 +37,8 @@ pub(super) struct Neighbour {
     /// Stays that process's, also when its number is used again.
     stat: File,
     due: Option<Instant>,
+    looked: Option<Instant>,
+    doubt: Option<Instant>,
     dead: u32,
 }
 
@@ -46,12 +52,16 @@ impl Neighbour {
             return None;
         }
         let stat = File::open(format!("/proc/{number}/stat")).ok()?;
-        Some(Self { rank: next, stat, due: None, dead: 0 })
+        Some(Self { rank: next, stat, due: None, looked: None, doubt: None, dead: 0 })
     }
 
     /// Whether it is known to be dead at `now`.
     pub fn has_died(&mut self, now: Instant) -> bool {
-        if self.due.is_some_and(|due| now < due) {
+        let pause = self.looked.replace(now).map(|looked| now.saturating_duration_since(looked));
+        if pause.is_some_and(|pause| pause > STOPPED) {
+            self.doubt = Some(now + DOUBT);
+        }
+        if self.due.max(self.doubt).is_some_and(|due| now < due) {
             return false;
         }
         self.due = Some(now + LOOK);
@@ -118,6 +128,21 @@ mod tests {
         assert!(dies(&mut neighbour, &mut now), "a process whose parent has not asked for it");
         child.wait().unwrap();
         assert!(dies(&mut neighbour, &mut now), "a process that is gone");
+    }
+
+    #[test]
+    fn who_was_stopped_itself_finds_nobody_dead_for_a_while() {
+        let (mut child, mut neighbour) = sleeper();
+        let mut now = Instant::now();
+        assert!(!dies(&mut neighbour, &mut now));
+        child.kill().unwrap();
+        child.wait().unwrap();
+        now += 2 * STOPPED;
+        assert!(!dies(&mut neighbour, &mut now), "the launcher may have killed it");
+        now += STOPPED / 2;
+        assert!(!dies(&mut neighbour, &mut now));
+        let found = (0..200).find(|_| dies(&mut neighbour, &mut now));
+        assert!(found.is_some(), "but it is said if the job goes on");
     }
 
     #[test]

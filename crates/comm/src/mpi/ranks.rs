@@ -14,7 +14,7 @@ use super::raw::Library;
 use super::verdict::CERTAIN;
 use super::wire::Message;
 use crate::communicator::Communicator;
-use crate::error::{Cause, CommError, Failure, RunError};
+use crate::error::{Cause, CommError, Failure, RunError, Waiting};
 use crate::flight::FlightRecorder;
 use crate::transport::{Call, Done, GroupId, NativeSums, Ticket, Transport};
 
@@ -154,26 +154,59 @@ impl MpiRanks {
         }
     }
 
-    /// Whether it was this rank that found out that another one has died.
-    pub fn is_witness(&self) -> bool {
-        self.engine.lock().is_witness()
+    /// The process was told to end, and so are the others: from now on it calls none of them dead.
+    pub fn expect_end(&self) {
+        self.engine.ending.store(true, Ordering::Relaxed);
+    }
+
+    /// Whether the process was told to end.
+    pub fn expects_end(&self) -> bool {
+        self.engine.ending.load(Ordering::Relaxed)
+    }
+
+    /// The failure, if this rank is the one that found out that another one has died.
+    pub fn found_dead(&self) -> Option<Arc<Failure>> {
+        let state = self.engine.lock();
+        state.verdict.failure().filter(|_| state.is_witness()).cloned()
+    }
+
+    /// Says that this rank tells people why the job has failed: the others need not.
+    pub fn says(&self) {
+        let mut state = self.engine.lock();
+        // Who does not hear it says the same once more.
+        let _ = state.tell_all(&Message::Said);
+        let _ = state.progress(&self.engine);
+    }
+
+    /// Whether another rank tells people why the job has failed.
+    pub fn was_said(&self) -> bool {
+        let mut state = self.engine.lock();
+        while matches!(state.progress(&self.engine), Ok(true)) {}
+        state.said
     }
 
     /// Leaves the job in good order: waits until all ranks do, and finalises MPI.
     ///
     /// # Errors
-    /// [`CommError::Failed`] if the job has failed.
-    pub fn leave(&self) -> Result<(), CommError> {
+    /// [`CommError::Failed`] if the job has failed, or a rank has not left after `patience`.
+    pub fn leave(&self, patience: Option<Duration>) -> Result<(), CommError> {
         let mut state = self.engine.lock();
         state.tell_all(&Message::Bye)?;
+        let (mut waited, mut looked) = (Duration::ZERO, Instant::now());
         loop {
             state.progress(&self.engine)?;
             state.verdict.check()?;
             if state.all_gone() {
                 break;
             }
+            if patience.is_some_and(|patience| waited > patience) {
+                state.report_staying(&self.engine, waited);
+            }
             drop(state);
             thread::sleep(BUSY);
+            // A process that was stopped itself has not waited meanwhile.
+            waited += looked.elapsed().min(IDLE * LOOKS);
+            looked = Instant::now();
             state = self.engine.lock();
         }
         drop(state);
@@ -249,11 +282,11 @@ impl MpiTransport {
         loop {
             let mut state = engine.lock();
             if let Some(done) = state.take(ticket.0)? {
+                state.wait_in(None);
                 return Ok(done);
             }
             state.wait_in(Some(ticket.0));
             let news = state.progress(engine)?;
-            state.wait_in(None);
             drop(state);
             looks = if news { 0 } else { looks + 1 };
             if looks > 0 && (!self.cores_for_all || looks.is_multiple_of(LOOKS)) {
@@ -293,7 +326,16 @@ impl Transport for MpiTransport {
     }
 
     fn fail(&self, failure: Arc<Failure>) {
-        self.engine.lock().accuse(&self.engine, Failure::clone(&failure), 1);
+        let mut failure = Failure::clone(&failure);
+        let mut state = self.engine.lock();
+        if failure.call.is_none() {
+            state.add_last_call(&self.engine, &mut failure);
+        }
+        state.accuse(&self.engine, failure, 1);
+    }
+
+    fn waiting(&self) -> Option<Waiting> {
+        self.engine.lock().waits(self.engine.rank)
     }
 
     fn open_group(&self, name: &str, members: &[usize]) -> Result<GroupId, CommError> {

@@ -65,6 +65,8 @@ pub(super) enum Message {
     Verdict(Failure),
     /// The sender will make no more calls.
     Bye,
+    /// The sender tells people why the job has failed.
+    Said,
 }
 
 /// FNV-1a (Fowler, Noll, Vo): enough to tell things apart that are equal on all ranks or a defect.
@@ -98,6 +100,7 @@ impl Message {
                 write_failure(&mut out, failure);
             }
             Self::Bye => out.byte(4),
+            Self::Said => out.byte(5),
         }
         out.0
     }
@@ -117,6 +120,7 @@ impl Message {
             }
             3 => Self::Verdict(read_failure(&mut from)?),
             4 => Self::Bye,
+            5 => Self::Said,
             other => return Err(damaged(&format!("there is no message {other}"))),
         };
         Ok(message)

@@ -3,6 +3,7 @@
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use super::pace::Activity;
 use super::record::{FlightRecord, Identity, Reason, RecordError};
 use crate::communicator::Communicator;
 use crate::error::Failure;
@@ -11,10 +12,12 @@ use crate::error::Failure;
 #[derive(Clone, Default)]
 pub struct FlightDeck(Arc<Mutex<Option<Seats>>>);
 
+#[derive(Default)]
 struct Seats {
-    folder: PathBuf,
-    run: Identity,
+    place: Option<(PathBuf, Identity)>,
     ranks: Vec<Communicator>,
+    /// The watchdog has written the records: what comes later may be a consequence.
+    stalled: bool,
 }
 
 impl std::fmt::Debug for FlightDeck {
@@ -28,15 +31,19 @@ impl FlightDeck {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// A rank takes its seat: from now on its flight record can be written, into `folder`, and it is watched.
-    pub fn join(&self, comm: &Communicator, folder: &Path, run: &Identity) {
-        let mut seats = self.lock();
-        let seats = seats.get_or_insert_with(|| Seats {
-            folder: folder.to_path_buf(),
-            run: run.clone(),
-            ranks: Vec::new(),
-        });
-        seats.ranks.push(comm.clone());
+    /// A rank takes its seat: from now on it is watched.
+    pub fn join(&self, comm: &Communicator) {
+        self.lock().get_or_insert_default().ranks.push(comm.clone());
+    }
+
+    /// From now on flight records can be written, into `folder`.
+    pub fn keep_in(&self, folder: &Path, run: &Identity) {
+        self.lock().get_or_insert_default().place = Some((folder.to_path_buf(), run.clone()));
+    }
+
+    /// Whether no rank has come to its first step: there is nothing to save.
+    pub fn is_starting(&self) -> bool {
+        self.ranks().iter().all(|comm| comm.activity() == Activity::Starting)
     }
 
     /// The run has ended: all seats are left.
@@ -49,32 +56,53 @@ impl FlightDeck {
         self.lock().as_ref().map(|seats| seats.ranks.clone()).unwrap_or_default()
     }
 
-    /// Where records go and of which run they are, if a rank has joined.
+    /// Where records go and of which run they are, if that is known.
     pub(super) fn place(&self) -> Option<(PathBuf, Identity)> {
-        self.lock().as_ref().map(|seats| (seats.folder.clone(), seats.run.clone()))
+        self.lock().as_ref().and_then(|seats| seats.place.clone())
     }
 
     /// The flight records of this process's ranks as they are now.
     pub fn records(&self, reason: &Reason) -> Vec<FlightRecord> {
-        let Some((_, run)) = self.place() else { return Vec::new() };
+        let run = self.place().map(|(_, run)| run).unwrap_or_default();
         self.ranks().iter().map(|comm| comm.flight_record(&run, reason.clone())).collect()
     }
 
-    /// Writes the flight record of every rank of this process, as it is now. Any thread may call it at any time.
+    /// Writes the flight record of every rank of this process, as it is now, unless the watchdog has. Any thread may call it
+    /// at any time.
     ///
     /// # Errors
     /// The first record that could not be written; the others are written all the same.
     pub fn write(&self, reason: &Reason) -> Result<(), RecordError> {
+        if self.has_stalled() {
+            return Ok(());
+        }
         self.write_all(&self.records(reason))
     }
 
-    /// Writes the flight records after a failure: calls as they were when the run failed, where that is known.
+    fn has_stalled(&self) -> bool {
+        self.lock().as_ref().is_some_and(|seats| seats.stalled)
+    }
+
+    /// Writes what the watchdog has found.
+    pub(super) fn write_stalled(&self, records: &[FlightRecord]) -> Result<(), RecordError> {
+        if let Some(seats) = self.lock().as_mut() {
+            seats.stalled = true;
+        }
+        self.write_all(records)
+    }
+
+    /// Writes the flight records after a failure: calls as they were when the run failed, where that is known. Where the
+    /// watchdog has written records, only a rank that tells of itself writes another.
     ///
     /// # Errors
     /// As [`FlightDeck::write`].
     pub fn write_failure(&self, failure: &Failure) -> Result<(), RecordError> {
         let message = failure.cause.to_string();
-        let mut records = self.records(&Reason::Failed { rank: failure.rank, message });
+        let (step, call) = (Some(failure.step), failure.call.clone());
+        let mut records = self.records(&Reason::Failed { rank: failure.rank, message, step, call });
+        if self.has_stalled() {
+            records.retain(|record| record.rank == failure.rank);
+        }
         for record in &mut records {
             if let Some(calls) = failure.flights.get(record.rank).filter(|calls| !calls.is_empty()) {
                 record.calls.clone_from(calls);
@@ -83,7 +111,7 @@ impl FlightDeck {
         self.write_all(&records)
     }
 
-    pub(super) fn write_all(&self, records: &[FlightRecord]) -> Result<(), RecordError> {
+    fn write_all(&self, records: &[FlightRecord]) -> Result<(), RecordError> {
         let Some((folder, _)) = self.place() else { return Ok(()) };
         let outcomes: Vec<_> = records.iter().map(|record| record.write(&folder)).collect();
         outcomes.into_iter().collect()

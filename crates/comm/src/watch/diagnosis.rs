@@ -10,6 +10,9 @@ use super::record::{FlightRecord, Reason};
 use crate::error::{CallSite, Waiting, waiting_lines};
 use crate::flight::{CallState, FlightEntry, Message};
 
+/// A rank whose record comes later than this after the watchdog's first, in microseconds, is as silent as a dead one: it was
+/// stopped, and the others have judged without it.
+const IN_TIME_US: u64 = 5_000_000;
 /// More ranks are not looked at one by one.
 const MOST_CULPRITS: usize = 64;
 
@@ -112,13 +115,33 @@ fn key<'a>(record: &'a FlightRecord, entry: &'a FlightEntry) -> Option<Key<'a>> 
     })
 }
 
+/// Whether a record of `records` came in time to say something: one that was written long after the watchdog's first comes
+/// from a rank that was stopped.
+pub fn in_time(records: &[FlightRecord]) -> impl Fn(&FlightRecord) -> bool + use<> {
+    let stalled_us = first_stalled_us(records);
+    move |record| is_in_time(record, stalled_us)
+}
+
+fn is_in_time(record: &FlightRecord, stalled_us: Option<u64>) -> bool {
+    stalled_us.is_none_or(|first| record.written_us <= first.saturating_add(IN_TIME_US))
+}
+
+fn first_stalled_us(records: &[FlightRecord]) -> Option<u64> {
+    let stalled = records.iter().filter(|record| record.reason == Reason::Stalled);
+    stalled.map(|record| record.written_us).min()
+}
+
 /// Says from the flight records of one start of a run who keeps whom waiting. Ranks without a record are those that wrote
 /// none. Of several records of a rank the last counts.
 pub fn diagnose(records: &[FlightRecord]) -> Diagnosis {
-    let pilots: BTreeMap<usize, Pilot<'_>> =
-        records.iter().map(|record| (record.rank, Pilot::new(record))).collect();
+    let stalled_us = first_stalled_us(records);
+    let pilots: BTreeMap<usize, Pilot<'_>> = records
+        .iter()
+        .filter(|record| is_in_time(record, stalled_us))
+        .map(|record| (record.rank, Pilot::new(record)))
+        .collect();
     let waiting: Vec<Waiting> = pilots.values().filter_map(|pilot| wait_of(pilot, &pilots)).collect();
-    let mut culprits = failed(&pilots);
+    let mut culprits = failed(&pilots, stalled_us);
     if culprits.is_empty() {
         culprits.extend(mismatch(&pilots));
     }
@@ -161,20 +184,30 @@ fn silent(pilots: &BTreeMap<usize, Pilot<'_>>) -> Vec<Culprit> {
 }
 
 /// The rank that records say has failed.
-fn failed(pilots: &BTreeMap<usize, Pilot<'_>>) -> Vec<Culprit> {
+fn failed(pilots: &BTreeMap<usize, Pilot<'_>>, stalled_us: Option<u64>) -> Vec<Culprit> {
     let told = pilots.values().filter_map(|pilot| match &pilot.record.reason {
-        Reason::Failed { rank, message } => Some((*rank, message.clone(), pilot.record)),
+        Reason::Failed { rank, message, step, call } => {
+            let record = pilot.record;
+            // What others say after a watchdog may be a consequence: a launcher kills one after the other.
+            let counts = *rank == record.rank || stalled_us.is_none_or(|first| record.written_us < first);
+            counts.then_some((*rank, message, *step, call, record))
+        }
         Reason::Stalled | Reason::Terminated => None,
     });
-    // What others say later may be a consequence.
-    let told = told.min_by_key(|(_, _, record)| record.written_us);
-    let culprit = |(rank, message, teller): (usize, String, &FlightRecord)| {
+    let told = told.min_by_key(|(.., record)| record.written_us);
+    let culprit = |(rank, message, step, call, teller): (
+        usize,
+        &String,
+        Option<u64>,
+        &Option<CallSite>,
+        &FlightRecord,
+    )| {
         let own = pilots.get(&rank);
         Culprit {
             rank,
-            step: own.map_or(teller.step, |pilot| pilot.record.step),
-            last_call: own.and_then(last_call),
-            verdict: Verdict::Failed { message },
+            step: step.or(own.map(|pilot| pilot.record.step)).unwrap_or(teller.step),
+            last_call: call.clone().or_else(|| own.and_then(last_call)),
+            verdict: Verdict::Failed { message: message.clone() },
         }
     };
     told.map(culprit).into_iter().collect()

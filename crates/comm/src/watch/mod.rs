@@ -11,7 +11,7 @@ mod stall;
 mod watchdog;
 
 pub use deck::FlightDeck;
-pub use diagnosis::{Culprit, Diagnosis, Verdict, diagnose};
+pub use diagnosis::{Culprit, Diagnosis, Verdict, diagnose, in_time};
 pub use pace::{Activity, Limits, Pace};
 pub use record::{
     Damaged, FlightRecord, GroupRecord, Identity, LARGEST_RECORD_BYTES, MOST_RANKS, Reason, RecordError,

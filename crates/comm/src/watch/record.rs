@@ -11,6 +11,7 @@ use serde::{Deserialize, Serialize};
 
 use super::pace::Activity;
 use crate::communicator::Communicator;
+use crate::error::CallSite;
 use crate::flight::{FlightEntry, wall_clock_us};
 
 /// The version of the file's format.
@@ -45,6 +46,12 @@ pub enum Reason {
         rank: usize,
         /// What happened.
         message: String,
+        /// The step that rank was in, as far as is known.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        step: Option<u64>,
+        /// The last call that rank started, as far as is known.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        call: Option<CallSite>,
     },
 }
 
@@ -177,7 +184,11 @@ impl FlightRecord {
             fs::rename(&partial, &path)?;
             File::open(folder)?.sync_all()
         };
-        write().map_err(RecordError::io("write", &path))
+        write().map_err(|error| {
+            // What is there of it is no record; if it cannot be removed either, nobody reads it.
+            let _ = fs::remove_file(&partial);
+            RecordError::io("write", &path)(error)
+        })
     }
 
     /// Reads the record of `rank` from `path`.

@@ -12,7 +12,7 @@ use super::deck::FlightDeck;
 use super::diagnosis::{Diagnosis, diagnose};
 use super::pace::Limits;
 use super::record::{FlightRecord, Identity, Reason, read_records};
-use crate::error::{Cause, Failure};
+use crate::error::{Cause, Failure, Waiting};
 
 /// How often it looks, at most and at least.
 const TICKS: [Duration; 2] = [Duration::from_millis(20), Duration::from_secs(1)];
@@ -110,8 +110,7 @@ impl<F: Fn(&Failure)> Watch<F> {
                     longest = longest.max(Some(wait.time));
                 }
             }
-            if longest.is_some() || self.is_asked() {
-                self.alarm(longest);
+            if (longest.is_some() || self.is_asked()) && self.alarm(longest) {
                 return;
             }
         }
@@ -149,20 +148,45 @@ impl<F: Fn(&Failure)> Watch<F> {
         !self.is_alone() && is_asked_in(&folder, &run)
     }
 
-    /// A rank has waited for `waited`; None if another process has found that.
-    fn alarm(&self, waited: Option<Duration>) {
-        let mut records = self.deck.records(&Reason::Stalled);
-        // What cannot be written is still known here.
-        let _ = self.deck.write_all(&records);
-        if !self.is_alone() && !self.ask_others(&mut records) {
-            return;
-        }
-        let diagnosis = diagnose(&records);
-        let failure = Arc::new(Self::failure(waited, &diagnosis, &records));
+    /// A rank has waited for `waited`; None if another process has found that. Returns whether that has ended the run, or the
+    /// watch has ended.
+    fn alarm(&self, waited: Option<Duration>) -> bool {
+        let knows_others = self.is_alone() || self.deck.place().is_some();
+        let failure = if knows_others { self.diagnosed(waited) } else { self.waited_for(waited) };
+        let Some(failure) = failure.map(Arc::new) else { return knows_others };
         self.deck.fail(&failure);
         if self.tick_until(self.grace.ranks, || false) {
             (self.abandon)(&failure);
         }
+        true
+    }
+
+    /// What the records of all ranks say; None if the watch has ended meanwhile.
+    fn diagnosed(&self, waited: Option<Duration>) -> Option<Failure> {
+        let mut records = self.deck.records(&Reason::Stalled);
+        // What cannot be written is still known here.
+        let _ = self.deck.write_stalled(&records);
+        if !self.is_alone() && !self.ask_others(&mut records) {
+            return None;
+        }
+        Some(Self::failure(waited, &diagnose(&records), &records))
+    }
+
+    /// While ranks share no folder: for whom those of this process wait, if they still do.
+    fn waited_for(&self, waited: Option<Duration>) -> Option<Failure> {
+        let ranks = self.deck.ranks();
+        let waiting: Vec<Waiting> = ranks.iter().filter_map(|comm| comm.core().transport.waiting()).collect();
+        let (first, size) = (waiting.first()?, ranks.first()?.core().transport.size());
+        let detail =
+            format!("has not come to {}: it is stopped, it died or it still reads its data", first.call);
+        Some(Failure {
+            rank: *first.for_ranks.first()?,
+            step: first.call.step,
+            call: None,
+            cause: Cause::Stalled { waited_s: waited.map(|time| time.as_secs_f64()), detail },
+            waiting,
+            flights: vec![Vec::new(); size],
+        })
     }
 
     /// Asks the other processes for their records and adds them; false if the watch has ended meanwhile.
