@@ -291,7 +291,7 @@ fn a_stopped_rank_is_silent_whatever_it_says_when_it_is_woken() {
     for reason in [died(1), Reason::Terminated, Reason::Stalled] {
         let [one, two] = others.clone();
         let records = [waits(0, reason, 9 * SECOND), one, two];
-        assert_eq!(diagnose(&records).culprits, [silent.clone()]);
+        assert_eq!(diagnose(&records).culprits, std::slice::from_ref(&silent));
         assert_eq!(records.each_ref().map(in_time(&records)), [false, true, true]);
     }
     // Nor does it count what a rank says of another one after the watchdog.
