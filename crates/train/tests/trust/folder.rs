@@ -174,7 +174,7 @@ fn unsaved(path: &Path) -> RunConfig {
     let mut config = config();
     config.train.on_non_finite = OnNonFinite::Halt;
     config.checkpoint.every = 4;
-    let mut options = RunOptions::new(path, 2, 1);
+    let mut options = RunOptions::new(path, 1, 1);
     options.fault = Some(Fault::PoisonGradient { step: 3 });
     try_run(&config, &options).err().expect("it halts");
     config
