@@ -11,6 +11,8 @@ use super::{escape, sending};
 const WIDTH: f64 = 1080.0;
 const LABEL: f64 = 190.0;
 const ROW: f64 = 26.0;
+/// Colours of the page's style, `--c0` and so on: one for each part of a rank's memory.
+const COLOURS: usize = 10;
 
 /// The start of a drawing of this height.
 fn open(height: f64) -> String {
@@ -32,7 +34,7 @@ fn block(svg: &mut String, colour: usize, [x, y, width, height]: [f64; 4], title
     let _ = writeln!(
         svg,
         "<rect class=\"k{}\" x=\"{x:.2}\" y=\"{y:.2}\" width=\"{:.2}\" height=\"{height:.2}\"><title>{title}</title></rect>",
-        colour % 8,
+        colour % COLOURS,
         width.max(0.0)
     );
 }
@@ -46,7 +48,7 @@ fn line(svg: &mut String, class: &str, [x1, y1, x2, y2]: [f64; 4]) {
 
 fn legend(names: &[String]) -> String {
     let entry = |(at, name): (usize, &String)| {
-        format!("<span><i style=\"background:var(--c{})\"></i>{}</span>", at % 8, escape(name))
+        format!("<span><i style=\"background:var(--c{})\"></i>{}</span>", at % COLOURS, escape(name))
     };
     format!("<div class=\"legend\">{}</div>", names.iter().enumerate().map(entry).collect::<String>())
 }
