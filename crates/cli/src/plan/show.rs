@@ -106,7 +106,7 @@ fn plans(answer: &Answer, plans: &[Plan]) -> Vec<String> {
 }
 
 fn interval([low, high]: [f64; 2]) -> String {
-    format!("{low:.2} to {high:.2} s")
+    format!("{} to {}", duration(low), duration(high))
 }
 
 /// An 80% interval in the unit of what it follows.
