@@ -1,7 +1,9 @@
 //! Validation reads any table and counts as it says.
 
 use proptest::prelude::*;
-use unisono_plan::validate::{Prediction, Validation, check_cases, check_models, validate, validate_with};
+use unisono_plan::validate::{
+    Prediction, PricePath, Validation, check_cases, check_models, validate, validate_with,
+};
 
 const HEADER: &str = "id,file,source,kind,model_key,model_as_printed,custom_arch,gpu,n_gpus,precision,seq,gbs,mbs,tp,pp,vpp,cp,ep,etp,dp,\
      sharding,recompute,framework,routing,step_time_s,tokens_per_s_per_gpu,tflops_per_gpu,tflops_convention,mem_max_gib,verified";
@@ -16,7 +18,7 @@ fn row(id: usize, model: &str, gpus: &str, micro_batch: &str, step_s: &str) -> S
 /// A pricing that says 10 s, 100 GiB times the micro-batch, whatever the plan.
 fn ten_seconds(rows: &[String]) -> Validation {
     let text = format!("{HEADER}\n{}\n", rows.join("\n"));
-    validate_with(&text, None, &|_, _, layout, _| {
+    validate_with(&text, None, &|_, _, layout, _, _| {
         let memory_bytes = (layout.micro_batch as f64 * 44.0) * (1u64 << 30) as f64;
         Some(Prediction {
             step_s: 10.0,
@@ -73,12 +75,25 @@ fn tau_compares_distinct_plans_on_as_many_gpus() {
         row(2, "Qwen3-30B-A3B", "8", "4", "9"),
         row(3, "Qwen3-30B-A3B", "16", "2", "1"),
     );
-    let found = validate_with(&text, None, &|_, _, layout, _| {
+    let found = validate_with(&text, None, &|_, _, layout, _, _| {
         let step_s = 10.0 - layout.micro_batch as f64;
         Some(Prediction { step_s, interval_s: [1.0, 20.0], memory_bytes: 1.0, last_rank_bytes: 1.0 })
     });
     // Pairs on 8 GPUs: two agree, one does not.
     near(found.all.tau, 1.0 / 3.0);
+}
+
+#[test]
+fn what_is_left_open_is_chosen_in_closed_form_and_simulated() {
+    let text = format!("{HEADER}\n{}\n", row(0, "Qwen3-30B-A3B", "8", "", "10"));
+    let found = validate_with(&text, None, &|_, _, layout, _, path| {
+        let simulated = path == PricePath::Simulated;
+        let step_s = layout.micro_batch as f64 + if simulated { 4.0 } else { 0.0 };
+        Some(Prediction { step_s, interval_s: [1.0, 20.0], memory_bytes: 1.0, last_rank_bytes: 1.0 })
+    });
+    let row = &found.rows[0];
+    assert!(row.plan.contains("mbs1 "), "{}", row.plan);
+    assert_eq!(row.time.expect("a time").predicted_s, 5.0);
 }
 
 #[test]

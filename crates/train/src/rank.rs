@@ -103,6 +103,8 @@ struct Sums {
 /// A rank's model with initial parameters, and who owns what of them.
 pub(crate) type InitialModel<B> = (Transformer<B>, Rc<Shards>, ShardedParameters<B>);
 
+/// The model of one rank at step 0.
+///
 /// # Errors
 /// If groups cannot be made.
 pub(crate) fn initial_model<B: Backend>(

@@ -225,7 +225,7 @@ pub fn search(model: &Architecture, cluster: &Cluster, training: &Training) -> F
 }
 
 /// `work` of every number below `parts`, in order, on every core, with a bar if it takes longer than a moment.
-fn spread<T: Send>(screen: &Screen, parts: usize, work: impl Fn(usize) -> T + Sync) -> Vec<T> {
+pub fn spread<T: Send>(screen: &Screen, parts: usize, work: impl Fn(usize) -> T + Sync) -> Vec<T> {
     let (next, done) = (AtomicUsize::new(0), AtomicUsize::new(0));
     let mut results: Vec<(usize, T)> = std::thread::scope(|scope| {
         let share = || {

@@ -3,13 +3,15 @@
 use std::path::{Path, PathBuf};
 
 use clap::Args;
-use unisono_plan::validate::{
-    Group, TableError, TimeFigures, Validation, check_cases, check_models, validate,
-};
+use unisono_plan::validate::{Cases, Group, TableError, TimeFigures, Validation, check_cases, check_models};
 
+use super::answer::spread;
 use crate::error::{CliError, DONE};
-use crate::screen::say;
+use crate::screen::{Screen, say};
 use crate::style::{Paint, table};
+
+/// The template of the bar.
+const BAR: &str = "pricing rows {bar:30} {pos}/{len}  {elapsed}";
 
 /// `unisono plan validate`
 #[derive(Debug, Args)]
@@ -29,7 +31,11 @@ pub struct Validate {
 pub fn run(args: Validate) -> Result<u8, CliError> {
     let cases = read(&args.cases, check_cases)?;
     let models = args.models.as_deref().map(|path| read(path, check_models)).transpose()?;
-    let validation = validate(&cases, models.as_deref());
+    let cases = Cases::read(&cases, models.as_deref());
+    let screen = Screen::new(BAR);
+    let rows = spread(&screen, cases.len(), |row| cases.predict(row));
+    screen.finish();
+    let validation = cases.judge(rows);
     if args.json {
         say(&format!("{}\n", serde_json::json!(validation)));
     } else {

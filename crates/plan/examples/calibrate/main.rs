@@ -11,7 +11,7 @@ use std::collections::BTreeMap;
 use std::error::Error;
 use std::path::Path;
 
-use unisono_plan::validate::{Cases, Outcome, Prediction, TimeFigures, Validation};
+use unisono_plan::validate::{Cases, Outcome, Prediction, PricePath, TimeFigures, Validation};
 use unisono_plan::{Constants, FITTED, Pricer};
 
 use fit::Fit;
@@ -75,17 +75,31 @@ fn cross_validate(cases: &Cases, folds: usize, rounds: usize) {
             println!("{name} {what} release factor: a spread of {spread:.3} covers 80%");
         }
     }
+    println!("memory: a band of {:.3} covers 80%", memory_band(&validation.rows));
 }
 
 /// The standard deviation of logarithms whose 80% interval holds that share of rows, every family weighing the same.
 fn covering(rows: &[Outcome], sparse: bool, released: bool) -> f64 {
-    let mut families: BTreeMap<String, Vec<f64>> = BTreeMap::new();
-    for row in rows.iter().filter(|row| row.sparse == sparse) {
-        let Some(time) = row.time else { continue };
+    let rows = rows.iter().filter(|row| row.sparse == sparse);
+    band(rows.filter_map(|row| {
+        let time = row.time?;
         let factor = if released { row.factor.unwrap_or(1.0) } else { 1.0 };
-        let error = (factor * time.predicted_s / time.measured_s).ln().abs();
-        families.entry(row.family()).or_default().push(error);
-    }
+        Some((row.family(), factor * time.predicted_s / time.measured_s))
+    })) / QUANTILE_90
+}
+
+/// The logarithm within which four of five measured peaks lie.
+fn memory_band(rows: &[Outcome]) -> f64 {
+    band(
+        rows.iter()
+            .filter_map(|row| Some((row.family(), row.memory?.predicted_gib / row.memory?.measured_gib))),
+    )
+}
+
+/// The absolute logarithm that holds 80% of ratios, every family weighing the same.
+fn band(ratios: impl Iterator<Item = (String, f64)>) -> f64 {
+    let mut families: BTreeMap<String, Vec<f64>> = BTreeMap::new();
+    ratios.for_each(|(family, ratio)| families.entry(family).or_default().push(ratio.ln().abs()));
     let mut errors: Vec<(f64, f64)> = Vec::new();
     for family in families.values() {
         errors.extend(family.iter().map(|error| (*error, 1.0 / (family.len() * families.len()) as f64)));
@@ -95,7 +109,7 @@ fn covering(rows: &[Outcome], sparse: bool, released: bool) -> f64 {
     for (error, weight) in errors {
         below += weight;
         if below >= 0.8 {
-            return error / QUANTILE_90;
+            return error;
         }
     }
     f64::NAN
@@ -130,14 +144,13 @@ fn show(cases: &Cases, constants: &Constants, family: Option<&String>) {
 /// What the step of `predicted_s` of row `row` is spent on, in percent.
 fn parts(cases: &Cases, row: usize, constants: &Constants, predicted_s: f64) -> String {
     let found = RefCell::new(None);
-    cases.outcome(row, &|model, cluster, layout, training| {
+    cases.outcome(row, &|model, cluster, layout, training, path| {
         let calibration = constants.of(&cluster.gpu, training.software);
         let pricer = Pricer::with_calibration(model, cluster, training, calibration);
-        let priced = pricer.price(layout).ok()?;
-        if priced.step_s == predicted_s {
-            *found.borrow_mut() = Some(priced.breakdown);
+        if path == PricePath::Simulated {
+            *found.borrow_mut() = Some(pricer.price_simulated(layout).ok()?.breakdown);
         }
-        Prediction::of(&pricer, layout)
+        Prediction::of(&pricer, layout, path)
     });
     let Some(breakdown) = found.into_inner() else { return String::new() };
     let percent = |(name, seconds): (&str, f64)| format!("{name} {:.0}", 100.0 * seconds / predicted_s);
@@ -147,24 +160,22 @@ fn parts(cases: &Cases, row: usize, constants: &Constants, predicted_s: f64) -> 
 
 /// What the first and the last pipeline rank of row `row` hold, in GiB.
 fn held(cases: &Cases, row: usize, constants: &Constants) -> String {
-    let best: RefCell<(f64, String)> = RefCell::new((f64::INFINITY, String::new()));
-    cases.outcome(row, &|model, cluster, layout, training| {
+    let said = RefCell::new(String::new());
+    cases.outcome(row, &|model, cluster, layout, training, path| {
         let calibration = constants.of(&cluster.gpu, training.software);
         let pricer = Pricer::with_calibration(model, cluster, training, calibration);
-        let found = Prediction::of(&pricer, layout)?;
         let of = |rank: usize| {
             let memory = pricer.rank_memory(layout, rank);
             let gib = |bytes: f64| bytes / (1u64 << 30) as f64;
             let parts = memory.parts().map(|(name, bytes)| format!("{name} {:.3}", gib(bytes)));
             format!("rank {rank} {:.2} GiB: {}", gib(memory.allocated()), parts.join(", "))
         };
-        if found.step_s < best.borrow().0 {
-            let said = [0, layout.pipeline - 1].map(of).join("\n    ");
-            *best.borrow_mut() = (found.step_s, said);
+        if path == PricePath::Simulated {
+            *said.borrow_mut() = [0, layout.pipeline - 1].map(of).join("\n    ");
         }
-        Some(found)
+        Prediction::of(&pricer, layout, path)
     });
-    best.into_inner().1
+    said.into_inner()
 }
 
 fn main() -> Result<(), Box<dyn Error>> {

@@ -49,8 +49,12 @@ pub struct Prediction {
 
 impl Prediction {
     /// What `pricer` says of `layout`; `None` when the layout cannot be.
-    pub fn of(pricer: &Pricer, layout: &Parallelism) -> Option<Self> {
-        let priced = pricer.price(layout).ok()?;
+    pub fn of(pricer: &Pricer, layout: &Parallelism, path: PricePath) -> Option<Self> {
+        let priced = match path {
+            PricePath::Closed => pricer.price(layout),
+            PricePath::Simulated => pricer.price_simulated(layout),
+        };
+        let priced = priced.ok()?;
         Some(Self {
             step_s: priced.step_s,
             interval_s: priced.interval_s,
@@ -60,8 +64,18 @@ impl Prediction {
     }
 }
 
+/// How a step is priced, as in a search: what is left blank is chosen in closed form, what is chosen is simulated op by op.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum PricePath {
+    /// [`Pricer::price`].
+    Closed,
+    /// [`Pricer::price_simulated`].
+    Simulated,
+}
+
 /// What prices a plan: `None` when it cannot be.
-pub type Pricing<'a> = &'a dyn Fn(&Architecture, &Cluster, &Parallelism, &Training) -> Option<Prediction>;
+pub type Pricing<'a> =
+    &'a dyn Fn(&Architecture, &Cluster, &Parallelism, &Training, PricePath) -> Option<Prediction>;
 
 /// A step time and its prediction.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize)]
@@ -204,12 +218,11 @@ pub struct Validation {
     pub baseline_mape_of_rows: Option<f64>,
 }
 
-/// Prices every row of `cases` with [`crate::price`] and compares. Models are those of `models`, a table with the columns of
+/// Prices every row of `cases` as [`PricePath`] says and compares. Models are those of `models`, a table with the columns of
 /// `models.csv`, and the built-in ones.
 pub fn validate(cases: &str, models: Option<&str>) -> Validation {
-    validate_with(cases, models, &|model, cluster, layout, training| {
-        Prediction::of(&Pricer::new(model, cluster, training), layout)
-    })
+    let cases = Cases::read(cases, models);
+    cases.judge((0..cases.len()).map(|row| cases.predict(row)).collect())
 }
 
 /// The same with another pricing.
@@ -306,7 +319,15 @@ impl Cases {
         Some((&setup.cluster.gpu, setup.candidates.first()?.1.software))
     }
 
-    /// What `price` makes of a row: the fastest of its layouts that fits; if none fits, the one that comes nearest.
+    /// What the planner makes of a row.
+    pub fn predict(&self, row: usize) -> Outcome {
+        self.outcome(row, &|model, cluster, layout, training, path| {
+            Prediction::of(&Pricer::new(model, cluster, training), layout, path)
+        })
+    }
+
+    /// What `price` makes of a row: the fastest of its layouts that fits, in closed form, simulated; if none fits, the one that comes
+    /// nearest.
     pub fn outcome(&self, row: usize, price: Pricing<'_>) -> Outcome {
         self.rows[row].outcome(price)
     }
@@ -391,7 +412,8 @@ fn best<'a>(setup: &'a Setup, price: Pricing<'_>) -> Option<(&'a Parallelism, &'
     let capacity = setup.cluster.gpu.memory_bytes * MEMORY_TOLERANCE;
     let mut best: Option<(&Parallelism, &Training, Prediction)> = None;
     for (layout, training) in &setup.candidates {
-        let Some(priced) = price(&setup.architecture, &setup.cluster, layout, training) else { continue };
+        let priced = price(&setup.architecture, &setup.cluster, layout, training, PricePath::Closed);
+        let Some(priced) = priced else { continue };
         // Batches of candidates differ where none is printed: what counts is the time of a sequence.
         let rank = |priced: &Prediction, training: &Training| {
             let over = (priced.memory_bytes / capacity).max(1.0);
@@ -401,7 +423,9 @@ fn best<'a>(setup: &'a Setup, price: Pricing<'_>) -> Option<(&'a Parallelism, &'
             best = Some((layout, training, priced));
         }
     }
-    best
+    let (layout, training, _) = best?;
+    let priced = price(&setup.architecture, &setup.cluster, layout, training, PricePath::Simulated)?;
+    Some((layout, training, priced))
 }
 
 fn plan_text(layout: &Parallelism, training: &Training) -> String {
