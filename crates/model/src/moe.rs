@@ -307,11 +307,14 @@ impl<B: Backend> Transformer<B> {
                 run_shared(0..cut);
                 let (back, dweight, experts) =
                     self.chunks_backward(layer, parameters, batch, &route, moving, received)?;
+                let values = self.start_weight_gradients(&route, dweight, &routing)?;
                 run_shared(cut..batch.rows());
                 let normed = again(normed);
-                let dweights =
-                    profile.communicate("combine", || self.weight_gradients(&route, dweight, &routing))?;
-                (profile.communicate("combine", || back.finish())?, dweights, Some(experts), normed)
+                let back = profile.communicate("combine", || back.finish())?;
+                let values = profile.communicate("combine", || values.finish())?;
+                let mut dweights = vec![0.0; routing.weights.len()];
+                route.in_choice_order(values.as_ref(), &mut dweights);
+                (back, dweights, Some(experts), normed)
             }
         };
         let (dshared, shared) = shared.map(|shared| (shared.result, shared.work)).unzip();
@@ -375,18 +378,15 @@ impl<B: Backend> Transformer<B> {
         Ok((back, dweight, ExpertWeights { runs, expert_in, dgu, hidden, expert_dy }))
     }
 
-    /// Brings the gradients of row weights back: `[rows, top_k]`.
-    fn weight_gradients(
+    /// Starts to bring the gradients of row weights back, `[rows sent]`.
+    fn start_weight_gradients(
         &self,
         route: &Route,
         dweight: B::Host,
         routing: &Routing,
-    ) -> Result<Vec<f32>, CommError> {
+    ) -> Result<Pending<B::Host>, CommError> {
         let recv = self.backend.alloc_host(routing.weights.len());
-        let sent = route.start_values_back(&self.dispatch, dweight, recv)?.finish()?;
-        let mut dweights = vec![0.0; routing.weights.len()];
-        route.in_choice_order(sent.as_ref(), &mut dweights);
-        Ok(dweights)
+        self.profile.communicate("combine", || route.start_values_back(&self.dispatch, dweight, recv))
     }
 
     fn router_gradient(

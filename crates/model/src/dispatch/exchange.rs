@@ -1,6 +1,5 @@
 //! Rows under way.
 
-use std::collections::VecDeque;
 use std::ops::Range;
 use std::sync::Arc;
 
@@ -84,13 +83,16 @@ impl<B: Backend> Wiring<'_, B> {
     }
 }
 
-/// Rows of one tensor on their way to the experts, chunk by chunk.
+/// Rows of one tensor on their way to the experts, chunk by chunk. A chunk leaves when the one before it has arrived: chunks that
+/// share a link arrive together, at the end of all.
 pub(crate) struct Dispatching<'a, B: Backend> {
     wiring: Wiring<'a, B>,
     route: &'a Route,
     /// Own rows, as they travel; none once all are sent.
     rows: Arc<B::Host>,
-    under_way: VecDeque<Moving<B>>,
+    under_way: Option<Moving<B>>,
+    /// Chunks that have not left.
+    waiting: std::slice::Iter<'a, Chunk>,
 }
 
 impl<'a, B: Backend> Dispatching<'a, B> {
@@ -101,14 +103,17 @@ impl<'a, B: Backend> Dispatching<'a, B> {
     pub fn start(wiring: Wiring<'a, B>, route: &'a Route, x: &B::Buf) -> Result<Self, CommError> {
         let rows = wiring.gather(x, &route.tokens);
         let overlap = wiring.overlap;
-        let mut dispatching = Self { wiring, route, rows, under_way: VecDeque::new() };
+        let mut dispatching = Self { wiring, route, rows, under_way: None, waiting: route.chunks.iter() };
         if overlap {
-            for chunk in &route.chunks {
-                let moving = dispatching.start_chunk(chunk)?;
-                dispatching.under_way.push_back(moving);
-            }
+            dispatching.start_next()?;
         }
         Ok(dispatching)
+    }
+
+    fn start_next(&mut self) -> Result<(), CommError> {
+        let next = self.waiting.next().map(|chunk| self.start_chunk(chunk)).transpose()?;
+        self.under_way = next;
+        Ok(())
     }
 
     fn start_chunk(&self, chunk: &Chunk) -> Result<Moving<B>, CommError> {
@@ -145,12 +150,15 @@ impl<'a, B: Backend> Dispatching<'a, B> {
     /// # Errors
     /// If the exchange fails.
     pub fn arrive(&mut self, chunk: &Chunk, into: &mut Option<B::Buf>) -> Result<(), CommError> {
-        let moving = match self.under_way.pop_front() {
+        let moving = match self.under_way.take() {
             Some(moving) => moving,
             None => self.start_chunk(chunk)?,
         };
         let (backend, d, width) = (self.wiring.backend, self.wiring.d, self.wiring.width());
         let mut received = moving.finish()?;
+        if self.wiring.overlap {
+            self.start_next()?;
+        }
         if self.route.crosses {
             let arrived = backend.take_from_host(received);
             let mut forwarded = backend.alloc(chunk.forward.len() * width);
@@ -159,7 +167,7 @@ impl<'a, B: Backend> Dispatching<'a, B> {
             received = self.start_inside(chunk, Some(&forwarded))?.finish()?;
         }
         let received = backend.take_from_host(received);
-        if self.wiring.overlap && self.under_way.is_empty() {
+        if self.wiring.overlap && self.under_way.is_none() {
             self.rows = Arc::new(backend.alloc_host(0));
         }
         if self.route.chunks.len() == 1 {
