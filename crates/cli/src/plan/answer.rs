@@ -60,7 +60,22 @@ pub struct Uneven {
     pub even_bytes: f64,
 }
 
+/// A plan that fits with this probability can be counted on.
+pub const SAFE: f64 = 0.9;
+
 impl Answer {
+    /// How likely it is that a plan fits into a GPU's memory.
+    pub fn fit_probability(&self, plan: &Plan) -> f64 {
+        plan.priced.fit_probability(self.cluster.gpu.memory_bytes)
+    }
+
+    /// The fastest plan that can be counted on to fit, if the chosen one cannot and a search found one.
+    pub fn safer(&self) -> Option<&Plan> {
+        let safe = |plan: &&Plan| self.fit_probability(plan) >= SAFE;
+        let found = self.found.as_ref().filter(|_| !safe(&&self.chosen))?;
+        found.front.iter().find(safe)
+    }
+
     /// Prices the layout that is given, or searches for the fastest that fits.
     pub fn to(
         model: Architecture,

@@ -90,6 +90,7 @@ pub fn plan(answer: &Answer, plan: &Plan) -> Value {
         "memory_interval_80_bytes": plan.priced.memory_interval(),
         "free_bytes": plan.headroom_bytes,
         "fits": plan.priced.fits,
+        "fit_probability": answer.fit_probability(plan),
         "days": outlook.days,
         "usd": outlook.usd,
     })

@@ -95,6 +95,14 @@ fn figures(answer: &Answer) -> String {
     let (priced, outlook) = (&answer.chosen.priced, &answer.outlook);
     let [low, high] = priced.interval_s;
     let [fewest, most] = priced.memory_interval();
+    let safer = answer.safer().map(|plan| {
+        format!(
+            " ({}: {} in {:.2} s)",
+            percent(answer.fit_probability(plan)),
+            plan.layout,
+            plan.priced.step_s
+        )
+    });
     let [shortest, longest] = priced.interval_of(outlook.days);
     let [cheapest, dearest] = priced.interval_of(outlook.usd / 1e6);
     let figures = [
@@ -117,8 +125,10 @@ fn figures(answer: &Answer) -> String {
             "memory",
             format!("{:.1} GiB", priced.memory.total() / GIB),
             format!(
-                "{:.1} GiB free on the fullest GPU; 80% of runs: {:.0} to {:.0} GiB",
+                "{:.1} GiB free on the fullest GPU, fits with a probability of {}{}; 80% of runs: {:.0} to {:.0} GiB",
                 answer.chosen.headroom_bytes / GIB,
+                percent(answer.fit_probability(&answer.chosen)),
+                safer.unwrap_or_default(),
                 fewest / GIB,
                 most / GIB
             ),

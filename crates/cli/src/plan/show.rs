@@ -5,7 +5,7 @@ use unisono_plan::search::Plan;
 use unisono_plan::{Axis, Outlook, Place, bottleneck};
 
 use super::GIB;
-use super::answer::Answer;
+use super::answer::{Answer, SAFE};
 use crate::screen::say;
 use crate::style::{Paint, bar, duration, grouped, percent, short, table};
 
@@ -88,7 +88,7 @@ fn round(number: f64) -> f64 {
 }
 
 fn plans(answer: &Answer, plans: &[Plan]) -> Vec<String> {
-    let head = ["layout", "GPUs", "step", "80% interval", "free GiB", "days", "M$"];
+    let head = ["layout", "GPUs", "step", "80% interval", "free GiB", "fits", "days", "M$"];
     let mut rows = vec![head.map(String::from).to_vec()];
     rows.extend(plans.iter().map(|plan| {
         let outlook = Outlook::of(&plan.priced, &answer.cluster, &plan.layout, &answer.training);
@@ -98,6 +98,7 @@ fn plans(answer: &Answer, plans: &[Plan]) -> Vec<String> {
             duration(plan.priced.step_s),
             interval(plan.priced.interval_s),
             format!("{:.1}", plan.headroom_bytes / GIB),
+            percent(answer.fit_probability(plan)),
             format!("{:.1}", outlook.days),
             format!("{:.2}", outlook.usd / 1e6),
         ]
@@ -132,14 +133,24 @@ fn step(answer: &Answer) -> Vec<String> {
             percent(answer.model_flops_share())
         ),
         format!(
-            "  {:.1} ({}) of {:.1} GiB on the fullest GPU (pipeline rank {}), {:.1} GiB free",
+            "  {:.1} ({}) of {:.1} GiB on the fullest GPU (pipeline rank {}), {:.1} GiB free: fits with a probability of {}",
             priced.memory.total() / GIB,
             range(priced.memory_interval().map(|bytes| bytes / GIB), 1),
             answer.cluster.gpu.memory_bytes / GIB,
             priced.worst_rank,
-            answer.chosen.headroom_bytes / GIB
+            answer.chosen.headroom_bytes / GIB,
+            percent(answer.fit_probability(&answer.chosen))
         ),
     ];
+    if let Some(safer) = answer.safer() {
+        lines.push(format!(
+            "  the fastest that fits with a probability of {} or more: {}, {:.3} s, {:.1} GiB free",
+            percent(SAFE),
+            safer.layout,
+            safer.priced.step_s,
+            safer.headroom_bytes / GIB
+        ));
+    }
     if let Some(uneven) = answer.uneven() {
         lines.push(format!(
             "  uneven routing: the fullest of {} expert-parallel ranks gets {:.2} times its share in the median step, {:.2} times in one \

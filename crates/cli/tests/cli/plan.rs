@@ -43,6 +43,24 @@ fn a_plan_is_one_json_object_whose_parts_add_up() {
 }
 
 #[test]
+fn a_tight_layout_comes_with_its_odds_and_a_safer_one() {
+    let folder = tempdir().unwrap();
+    let question = ["plan", "DeepSeek-V3", "h800x2048"];
+    let text = run(folder.path(), 0, &question).out;
+    let odds = |line: &str| line.split("with a probability of ").nth(1).map(|rest| rest[..2].to_string());
+    let chosen = text.lines().find(|line| line.contains(" GiB on the fullest GPU")).and_then(odds).unwrap();
+    assert!(chosen.parse::<u32>().unwrap() < 90, "{text}");
+    assert!(text.contains("  the fastest that fits with a probability of 90% or more: "), "{text}");
+    let plan: Value =
+        serde_json::from_str(&run(folder.path(), 0, &[&question[..], &["--json"]].concat()).out).unwrap();
+    let shown = format!("{:.0}", 100.0 * plan["chosen"]["fit_probability"].as_f64().unwrap());
+    assert_eq!(shown, chosen);
+    // With memory to spare nothing else is advised.
+    let roomy = run(folder.path(), 0, &["plan", "Qwen3-30B-A3B", "b200x64"]).out;
+    assert!(!roomy.contains("90% or more"), "{roomy}");
+}
+
+#[test]
 fn lists_are_json_too_and_schedules_are_text_or_drawings() {
     let folder = tempdir().unwrap();
     let models: Value =

@@ -7,6 +7,7 @@ use unisono_plan::search::Plan;
 use super::super::GIB;
 use super::super::answer::{Answer, Uneven};
 use super::{escape, sending};
+use crate::style::percent;
 
 const WIDTH: f64 = 1080.0;
 const LABEL: f64 = 190.0;
@@ -150,10 +151,11 @@ pub fn front(answer: &Answer, plans: &[Plan]) -> String {
         let chosen = plan.layout == answer.chosen.layout;
         let radius = 3.0 + 7.0 * (plan.run_usd / dearest.max(f64::MIN_POSITIVE)).sqrt();
         let title = format!(
-            "{}: {:.2} s, {:.1} GiB free, ${:.2} M",
+            "{}: {:.2} s, {:.1} GiB free (fits with a probability of {}), ${:.2} M",
             plan.layout,
             plan.priced.step_s,
             plan.headroom_bytes / GIB,
+            percent(answer.fit_probability(plan)),
             plan.run_usd / 1e6
         );
         let _ = writeln!(
