@@ -131,7 +131,7 @@ impl Priced {
     }
 
     /// How likely it is that the bytes on the fullest rank are at most `capacity`: logarithms of measured over predicted peaks as
-    /// a normal distribution, of which four fifths lie within [`MEMORY_BAND`].
+    /// a normal distribution, of which four fifths lie within the 80% interval.
     pub fn fit_probability(&self, capacity: f64) -> f64 {
         let deviations = FOUR_FIFTHS * (capacity / self.memory.total()).ln() / MEMORY_BAND;
         0.5 * libm::erfc(-deviations / std::f64::consts::SQRT_2)
