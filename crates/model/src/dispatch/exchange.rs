@@ -83,8 +83,8 @@ impl<B: Backend> Wiring<'_, B> {
     }
 }
 
-/// Rows of one tensor on their way to the experts, chunk by chunk. A chunk leaves when the one before it has arrived: chunks that
-/// share a link arrive together, at the end of all.
+/// Rows of one tensor on their way to the experts, chunk by chunk. A chunk leaves when the one before it has arrived: if all
+/// left at once they would share the link, and the first would arrive with the last.
 pub(crate) struct Dispatching<'a, B: Backend> {
     wiring: Wiring<'a, B>,
     route: &'a Route,

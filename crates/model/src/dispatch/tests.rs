@@ -1,6 +1,7 @@
 //! Exchanges alone, on routing that is drawn: every row reaches its expert, every sum is the canonical one, and what
 //! crosses between nodes is counted from the routing.
 
+use unisono_comm::watch::{Identity, Reason};
 use unisono_comm::{CommError, Communicator, ThreadRanks};
 use unisono_mesh::{ExpertPlacement, Fold, Grid, LinkClass};
 use unisono_plan::dispatch::{DispatchGroup, DispatchShape, kind};
@@ -56,6 +57,13 @@ struct Case {
     expert_nodes: usize,
 }
 
+/// Calls of dispatch that have been started.
+fn dispatches(comm: &Communicator) -> usize {
+    let run = Identity { run_id: String::new(), epoch: 1 };
+    let record = comm.flight_record(&run, Reason::Terminated);
+    record.calls.iter().filter(|entry| entry.call.kind == kind::DISPATCH).count()
+}
+
 /// Rows out and back on one rank: bytes sent across nodes, by dispatch and by combine.
 fn exchange(case: &Case, comm: Communicator) -> Result<[u64; 2], CommError> {
     let slots = 8;
@@ -82,8 +90,11 @@ fn exchange(case: &Case, comm: Communicator) -> Result<[u64; 2], CommError> {
     let mut moving = Dispatching::start(wiring(), &route, &x)?;
     let mut back = Combining::new(wiring(), &route);
     let mut received = None;
-    for chunk in &route.chunks {
+    assert_eq!(dispatches(&comm), 1);
+    for (index, chunk) in route.chunks.iter().enumerate() {
         moving.arrive(chunk, &mut received)?;
+        // One chunk is under way: that they do not share the link is what lets the first arrive early.
+        assert_eq!(dispatches(&comm), (index + 2).min(route.chunks.len()));
         let received = received.as_ref().expect("a chunk arrived");
         let mut results = backend.alloc(chunk.rows * D);
         for (index, rows, first) in &chunk.runs {
