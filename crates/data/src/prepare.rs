@@ -296,6 +296,11 @@ fn check_parts(train: &PartEntry, validation: &PartEntry, split: Split) -> Resul
 
 /// Where the tokens of documents go.
 pub(crate) trait TokenSink {
+    /// Whether a part's tokens are to be made.
+    fn wants(&self, _part: Part) -> bool {
+        true
+    }
+
     fn push(&mut self, part: Part, tokens: &[u32]) -> Result<()>;
     fn end_document(&mut self, part: Part) -> Result<()>;
 }
@@ -335,19 +340,26 @@ impl<'a, S: TokenSink> Assembler<'a, S> {
     fn flush(&mut self) -> Result<()> {
         let batch = std::mem::take(&mut self.batch);
         self.batch_bytes = 0;
-        let texts: Vec<&str> = batch.iter().map(|(_, piece)| piece.text.as_str()).collect();
-        let encoded = self.tokenizer.encode_batch(&texts, self.threads)?;
-        for ((part, piece), tokens) in batch.iter().zip(encoded) {
+        let wanted = batch.iter().filter(|(part, _)| self.sink.wants(*part));
+        let texts: Vec<&str> = wanted.map(|(_, piece)| piece.text.as_str()).collect();
+        let mut encoded = self.tokenizer.encode_batch(&texts, self.threads)?.into_iter();
+        for (part, piece) in &batch {
             if let Some(open) = self.open.filter(|open| open != part) {
-                self.sink.end_document(open)?;
+                self.end_document(open)?;
             }
-            self.sink.push(*part, &tokens)?;
+            if self.sink.wants(*part) {
+                self.sink.push(*part, &encoded.next().unwrap_or_default())?;
+            }
             if piece.last {
-                self.sink.end_document(*part)?;
+                self.end_document(*part)?;
             }
             self.open = (!piece.last).then_some(*part);
         }
         Ok(())
+    }
+
+    fn end_document(&mut self, part: Part) -> Result<()> {
+        if self.sink.wants(part) { self.sink.end_document(part) } else { Ok(()) }
     }
 }
 

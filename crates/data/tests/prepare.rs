@@ -73,6 +73,19 @@ fn built_in_dataset_is_what_it_was() {
     assert_eq!(dataset.fingerprint(), Dataset::builtin(3).unwrap().fingerprint());
 }
 
+/// Encoded alone, the validation part is the same to the token, and no other token is there.
+#[test]
+fn the_built_in_validation_part_can_be_had_alone() {
+    let (all, alone) = (Dataset::builtin(2).unwrap(), Dataset::builtin_validation(2).unwrap());
+    assert_eq!((alone.tokens(Part::Train), alone.documents(Part::Train)), (0, 0));
+    assert_eq!(alone.tokens(Part::Validation), all.tokens(Part::Validation));
+    assert_eq!(alone.documents(Part::Validation), all.documents(Part::Validation));
+    for index in 0..all.sequences(Part::Validation, 97) {
+        let of = |dataset: &Dataset| dataset.sequence(Part::Validation, 97, index).unwrap();
+        assert!(of(&alone) == of(&all), "sequence {index}");
+    }
+}
+
 #[test]
 fn sequences_tile_the_stream_and_mask_what_follows_a_document() {
     let folder = tempfile::tempdir().unwrap();

@@ -10,7 +10,7 @@ use crate::config::RunConfig;
 /// Batches of a run.
 pub struct Feed<'a> {
     dataset: &'a Dataset,
-    sampler: Sampler,
+    seed: u64,
     slots: usize,
     sequences: usize,
     sequence_length: usize,
@@ -28,31 +28,36 @@ pub struct Fed {
 }
 
 impl<'a> Feed<'a> {
-    /// The training batches of a run.
-    ///
-    /// # Errors
-    /// If the dataset has not one whole sequence.
-    pub fn new(dataset: &'a Dataset, config: &RunConfig) -> Result<Self, DataError> {
-        let sequence_length = config.train.sequence_length;
-        let sequences = dataset.sequences(Part::Train, sequence_length);
-        Ok(Self {
+    /// The batches of a run.
+    pub fn new(dataset: &'a Dataset, config: &RunConfig) -> Self {
+        Self {
             dataset,
-            sampler: Sampler::new(config.train.seed, sequences, config.global_batch() as u64)?,
+            seed: config.train.seed,
             slots: config.grid.slots(),
             sequences: config.train.micro_batch,
-            sequence_length,
+            sequence_length: config.train.sequence_length,
             accumulate: config.train.accumulate,
-        })
+        }
+    }
+
+    /// The order in which the training part is read.
+    ///
+    /// # Errors
+    /// If it has not one whole sequence.
+    pub fn sampler(&self) -> Result<Sampler, DataError> {
+        let sequences = self.dataset.sequences(Part::Train, self.sequence_length);
+        Sampler::new(self.seed, sequences, (self.slots * self.sequences * self.accumulate) as u64)
     }
 
     /// Accumulation step `turn` of step `step` for consecutive `slots`.
     ///
     /// # Errors
-    /// If the dataset cannot be read.
+    /// If the dataset cannot be read, or has not one whole sequence.
     pub fn train(&self, step: u64, turn: usize, slots: Range<usize>) -> Result<Fed, DataError> {
+        let sampler = self.sampler()?;
         self.fill(slots, self.sequences, Part::Train, |slot, index| {
             let in_batch = (turn * self.slots + slot) * self.sequences + index;
-            self.sampler.sample_index(step, in_batch as u64)
+            sampler.sample_index(step, in_batch as u64)
         })
     }
 

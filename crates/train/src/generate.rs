@@ -17,7 +17,7 @@ use crate::config::{LayoutConfig, RunConfig, SampleConfig};
 use crate::error::TrainError;
 use crate::rank::{RankState, initial_model};
 use crate::record::ValidationRecord;
-use crate::run::{open_dataset, open_tokenizer, read_extra};
+use crate::run::{open_tokenizer, open_validation, read_extra};
 use crate::run_folder::CHECKPOINTS;
 
 /// How text is drawn.
@@ -187,7 +187,7 @@ pub fn evaluate(
     let mut config = opened.extra.config.clone();
     config.layout = LayoutConfig::default();
     let fold = Fold::new(config.grid, ranks)?;
-    let dataset = open_dataset(&config, ranks * threads)?;
+    let dataset = open_validation(&config, ranks * threads)?;
     let body = |comm: Communicator| {
         let (backend, profile) = (Cpu::new(threads), Profile::new(Instant::now()));
         let mut state = RankState::new(&config, &dataset, backend, fold, comm, profile)?;

@@ -144,7 +144,7 @@ impl<'a, B: Backend> RankState<'a, B> {
     /// A rank at step 0 with initial parameters.
     ///
     /// # Errors
-    /// If the dataset is too small or groups cannot be made.
+    /// If groups cannot be made.
     pub fn new(
         config: &'a RunConfig,
         dataset: &'a Dataset,
@@ -167,7 +167,7 @@ impl<'a, B: Backend> RankState<'a, B> {
             profile,
         )?;
         let optimizer = ShardedAdamW::new(backend, layout, shards, &parameters, comm.clone());
-        let feed = Feed::new(dataset, config)?;
+        let feed = Feed::new(dataset, config);
         let layout = engine_layout(config, &fold, |rank| comm.node(rank));
         let traffic = TrafficPlan::new(layout, comm.rank());
         let progress = Progress::default();

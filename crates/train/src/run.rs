@@ -26,6 +26,7 @@ use crate::checkpointing::Extra;
 use crate::config::{OnNonFinite, RunConfig};
 use crate::crew::lending;
 use crate::error::TrainError;
+use crate::feed::Feed;
 use crate::memory::{check_fits, estimate};
 use crate::probe::probe;
 use crate::rank::{Fault, RankState};
@@ -116,6 +117,19 @@ pub fn open_dataset(config: &RunConfig, threads: usize) -> Result<Dataset, Train
         None => Dataset::builtin(threads)?,
         Some(path) => Dataset::open(path, Verify::OnFirstUse)?,
     };
+    check_vocabulary(config, dataset.tokenizer())?;
+    Ok(dataset)
+}
+
+/// What a validation of a config reads. Of the built-in text the training part is not encoded for it, and empty.
+///
+/// # Errors
+/// As [`open_dataset`].
+pub(crate) fn open_validation(config: &RunConfig, threads: usize) -> Result<Dataset, TrainError> {
+    if config.data.path.is_some() {
+        return open_dataset(config, threads);
+    }
+    let dataset = Dataset::builtin_validation(threads)?;
     check_vocabulary(config, dataset.tokenizer())?;
     Ok(dataset)
 }
@@ -216,6 +230,7 @@ pub fn train_on(
 ) -> Result<Summary, TrainError> {
     let fold = Fold::new(config.grid, options.ranks)?;
     check_nodes(&options.nodes, options.ranks)?;
+    Feed::new(dataset, config).sampler()?;
     let memory = estimate(config, &fold);
     let (folder, trace) = (Mutex::default(), Mutex::default());
     let place = &options.place;

@@ -5,13 +5,14 @@ use std::fs;
 use std::path::Path;
 use std::sync::Mutex;
 
+use unisono_data::Dataset;
 use unisono_train::config::OnNonFinite;
 use unisono_train::run_folder::{
     CHECKPOINTS, CONFIG_FILE, HASHES_FILE, METRICS_FILE, read_config, read_steps, read_summary,
 };
 use unisono_train::{
-    Comparison, Event, Fault, GenerateOptions, Observer, Opened, RunConfig, RunOptions, TrainError, generate,
-    train_on,
+    Comparison, Event, Fault, GenerateOptions, Observer, Opened, RunConfig, RunOptions, TrainError, evaluate,
+    generate, train_on,
 };
 
 use crate::common::{Quiet, config, dataset, run, try_run};
@@ -274,6 +275,30 @@ fn three_failed_checkpoints_are_told_once() {
     assert!(said.starts_with("3 checkpoints in a row could not be written; the last said: "), "{said}");
     assert!(said.matches("in a row").count() == 1, "{said}");
     assert_eq!(read_steps(&path).expect("metrics").len(), 3);
+}
+
+/// It reads the validation part alone, the run both.
+#[test]
+fn a_checkpoint_is_evaluated_as_the_run_was() {
+    let folder = folder();
+    let path = folder.path().join("run");
+    let mut config = config();
+    (config.train.steps, config.evaluation.every) = (2, 2);
+    let ran = run(&config, &path, 2);
+    assert!(ran.summary.validation.is_some());
+    let opened = Opened::new(&path, None).expect("a checkpoint");
+    let again = evaluate(&opened, 1, 1, config.evaluation.sequences).expect("an evaluation");
+    assert_eq!(again, ran.summary.validation);
+}
+
+#[test]
+fn too_little_text_is_told_before_anything_is_written() {
+    let folder = folder();
+    let path = folder.path().join("run");
+    let data = Dataset::random(1, 16, 64).expect("random tokens");
+    let error = train_on(&config(), &RunOptions::new(&path, 1, 1), &data, &Quiet).expect_err("16 tokens");
+    assert!(error.to_string().contains("not one whole sequence"), "{error}");
+    assert!(!path.exists());
 }
 
 #[test]
