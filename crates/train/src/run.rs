@@ -37,7 +37,7 @@ use crate::run_folder::{
 };
 use crate::start::{Start, find_start};
 use crate::survey::{Credentials, WorldRecord, survey};
-use crate::system::{host_name, peak_rss};
+use crate::system::{build, host_name, peak_rss};
 use crate::trace::{TraceWriter, span_value};
 
 /// How a config is run here; nothing of it changes a number.
@@ -298,6 +298,8 @@ fn run_rank(shared: &Shared<'_>, comm: Communicator) -> Result<Summary, TrainErr
     let backend = Cpu::in_crew(shared.options.threads, crew, comm.rank() % crew.ranks());
     let credentials = Credentials {
         version: env!("CARGO_PKG_VERSION").into(),
+        // Threads cannot differ.
+        build: if matches!(shared.options.place, Place::Threads) { None } else { build() },
         config: shared.config.to_toml()?,
         data: fingerprint(shared.dataset),
         probe: probe(&backend),
@@ -307,7 +309,10 @@ fn run_rank(shared: &Shared<'_>, comm: Communicator) -> Result<Summary, TrainErr
     let probe = credentials.probe.clone();
     let deck = &shared.options.deck;
     deck.join(&comm);
-    let world = survey(&comm, credentials, shared.options.place.transport())?;
+    let (world, warning) = survey(&comm, credentials, shared.options.place.transport())?;
+    if let Some(warning) = warning.filter(|_| comm.rank() == 0) {
+        shared.observer.event(Event::Warning(warning));
+    }
     let orders = shared.orders(&comm, &probe)?;
     if !sees_start(&shared.options.folder, &orders.identity) {
         return Err(TrainError::NotShared {

@@ -48,6 +48,8 @@ struct Told {
 pub(crate) struct Credentials {
     /// The program's version.
     pub version: String,
+    /// What tells builds of one version apart, where ranks may run different ones.
+    pub build: Option<String>,
     /// The config.
     pub config: String,
     /// Fingerprint of the data.
@@ -80,7 +82,7 @@ impl Credentials {
     }
 }
 
-/// Gathers what there is.
+/// Gathers what there is; with it a warning if ranks run different builds.
 ///
 /// # Errors
 /// If ranks are not set up alike: the ranks that differ from rank 0 are named.
@@ -88,7 +90,7 @@ pub(crate) fn survey(
     comm: &Communicator,
     credentials: Credentials,
     transport: String,
-) -> Result<WorldRecord, TrainError> {
+) -> Result<(WorldRecord, Option<String>), TrainError> {
     let told = Told { host: host_name(), cpu: cpu_type(), cores: cores(), bound_to: bound_to(), credentials };
     let text = serde_json::to_vec(&told).map_err(|error| TrainError::Resume(error.to_string()))?;
     let all: Vec<Told> = comm
@@ -98,7 +100,7 @@ pub(crate) fn survey(
         .collect::<Result<_, _>>()
         .map_err(|error| TrainError::Resume(format!("a rank's description cannot be read: {error}")))?;
     check_alike(&all)?;
-    Ok(describe(comm, &all, transport))
+    Ok((describe(comm, &all, transport), different_builds(&all)))
 }
 
 fn check_alike(all: &[Told]) -> Result<(), TrainError> {
@@ -115,6 +117,32 @@ fn check_alike(all: &[Told]) -> Result<(), TrainError> {
         all[0].cpu,
         ranks.join(", ")
     )))
+}
+
+/// What to say if ranks run different builds. Each may be one for its host's processor, so it is no error: the probe has
+/// found that their kernels give the same bits.
+fn different_builds(all: &[Told]) -> Option<String> {
+    let mut builds: Vec<(&str, Vec<String>)> = Vec::new();
+    for (rank, told) in all.iter().enumerate() {
+        let Some(build) = &told.credentials.build else { continue };
+        let named = format!("{rank} ({})", told.host);
+        match builds.iter_mut().find(|(other, _)| other == build) {
+            Some((_, ranks)) => ranks.push(named),
+            None => builds.push((build, vec![named])),
+        }
+    }
+    if builds.len() < 2 {
+        return None;
+    }
+    let lines: Vec<String> = builds
+        .iter()
+        .map(|(build, ranks)| format!("rank(s) {} run the build {build}...", ranks.join(", ")))
+        .collect();
+    Some(format!(
+        "{} (BLAKE3 of the file): their kernels give the same bits on fixed inputs, so the run goes on; unless each build is \
+         meant for its host's processor, start the same binary everywhere",
+        lines.join(", ")
+    ))
 }
 
 /// Cores of the ranks of a node: those that all of them are bound to, or what each may use if that is the same.
@@ -160,6 +188,7 @@ mod tests {
         let (resume, trace) = (false, false);
         Credentials {
             version: text("1"),
+            build: None,
             config: text("c"),
             data: text("d"),
             probe: text(probe),
@@ -196,10 +225,26 @@ mod tests {
     }
 
     #[test]
+    fn ranks_with_other_builds_are_a_warning_that_names_both() {
+        let warnings = ThreadRanks::new(3).run(|comm| {
+            let build = if comm.rank() == 1 { "b0b0" } else { "a0a0" };
+            let given = Credentials { build: Some(build.into()), ..credentials("p") };
+            survey(&comm, given, "x".into())
+        });
+        for (_, warning) in warnings.unwrap() {
+            let (text, host) = (warning.unwrap(), host_name());
+            let one = format!("rank(s) 0 ({host}), 2 ({host}) run the build a0a0..., ");
+            assert!(text.starts_with(&one), "{text}");
+            assert!(text.contains(&format!("rank(s) 1 ({host}) run the build b0b0...")), "{text}");
+        }
+    }
+
+    #[test]
     fn nodes_and_links_are_counted() {
         let worlds =
             ThreadRanks::new(5).nodes(&[2, 3]).run(|comm| survey(&comm, credentials("p"), "x".into()));
-        for world in worlds.unwrap() {
+        for (world, warning) in worlds.unwrap() {
+            assert_eq!(warning, None);
             assert_eq!(world.links, (1 + 3, 6));
             assert_eq!(
                 world.nodes.iter().map(|node| node.ranks.clone()).collect::<Vec<_>>(),
