@@ -315,7 +315,11 @@ fn a_crash_after_any_operation_loses_nothing_committed() {
                     break;
                 }
                 assert!(found == scenario.before || found == scenario.after, "{place}: {found:?}");
-                assert_eq!(latest(&dir).unwrap().step, found.last().map(|(step, _)| *step), "{place}");
+                assert_eq!(
+                    latest(&dir, &|| ()).unwrap().step,
+                    found.last().map(|(step, _)| *step),
+                    "{place}"
+                );
                 save(undisturbed(), &dir, 3, 20, 2).unwrap();
                 assert_eq!(versions(&dir), scenario.after, "{place}");
                 assert_eq!(hidden(&dir), [""; 0], "{place}");
@@ -364,7 +368,7 @@ fn a_crash_while_old_checkpoints_are_removed_leaves_no_damaged_one() {
             save(undisturbed(), dir, 1, step, step as u8 / 10).unwrap();
         }
         let storage = Faulty::new(Fault::Crash, operations);
-        let result = keep_last_with(&*storage, dir, NonZeroUsize::MIN);
+        let result = keep_last_with(&*storage, dir, NonZeroUsize::MIN, &|| ());
         // `versions` verifies each step that is still listed.
         let found = versions(dir);
         assert_eq!(found.last(), Some(&(30, 3)));
@@ -377,7 +381,7 @@ fn a_crash_while_old_checkpoints_are_removed_leaves_no_damaged_one() {
         crate::clean(dir, 1).unwrap();
         assert_eq!(versions(dir), found);
         assert!(hidden(dir).is_empty());
-        keep_last_with(&*undisturbed(), dir, NonZeroUsize::MIN).unwrap();
+        keep_last_with(&*undisturbed(), dir, NonZeroUsize::MIN, &|| ()).unwrap();
         assert_eq!(versions(dir), [(30, 3)]);
     }
 }

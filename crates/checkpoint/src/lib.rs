@@ -48,7 +48,7 @@
 //! }
 //! writer.commit(reports, serde_json::json!({"tokens": 4096}))?;
 //!
-//! let step = latest(&dir)?.step.expect("just committed");
+//! let step = latest(&dir, &|| ())?.step.expect("just committed");
 //! let reader = Reader::open(&dir, step)?;
 //! assert_eq!(reader.read("norm.weight", 1..3)?, bytes[4..12]);
 //! # Ok::<(), Box<dyn std::error::Error>>(())

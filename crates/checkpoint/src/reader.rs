@@ -116,9 +116,15 @@ impl Reader {
     /// # Errors
     /// [`Error::Corrupt`] for the first file that differs, [`Error::Storage`].
     pub fn verify(&self) -> Result<Verified> {
+        self.verify_telling(&|| ())
+    }
+
+    /// As [`Reader::verify`]; calls `read` after each file.
+    pub(crate) fn verify_telling(&self, read: &dyn Fn()) -> Result<Verified> {
         self.check_sizes()?;
         for file in 0..self.verified.len() {
             self.verify_file(file)?;
+            read();
         }
         let Summary { files, bytes, .. } = self.summary();
         Ok(Verified { files, bytes })

@@ -71,15 +71,20 @@ pub struct Kept {
 
 /// Keeps the newest `count` good checkpoints and removes the older ones. The newest good one is verified,
 /// every hash included, before anything is removed; of the others, manifest and sizes are checked. If no
-/// checkpoint verifies, nothing is removed.
+/// checkpoint verifies, nothing is removed. Calls `read` after each file that it has read.
 ///
 /// # Errors
 /// [`Error::Storage`] if the folder cannot be read or a checkpoint cannot be removed.
-pub fn keep_last(dir: &Path, count: NonZeroUsize) -> Result<Kept> {
-    keep_last_with(&Disk, dir, count)
+pub fn keep_last(dir: &Path, count: NonZeroUsize, read: &dyn Fn()) -> Result<Kept> {
+    keep_last_with(&Disk, dir, count, read)
 }
 
-pub(crate) fn keep_last_with(storage: &dyn Storage, dir: &Path, count: NonZeroUsize) -> Result<Kept> {
+pub(crate) fn keep_last_with(
+    storage: &dyn Storage,
+    dir: &Path,
+    count: NonZeroUsize,
+    read: &dyn Fn(),
+) -> Result<Kept> {
     let mut result = Kept::default();
     for (step, path) in steps(dir)?.into_iter().rev() {
         if result.kept.len() == count.get() {
@@ -88,7 +93,7 @@ pub(crate) fn keep_last_with(storage: &dyn Storage, dir: &Path, count: NonZeroUs
             continue;
         }
         let verified = Reader::at(path, step).and_then(|reader| {
-            if result.kept.is_empty() { reader.verify().map(drop) } else { reader.check_sizes() }
+            if result.kept.is_empty() { reader.verify_telling(read).map(drop) } else { reader.check_sizes() }
         });
         match verified {
             Ok(()) => result.kept.push(step),

@@ -178,7 +178,7 @@ fn inconsistent_saves_are_refused_and_leave_nothing() {
     assert!(refusal(ShardWriter::join(dir, &id(1, 20)).map(drop)).contains("rank 0"));
 
     assert_eq!(fs::read_dir(dir).unwrap().count(), 1, "only step 10 is left");
-    assert_eq!(latest(dir).unwrap().step, Some(10));
+    assert_eq!(latest(dir, &|| ()).unwrap().step, Some(10));
 }
 
 #[test]
@@ -245,27 +245,27 @@ fn keep_last_never_removes_the_last_good_one() {
     let mut bytes = fs::read(&damaged).unwrap();
     *bytes.last_mut().unwrap() ^= 1;
     fs::write(&damaged, bytes).unwrap();
-    let kept = keep_last(dir, two).unwrap();
+    let kept = keep_last(dir, two, &|| ()).unwrap();
     assert_eq!((kept.kept, kept.removed, kept.rejected[0].0), (vec![30, 20], vec![10], 40));
-    let found = latest(dir).unwrap();
+    let found = latest(dir, &|| ()).unwrap();
     assert_eq!((found.step, found.rejected.len(), found.rejected[0].0), (Some(30), 1, 40));
     assert!(found.rejected[0].1.is_corrupt());
 
     // Of all but the newest only the sizes are compared.
     fs::write(&damaged, b"cut").unwrap();
     save(dir, id(1, 50), &tensors(50), 1).unwrap();
-    let kept = keep_last(dir, two).unwrap();
+    let kept = keep_last(dir, two, &|| ()).unwrap();
     assert_eq!((kept.kept, kept.removed), (vec![50, 30], vec![20]));
     save(dir, id(1, 60), &tensors(60), 1).unwrap();
     save(dir, id(1, 70), &tensors(70), 1).unwrap();
-    assert_eq!(keep_last(dir, two).unwrap().removed, vec![50, 40, 30], "bad ones go with their age");
+    assert_eq!(keep_last(dir, two, &|| ()).unwrap().removed, vec![50, 40, 30], "bad ones go with their age");
     let steps: Vec<_> = list(dir).unwrap().iter().map(|listed| (listed.step, listed.state.is_ok())).collect();
     assert_eq!(steps, [(60, true), (70, true)]);
 
     for step in [60, 70] {
         fs::write(dir.join(format!("step-{step:06}/manifest.json")), b"").unwrap();
     }
-    let kept = keep_last(dir, NonZeroUsize::MIN).unwrap();
+    let kept = keep_last(dir, NonZeroUsize::MIN, &|| ()).unwrap();
     assert!(kept.kept.is_empty() && kept.removed.is_empty(), "nothing verifies, nothing is removed");
 }
 
@@ -315,9 +315,9 @@ fn numbers_of_the_extra_state_keep_their_bits() {
 fn a_folder_that_does_not_exist_has_no_checkpoints() {
     let folder = tempfile::tempdir().unwrap();
     let dir = folder.path().join("a/b/c");
-    assert_eq!(latest(&dir).unwrap().step, None);
+    assert_eq!(latest(&dir, &|| ()).unwrap().step, None);
     assert!(list(&dir).unwrap().is_empty());
     assert!(!dir.exists());
     save(&dir, id(1, 1), &tensors(1), 1).unwrap();
-    assert_eq!(latest(&dir).unwrap().step, Some(1));
+    assert_eq!(latest(&dir, &|| ()).unwrap().step, Some(1));
 }

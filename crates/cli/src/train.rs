@@ -76,7 +76,7 @@ fn train(args: Train, job: &Job) -> Result<u8, CliError> {
         return Err(CliError { code: BUG, message: "the run ended without a beginning".into() });
     };
     if !summary.stopped && seen.last.is_some() {
-        sample(&config, &options.folder, &seen, &mut summary)?;
+        sample(&config, &options, &seen, &mut summary)?;
     }
     let predictable = job.ranks().is_none();
     say(&format!("\n{}", summary::render(&summary, started, &config, predictable, screen.paint)));
@@ -163,8 +163,15 @@ fn newest_run() -> Result<PathBuf, CliError> {
     runs.max_by_key(|path| (written(path), path.clone())).ok_or_else(none)
 }
 
-/// A sample of text from the last checkpoint, shown as it comes and kept in the run's summary.
-fn sample(config: &RunConfig, folder: &Path, seen: &Seen, summary: &mut Summary) -> Result<(), CliError> {
+/// A sample of text from the last checkpoint, shown as it comes and kept in the run's summary. The other processes wait for
+/// it, at their end, as long as text comes.
+fn sample(
+    config: &RunConfig,
+    options: &RunOptions,
+    seen: &Seen,
+    summary: &mut Summary,
+) -> Result<(), CliError> {
+    let (folder, place) = (&options.folder, &options.place);
     if config.sample.tokens == 0 {
         return Ok(());
     }
@@ -181,9 +188,12 @@ fn sample(config: &RunConfig, folder: &Path, seen: &Seen, summary: &mut Summary)
     let options =
         GenerateOptions { sample: config.sample.clone(), seed: config.train.seed, threads: cores() };
     let first = AtomicBool::new(true);
-    let show = |text: &str| match first.swap(false, Ordering::Relaxed) {
-        true => say(&Paint::new(&std::io::stdout()).strong(text.trim_start())),
-        false => say(text),
+    let show = |text: &str| {
+        place.beat();
+        match first.swap(false, Ordering::Relaxed) {
+            true => say(&Paint::new(&std::io::stdout()).strong(text.trim_start())),
+            false => say(text),
+        }
     };
     let text = generate(&Opened::new(folder, Some(summary.step))?, &options, &show)?;
     say(&format!("\n{}", rule("")));

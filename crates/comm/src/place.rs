@@ -47,6 +47,15 @@ impl Place {
         }
     }
 
+    /// As [`Communicator::beat`], to the other processes.
+    pub fn beat(&self) {
+        match self {
+            Self::Threads => {}
+            #[cfg(feature = "mpi")]
+            Self::Mpi(ranks) => ranks.world().beat(),
+        }
+    }
+
     /// The failure, if this process is the one that found out that another one of its job has died.
     pub fn found_dead(&self) -> Option<Arc<Failure>> {
         match self {

@@ -160,6 +160,12 @@ pub trait Transport: Send + Sync {
     /// later ones, end with [`CommError::Failed`]. The watchdog calls it from a thread of its own.
     fn fail(&self, failure: Arc<Failure>);
 
+    /// Tells the other ranks that this one gets on with work that it does alone. May be called often.
+    fn beat(&self);
+
+    /// How often ranks have said so, as far as this one has heard.
+    fn beats(&self) -> u64;
+
     /// The call this rank waits in and for whom, where the transport itself knows.
     fn waiting(&self) -> Option<Waiting> {
         None

@@ -57,6 +57,12 @@ const SCENARIOS: &[Scenario] = &[
         body: a_panic,
         says: &["rank 1 panicked: expert 7 is missing; rank 1 was in step 3"],
     },
+    Scenario { name: "lone work at the end", body: lone_work, says: &[] },
+    Scenario {
+        name: "lone work that does not get on",
+        body: idle_lone_work,
+        says: &["rank 0 kept others waiting", "has not left the job"],
+    },
     Scenario {
         name: "an early return",
         body: an_early_return,
@@ -139,10 +145,14 @@ fn be_a_rank() -> ExitCode {
     std::panic::set_hook(Box::new(|_| {}));
     let outcome = ranks.run(|comm| (scenario.body)(&comm));
     let failed = match outcome {
-        Ok(()) => ranks.leave(None).err().map(|error| match error {
-            CommError::Failed(failure) => failure,
-            other => panic!("{other}"),
-        }),
+        Ok(()) => {
+            ranks.leave(scenario.name.contains("lone work").then_some(PATIENCE)).err().map(
+                |error| match error {
+                    CommError::Failed(failure) => failure,
+                    other => panic!("{other}"),
+                },
+            )
+        }
         Err(error) => Some(error.failure),
     };
     let Some(failure) = failed else { return ExitCode::SUCCESS };
@@ -152,6 +162,29 @@ fn be_a_rank() -> ExitCode {
     }
     std::thread::sleep(Duration::from_secs(20));
     ExitCode::FAILURE
+}
+
+/// For ranks that have done their part before rank 0 has.
+const PATIENCE: Duration = Duration::from_secs(2);
+
+/// Rank 0 works for longer than the others are patient, and says that it gets on.
+fn lone_work(comm: &Communicator) -> Outcome {
+    comm.barrier()?;
+    for _ in 0..(if comm.rank() == 0 { 100 } else { 0 }) {
+        std::thread::sleep(PATIENCE / 25);
+        comm.beat();
+    }
+    Ok(())
+}
+
+/// It says so once.
+fn idle_lone_work(comm: &Communicator) -> Outcome {
+    comm.barrier()?;
+    if comm.rank() == 0 {
+        comm.beat();
+        std::thread::sleep(3 * PATIENCE);
+    }
+    Ok(())
 }
 
 fn collectives(comm: &Communicator) -> Outcome {

@@ -167,6 +167,31 @@ fn a_rank_that_wakes_up_again_is_no_reason_and_neither_is_a_long_checkpoint() {
     });
 }
 
+/// A rank that works alone may take as long as it gets on; if it does not, it is found.
+#[test]
+fn a_rank_that_works_alone_and_says_that_it_gets_on_is_waited_for() {
+    for (gets_on, expected) in [(true, true), (false, false)] {
+        within_seconds(60, move || {
+            let deck = FlightDeck::default();
+            let limits = Limits { max: Duration::from_millis(500), ..QUICK };
+            let watchdog = Watchdog::start(deck.clone(), limits, grace(), never).expect("a thread");
+            let folder = tempfile::tempdir().expect("a temporary folder");
+            let outcome = run_ranks(3, |comm| {
+                seat(&deck, &comm, folder.path());
+                for _ in 0..(if comm.rank() == 0 { 150 } else { 0 }) {
+                    std::thread::sleep(Duration::from_millis(10));
+                    if gets_on {
+                        comm.beat();
+                    }
+                }
+                comm.barrier()
+            });
+            drop(watchdog);
+            assert_eq!(outcome.is_ok(), expected);
+        });
+    }
+}
+
 #[test]
 fn a_rank_that_is_stuck_outside_of_all_calls_is_left_to_the_owner_of_the_process() {
     within_seconds(60, || {

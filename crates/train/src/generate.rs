@@ -61,7 +61,7 @@ impl Opened {
 }
 
 fn newest(folder: &Path) -> Result<(u64, Vec<String>), TrainError> {
-    let found = latest(&folder.join(CHECKPOINTS))?;
+    let found = latest(&folder.join(CHECKPOINTS), &|| ())?;
     let rejected: Vec<String> =
         found.rejected.iter().map(|(step, why)| format!("step {step}: {why}")).collect();
     let reasons = if rejected.is_empty() { String::new() } else { format!(" ({})", rejected.join("; ")) };

@@ -387,7 +387,7 @@ impl Shared<'_> {
     fn orders(&self, comm: &Communicator, probe: &str) -> Result<Orders, TrainError> {
         let mut message = Vec::new();
         if comm.rank() == 0 {
-            let start = find_start(self.config, self.options, self.dataset)?;
+            let start = find_start(self.config, self.options, self.dataset, &|| comm.beat())?;
             let identity = self.open_folder(&start, comm.size(), probe)?;
             let orders = Orders { start: start.checkpoint, rejected: start.rejected, identity };
             message = serde_json::to_vec(&orders).map_err(|error| TrainError::Resume(error.to_string()))?;
@@ -657,7 +657,7 @@ impl RankRun<'_, '_> {
 
     fn drop_old(&self, dir: &Path) -> Result<(), TrainError> {
         let Some(count) = NonZeroUsize::new(self.shared.config.checkpoint.keep_last) else { return Ok(()) };
-        if let Err(error) = keep_last(dir, count) {
+        if let Err(error) = keep_last(dir, count, &|| self.comm.beat()) {
             self.shared.observer.event(Event::Warning(format!("old checkpoints were not removed: {error}")));
         }
         Ok(())

@@ -28,7 +28,7 @@ impl Start {
     }
 }
 
-/// Where the run in the options' folder goes on.
+/// Where the run in the options' folder goes on. Calls `read` as it gets on.
 ///
 /// # Errors
 /// If the folder holds no run to go on with, or one of another computation; without resume, if it holds one.
@@ -36,6 +36,7 @@ pub(crate) fn find_start(
     config: &RunConfig,
     options: &RunOptions,
     dataset: &Dataset,
+    read: &dyn Fn(),
 ) -> Result<Start, TrainError> {
     let folder = &options.folder;
     if !options.resume {
@@ -47,7 +48,7 @@ pub(crate) fn find_start(
         }
         return Ok(Start::default());
     }
-    let found = latest(&folder.join(CHECKPOINTS))?;
+    let found = latest(&folder.join(CHECKPOINTS), read)?;
     let rejected: Vec<String> =
         found.rejected.iter().map(|(step, why)| format!("step {step}: {why}")).collect();
     let Some(step) = found.step else { return begin_again(config, folder, &rejected) };

@@ -10,7 +10,7 @@ use crate::comparison::Comparison;
 use crate::config::{LayoutConfig, RunConfig};
 use crate::error::TrainError;
 use crate::memory::{check_fits, estimate};
-use crate::record::Observer;
+use crate::record::{Event, Observer};
 use crate::run::{RunOptions, check_nodes, open_dataset, train_on};
 
 /// The folder of the reference run, in that of a verification.
@@ -68,11 +68,29 @@ pub fn verify_on(
     let mut alone = RunOptions::new(reference_folder(folder), 1, threads);
     (alone.stop_after, alone.abandon) = (Some(steps), options.abandon);
     if leads {
-        train_on(&reference(&config), &alone, dataset, observer)?;
+        let beating = Beating { place: &options.place, observer };
+        train_on(&reference(&config), &alone, dataset, &beating)?;
     }
     let together = RunOptions { folder: verified_folder(folder), stop_after: Some(steps), ..options.clone() };
     train_on(&config, &together, dataset, observer)?;
     leads.then(|| Comparison::new(&alone.folder, &together.folder)).transpose()
+}
+
+/// Tells the other processes with every event that this one gets on.
+struct Beating<'a> {
+    place: &'a Place,
+    observer: &'a dyn Observer,
+}
+
+impl Observer for Beating<'_> {
+    fn event(&self, event: Event) {
+        self.place.beat();
+        self.observer.event(event);
+    }
+
+    fn stop(&self) -> bool {
+        self.observer.stop()
+    }
 }
 
 /// The same computation, laid out as nothing asks for more.

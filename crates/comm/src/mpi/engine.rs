@@ -24,6 +24,9 @@ use crate::transport::{Call, CallKey, Done, GroupId};
 /// How long the headers of a call that do not match are waited for before somebody is blamed by those that have come.
 const GATHER_EVIDENCE: Duration = Duration::from_secs(1);
 
+/// How often a rank says that it gets on with work that it does alone, at most.
+const BEAT: Duration = Duration::from_millis(250);
+
 /// This process's side of the job.
 pub(super) struct Engine {
     pub rank: usize,
@@ -39,6 +42,8 @@ pub(super) struct Engine {
     pub waits: AtomicBool,
     /// The process was told to end: others are told so, too, and their ends say nothing.
     pub ending: AtomicBool,
+    /// How often others have said that they get on.
+    pub beats: AtomicU64,
     state: Mutex<State>,
 }
 
@@ -79,6 +84,8 @@ pub(super) struct State {
     pub verdict: Verdict,
     /// Another rank tells people why the job has failed.
     pub said: bool,
+    /// When this rank last said that it gets on.
+    beaten: Option<Instant>,
 }
 
 impl Engine {
@@ -104,6 +111,7 @@ impl Engine {
             neighbour,
             verdict: Verdict::default(),
             said: false,
+            beaten: None,
         };
         for _ in 0..(2 * size).clamp(4, 64) {
             state.listen(vec![0; CONTROL_BYTES])?;
@@ -119,6 +127,7 @@ impl Engine {
             native_sums: AtomicBool::new(false),
             waits: AtomicBool::new(false),
             ending: AtomicBool::new(false),
+            beats: AtomicU64::new(0),
             state: Mutex::new(state),
         })
     }
@@ -451,6 +460,10 @@ impl State {
                 self.gone[source] = true;
                 Ok(())
             }
+            Message::Beat => {
+                engine.beats.fetch_add(1, Ordering::Relaxed);
+                Ok(())
+            }
         }
     }
 
@@ -506,6 +519,15 @@ impl State {
     /// Whether it was this rank that found another one dead.
     pub fn is_witness(&self) -> bool {
         self.neighbour.as_ref().is_some_and(Neighbour::was_found_dead)
+    }
+
+    /// Tells the others that this rank gets on with work that it does alone, unless it just has.
+    pub fn beat(&mut self) {
+        if self.beaten.is_none_or(|when| when.elapsed() >= BEAT) {
+            self.beaten = Some(Instant::now());
+            // An error comes up again in the rank's next call.
+            let _ = self.tell_all(&Message::Beat);
+        }
     }
 
     /// Says who has not said goodbye for too long.

@@ -188,11 +188,13 @@ impl MpiRanks {
     /// Leaves the job in good order: waits until all ranks do, and finalises MPI.
     ///
     /// # Errors
-    /// [`CommError::Failed`] if the job has failed, or a rank has not left after `patience`.
+    /// [`CommError::Failed`] if the job has failed, or a rank has neither left nor said that it gets on
+    /// ([`Communicator::beat`]) for `patience`.
     pub fn leave(&self, patience: Option<Duration>) -> Result<(), CommError> {
         let mut state = self.engine.lock();
         state.tell_all(&Message::Bye)?;
         let (mut waited, mut looked) = (Duration::ZERO, Instant::now());
+        let mut beats = 0;
         loop {
             state.progress(&self.engine)?;
             state.verdict.check()?;
@@ -207,6 +209,10 @@ impl MpiRanks {
             // A process that was stopped itself has not waited meanwhile.
             waited += looked.elapsed().min(IDLE * LOOKS);
             looked = Instant::now();
+            let heard = self.engine.beats.load(Ordering::Relaxed);
+            if std::mem::replace(&mut beats, heard) != heard {
+                waited = Duration::ZERO;
+            }
             state = self.engine.lock();
         }
         drop(state);
@@ -332,6 +338,14 @@ impl Transport for MpiTransport {
             state.add_last_call(&self.engine, &mut failure);
         }
         state.accuse(&self.engine, failure, 1);
+    }
+
+    fn beat(&self) {
+        self.engine.lock().beat();
+    }
+
+    fn beats(&self) -> u64 {
+        self.engine.beats.load(Ordering::Relaxed)
     }
 
     fn waiting(&self) -> Option<Waiting> {

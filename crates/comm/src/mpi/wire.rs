@@ -67,6 +67,8 @@ pub(super) enum Message {
     Bye,
     /// The sender tells people why the job has failed.
     Said,
+    /// The sender gets on with work that it does alone.
+    Beat,
 }
 
 /// FNV-1a (Fowler, Noll, Vo): enough to tell things apart that are equal on all ranks or a defect.
@@ -101,6 +103,7 @@ impl Message {
             }
             Self::Bye => out.byte(4),
             Self::Said => out.byte(5),
+            Self::Beat => out.byte(6),
         }
         out.0
     }
@@ -121,6 +124,7 @@ impl Message {
             3 => Self::Verdict(read_failure(&mut from)?),
             4 => Self::Bye,
             5 => Self::Said,
+            6 => Self::Beat,
             other => return Err(damaged(&format!("there is no message {other}"))),
         };
         Ok(message)

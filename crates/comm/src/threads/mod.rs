@@ -279,6 +279,14 @@ impl Transport for ThreadTransport {
         self.world.end(&mut self.world.lock(), failure);
     }
 
+    fn beat(&self) {
+        self.world.beats.fetch_add(1, Ordering::Relaxed);
+    }
+
+    fn beats(&self) -> u64 {
+        self.world.beats.load(Ordering::Relaxed)
+    }
+
     fn open_group(&self, name: &str, members: &[usize]) -> Result<GroupId, CommError> {
         self.world.open_group(self.rank, name, members)
     }

@@ -22,6 +22,8 @@ pub(super) struct World {
     pub jitter: Option<u64>,
     pub link: Option<PretendedLink>,
     pub meanwhile: Option<Meanwhile>,
+    /// How often ranks have said that they get on.
+    pub beats: AtomicU64,
     state: Mutex<State>,
 }
 
@@ -80,6 +82,7 @@ impl World {
             jitter,
             link,
             meanwhile: None,
+            beats: AtomicU64::new(0),
             state: Mutex::new(state),
         }
     }

@@ -111,6 +111,12 @@ impl Communicator {
         pace.enter(activity, Instant::now());
     }
 
+    /// Says that this rank gets on with work that it does alone while others wait for it: their time-outs begin anew. It may
+    /// be said often, and means nothing if the work does not get on: then the watchdog finds the rank.
+    pub fn beat(&self) {
+        self.core().transport.beat();
+    }
+
     /// What this rank said it does.
     pub fn activity(&self) -> Activity {
         self.core().pace.lock().unwrap_or_else(PoisonError::into_inner).activity()

@@ -38,7 +38,8 @@ impl Default for Grace {
 
 /// Watches the ranks of this process while it lives.
 ///
-/// Where one of them waits in a call for longer than its time-out (see [`Activity`](super::Activity)), all processes write
+/// Where one of them waits in a call for longer than its time-out (see [`Activity`](super::Activity)), and nobody has said
+/// meanwhile that it works alone and gets on ([`Communicator::beat`](crate::Communicator::beat)), all processes write
 /// the flight records of their ranks, read those of the others, and end the run with [`Cause::Stalled`], which names the
 /// rank, its step and call, and who waits. Time is counted in looks of the watchdog's own, so that a process that was
 /// stopped and goes on (Ctrl-Z, a suspended machine) raises no alarm.
@@ -61,6 +62,8 @@ struct Watch<F> {
 #[derive(Debug, Clone, Copy, Default)]
 struct Wait {
     call: Option<u64>,
+    /// Of others, so far.
+    beats: u64,
     time: Duration,
 }
 
@@ -103,9 +106,10 @@ impl<F: Fn(&Failure)> Watch<F> {
             let mut longest = None;
             for (comm, wait) in ranks.iter().zip(&mut waits) {
                 let call = comm.core().transport.recorder().waiting().map(|(number, _)| number);
-                wait.time =
-                    if call.is_some() && wait.call == call { wait.time + gap } else { Duration::ZERO };
-                wait.call = call;
+                let beats = comm.core().transport.beats();
+                let goes_on = call.is_some() && (wait.call, wait.beats) == (call, beats);
+                wait.time = if goes_on { wait.time + gap } else { Duration::ZERO };
+                (wait.call, wait.beats) = (call, beats);
                 if wait.time > comm.timeout(self.limits) {
                     longest = longest.max(Some(wait.time));
                 }
