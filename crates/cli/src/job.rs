@@ -11,10 +11,16 @@ use unisono_comm::mpi::MpiRanks;
 use unisono_comm::mpi::{Launched, launched};
 #[cfg(feature = "mpi")]
 use unisono_comm::{Cause, Failure};
+#[cfg(feature = "mpi")]
+use unisono_train::system::host_name;
 
 use crate::error::{CliError, USAGE};
 use crate::layout::{ranks_and_threads, threads_each};
+#[cfg(feature = "mpi")]
+use crate::screen::complain;
 use crate::signals::LAST_WORDS;
+#[cfg(feature = "mpi")]
+use crate::style::duration;
 
 /// This process's part of a job.
 pub struct Job {
@@ -51,7 +57,7 @@ impl Job {
     pub fn join() -> Result<Self, CliError> {
         let place = match launched() {
             None => Place::Threads,
-            Some(launched) => join(launched.by, launched.size)?,
+            Some(launched) => join(&launched)?,
         };
         Ok(Self { place, patience: Cell::new(Some(PATIENCE)) })
     }
@@ -129,7 +135,8 @@ impl Job {
 }
 
 #[cfg(not(feature = "mpi"))]
-fn join(by: &str, size: Option<usize>) -> Result<Place, CliError> {
+fn join(launched: &Launched) -> Result<Place, CliError> {
+    let Launched { by, size, .. } = *launched;
     if size == Some(1) {
         return Ok(Place::Threads);
     }
@@ -141,9 +148,12 @@ fn join(by: &str, size: Option<usize>) -> Result<Place, CliError> {
 }
 
 #[cfg(feature = "mpi")]
-fn join(by: &str, size: Option<usize>) -> Result<Place, CliError> {
+fn join(launched: &Launched) -> Result<Place, CliError> {
     use unisono_comm::mpi::MpiOptions;
-    let ranks = MpiRanks::join(MpiOptions::default()).map_err(|error| CliError::usage(error.to_string()))?;
+    let Launched { by, size, rank } = *launched;
+    let tell = move |waited: Duration| complain("warning", &long_start(rank, size, waited));
+    let ranks = MpiRanks::join(MpiOptions::default(), tell);
+    let ranks = ranks.map_err(|error| CliError::usage(error.to_string()))?;
     if let Some(size) = size.filter(|size| *size != ranks.size()) {
         return Err(CliError::usage(format!(
             "{by} has started {size} processes, but {} knows of {}: use the launcher of the MPI library that this \
@@ -153,6 +163,20 @@ fn join(by: &str, size: Option<usize>) -> Result<Place, CliError> {
         )));
     }
     Ok(Place::Mpi(std::sync::Arc::new(ranks)))
+}
+
+/// What a rank says that waits in MPI's own start, where it knows nothing of others.
+#[cfg(feature = "mpi")]
+fn long_start(rank: usize, size: Option<usize>, waited: Duration) -> String {
+    let of = size.map(|size| format!(" of {size}")).unwrap_or_default();
+    format!(
+        "rank {rank}{of} on {} has waited for {} in MPI's start, which waits for all ranks. Look at the ranks that do not say \
+         this: one may be stopped (`ps` shows state T), still on its way, or no unisono. If all say it, their hosts do not reach \
+         each other: look for a firewall, or name the network (Open MPI: `mpirun --mca btl_tcp_if_include NET`). Ctrl-C ends \
+         the job",
+        host_name(),
+        duration(waited.as_secs_f64()),
+    )
 }
 
 #[cfg(feature = "mpi")]
@@ -167,7 +191,7 @@ fn end(ranks: &MpiRanks, patience: Option<Duration>, outcome: Result<u8, CliErro
     let failure = ranks.fail(error.message.clone());
     if failure.cause == Cause::Died {
         if ranks.found_dead().is_some() {
-            crate::screen::complain("error", &error.message);
+            complain("error", &error.message);
         }
         quit(error.code);
     }
@@ -176,7 +200,7 @@ fn end(ranks: &MpiRanks, patience: Option<Duration>, outcome: Result<u8, CliErro
     }
     // First: others would be done waiting for their turn before a slow terminal has shown it.
     ranks.says();
-    crate::screen::complain("error", &error.message);
+    complain("error", &error.message);
     ranks.abort(i32::from(error.code));
     std::process::exit(i32::from(error.code))
 }

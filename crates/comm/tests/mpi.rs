@@ -141,7 +141,7 @@ fn be_a_rank() -> ExitCode {
         "tiny" => MpiOptions { chunk_bytes: 1000, bucket_bytes: 700 },
         _ => MpiOptions::default(),
     };
-    let ranks = MpiRanks::join(options).expect("MPI starts");
+    let ranks = MpiRanks::join(options, |_| ()).expect("MPI starts");
     std::panic::set_hook(Box::new(|_| {}));
     let outcome = ranks.run(|comm| (scenario.body)(&comm));
     let failed = match outcome {

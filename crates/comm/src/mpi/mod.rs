@@ -28,6 +28,8 @@ mod ranks;
 #[cfg(feature = "mpi")]
 mod raw;
 #[cfg(feature = "mpi")]
+mod start;
+#[cfg(feature = "mpi")]
 mod verdict;
 #[cfg(feature = "mpi")]
 mod wire;

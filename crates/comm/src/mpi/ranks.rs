@@ -11,6 +11,7 @@ use std::time::{Duration, Instant};
 
 use super::engine::Engine;
 use super::raw::Library;
+use super::start::{FIRST, telling};
 use super::verdict::CERTAIN;
 use super::wire::Message;
 use crate::communicator::Communicator;
@@ -60,10 +61,14 @@ impl fmt::Debug for MpiRanks {
 impl MpiRanks {
     /// Joins the job that a launcher started this process for. Once a process, and all processes of the job do.
     ///
+    /// MPI waits until all have come, however long that is. A thread of its own calls `tell` meanwhile with the time that has
+    /// gone: after a minute, then whenever that has doubled.
+    ///
     /// # Errors
     /// If MPI cannot be initialised for several threads.
-    pub fn join(options: MpiOptions) -> Result<Self, CommError> {
-        let engine = Arc::new(Engine::new(Library::start()?, options)?);
+    pub fn join(options: MpiOptions, tell: impl Fn(Duration) + Send + 'static) -> Result<Self, CommError> {
+        let library = telling(FIRST, tell, Library::start)?;
+        let engine = Arc::new(Engine::new(library, options)?);
         let world = Communicator::over(Arc::new(MpiTransport::new(Arc::clone(&engine))))?;
         let stop = Arc::new(AtomicBool::new(false));
         let helper = thread::Builder::new().name("communication".into()).spawn({
