@@ -63,7 +63,10 @@ impl Entry {
 pub(crate) fn scan(dir: &Path) -> Result<Vec<(Entry, PathBuf)>> {
     let entries = match fs::read_dir(dir) {
         Ok(entries) => entries,
-        Err(error) if error.kind() == ErrorKind::NotFound => return Ok(Vec::new()),
+        // Nor are there any below a file.
+        Err(error) if matches!(error.kind(), ErrorKind::NotFound | ErrorKind::NotADirectory) => {
+            return Ok(Vec::new());
+        }
         Err(error) => return Err(Error::storage("read folder", dir)(error)),
     };
     let mut found = Vec::new();

@@ -111,10 +111,10 @@ pub struct Generate {
     #[arg(long, value_name = "N")]
     pub tokens: Option<usize>,
     /// Divides the logits; 0 takes the likeliest token [default: the run's sample.temperature]
-    #[arg(long, value_name = "T")]
+    #[arg(long, value_name = "T", allow_negative_numbers = true)]
     pub temperature: Option<f32>,
     /// Sample from the least set of tokens with this probability [default: the run's sample.top_p]
-    #[arg(long, value_name = "P")]
+    #[arg(long, value_name = "P", allow_negative_numbers = true)]
     pub top_p: Option<f32>,
     /// Seed of the draw
     #[arg(long, value_name = "N", default_value_t = 0)]
@@ -181,13 +181,13 @@ pub struct Prepare {
     #[arg(long, value_name = "TEXT")]
     pub separator: Option<String>,
     /// Share of the text that is held back for validation; 0 for none
-    #[arg(long, value_name = "SHARE", default_value_t = 0.05)]
+    #[arg(long, value_name = "SHARE", default_value_t = 0.05, allow_negative_numbers = true)]
     pub validation: f64,
     /// Hold back whole documents rather than chunks of them
     #[arg(long)]
     pub by_document: bool,
     /// Tokens of a full shard
-    #[arg(long, value_name = "N", default_value_t = 100_000_000)]
+    #[arg(long, value_name = "N", default_value_t = 100_000_000, value_parser = clap::value_parser!(u64).range(1..))]
     pub shard_tokens: u64,
     /// Threads that encode; the result does not depend on them [default: the cores]
     #[arg(long, value_name = "N", value_parser = count())]

@@ -158,11 +158,15 @@ pub fn run(args: Bench) -> Result<u8, CliError> {
 
 /// The computation: `micro` sequences at a time on one rank, all slots of a wave together.
 pub fn config(sizes: &Sizes, replicas: usize, expert_group: usize) -> Result<RunConfig, CliError> {
-    let share = |what: &str, whole: usize, parts: usize| match whole.is_multiple_of(parts) && whole >= parts {
+    let share = |what: &str, whole: usize, over: &str, parts: usize| match whole.is_multiple_of(parts)
+        && whole >= parts
+    {
         true => Ok(whole / parts),
-        false => Err(CliError::usage(format!("{what} = {whole} cannot be shared out evenly over {parts}"))),
+        false => Err(CliError::usage(format!(
+            "{what} = {whole} cannot be shared out evenly over {over} = {parts}: choose a multiple"
+        ))),
     };
-    let batch = share("--batch", sizes.batch, replicas)?;
+    let batch = share("--batch", sizes.batch, "replicas", replicas)?;
     let micro = sizes.micro.min(batch);
     let config = RunConfig {
         grid: Grid { replicas, expert_group, ..Grid::default() },
@@ -172,7 +176,7 @@ pub fn config(sizes: &Sizes, replicas: usize, expert_group: usize) -> Result<Run
             num_hidden_layers: sizes.layers,
             num_attention_heads: sizes.heads,
             num_key_value_heads: sizes.kv_heads,
-            head_dim: share("--d-model", sizes.d_model, sizes.heads)?,
+            head_dim: share("--d-model", sizes.d_model, "--heads", sizes.heads)?,
             moe_intermediate_size: sizes.expert_ff,
             num_experts: sizes.experts,
             top_k: sizes.top_k,
@@ -185,7 +189,7 @@ pub fn config(sizes: &Sizes, replicas: usize, expert_group: usize) -> Result<Run
         train: TrainConfig {
             sequence_length: sizes.seq,
             micro_batch: micro,
-            accumulate: share("the sequences of a replica", batch, micro)?,
+            accumulate: share("the sequences of a replica", batch, "--micro", micro)?,
             ..TrainConfig::default()
         },
         evaluation: EvaluationConfig { every: 0, ..EvaluationConfig::default() },

@@ -54,6 +54,7 @@ pub fn local(args: &Local) -> Result<u8, CliError> {
     if let Some(run) = &args.from {
         return from_run(args, run);
     }
+    check_place(&args.out)?;
     let machine = measure_machine(&|what| complain("measuring", what))?;
     write(&machine, &args.out)?;
     let rate = machine.products.plain.iter().copied().fold(0.0, f64::max);
@@ -85,6 +86,18 @@ fn from_run(args: &Local, run: &Path) -> Result<u8, CliError> {
         args.out.display()
     ));
     Ok(DONE)
+}
+
+/// Refuses a file that cannot be written before minutes are spent on what is in it.
+fn check_place(path: &Path) -> Result<(), CliError> {
+    let wrong = |problem: &str| CliError::usage(format!("--out {}: {problem}", path.display()));
+    if path.is_dir() {
+        return Err(wrong("it is a folder; name a file in it"));
+    }
+    match path.parent().is_none_or(|folder| folder.as_os_str().is_empty() || folder.is_dir()) {
+        true => Ok(()),
+        false => Err(wrong("there is no such folder; make it first")),
+    }
 }
 
 fn write(machine: &LocalMachine, path: &Path) -> Result<(), CliError> {

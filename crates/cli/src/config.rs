@@ -7,7 +7,7 @@ use unisono_train::RunConfig;
 use unisono_train::config::ConfigError;
 
 use crate::args::Config;
-use crate::error::{CliError, DONE};
+use crate::error::{CliError, DONE, remedy};
 use crate::screen;
 
 /// What `unisono train` runs when it is given nothing.
@@ -35,7 +35,7 @@ pub fn load(path: Option<&Path>, overrides: &[String]) -> Result<RunConfig, CliE
             let text = std::fs::read_to_string(path).map_err(|error| {
                 let remedy = match error.kind() {
                     ErrorKind::NotFound => "; `unisono config --print > FILE` writes the built-in one",
-                    _ => "",
+                    _ => remedy(&error),
                 };
                 CliError::usage(format!("cannot read the config {}: {error}{remedy}", path.display()))
             })?;

@@ -10,7 +10,7 @@ use unisono_data::{
 use unisono_train::system::readable;
 
 use crate::args::{Data, Format, Prepare};
-use crate::error::{CliError, DONE};
+use crate::error::{CliError, DONE, check_file};
 use crate::layout::cores;
 use crate::screen::{Screen, say};
 use crate::signals::clean_up_at_signal;
@@ -28,9 +28,16 @@ pub fn run(args: Data) -> Result<u8, CliError> {
 }
 
 fn run_prepare(args: Prepare) -> Result<u8, CliError> {
+    for input in &args.inputs {
+        check_file("INPUT", input, "name files of text or of JSON lines (.jsonl), such as texts/*.txt")?;
+    }
     let tokenizer = match &args.tokenizer {
         None => Tokenizer::builtin()?,
-        Some(path) => Tokenizer::from_file(path, args.end_of_text.as_deref())?,
+        Some(path) => {
+            let remedy = "name a Hugging Face tokenizer.json, or leave it out for the built-in one";
+            check_file("--tokenizer", path, remedy)?;
+            Tokenizer::from_file(path, args.end_of_text.as_deref())?
+        }
     };
     let options = options(&args)?;
     let out = args.out.clone();

@@ -13,7 +13,7 @@ use crate::screen::say;
 pub fn run(args: &Diff) -> Result<u8, CliError> {
     for folder in [&args.first, &args.second] {
         if !folder.join(METRICS_FILE).is_file() {
-            return Err(CliError::usage(format!("{} is not the folder of a run", folder.display())));
+            return Err(CliError::no_run(folder));
         }
     }
     let comparison = Comparison::new(&args.first, &args.second)?;

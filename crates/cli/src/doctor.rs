@@ -53,7 +53,7 @@ struct Report {
 pub fn run(args: &Doctor) -> Result<u8, CliError> {
     let folder = &args.run;
     if !holds_a_run(folder) && !folder.join(FLIGHT).is_dir() {
-        return Err(CliError::usage(format!("{} is not the folder of a run", folder.display())));
+        return Err(CliError::no_run(folder));
     }
     let report = Report::new(folder)?;
     if args.json {

@@ -2,6 +2,7 @@
 
 use std::fmt;
 use std::io::ErrorKind;
+use std::path::Path;
 
 use unisono_checkpoint::Error as CheckpointError;
 use unisono_data::DataError;
@@ -49,6 +50,43 @@ impl CliError {
     pub fn bad_input(message: impl Into<String>) -> Self {
         Self { code: BAD_INPUT, message: message.into() }
     }
+
+    /// A folder that is not that of a run.
+    pub fn no_run(folder: &Path) -> Self {
+        Self::usage(format!(
+            "{} is not the folder of a run: name one that `unisono train` wrote, by default in runs/",
+            folder.display()
+        ))
+    }
+}
+
+/// Refuses what is no file before anything is done; `what` names it, `remedy` says what would be right.
+///
+/// # Errors
+/// If there is none, or it is a folder.
+pub fn check_file(what: &str, path: &Path, remedy: &str) -> Result<(), CliError> {
+    let problem = match path.metadata() {
+        Err(error) if error.kind() == ErrorKind::NotFound => "there is no such file",
+        Ok(found) if found.is_dir() => "it is a folder",
+        _ => return Ok(()),
+    };
+    Err(CliError::bad_input(format!("{what} {}: {problem}; {remedy}", path.display())))
+}
+
+/// What helps where the system refuses a path, to be put behind its answer.
+pub fn remedy(error: &std::io::Error) -> &'static str {
+    match error.kind() {
+        ErrorKind::NotFound => "; check the path",
+        ErrorKind::IsADirectory => "; name a file, not a folder",
+        ErrorKind::NotADirectory | ErrorKind::AlreadyExists => {
+            "; a file stands where a folder should: name another one"
+        }
+        ErrorKind::PermissionDenied => "; change who may, or name another place",
+        ErrorKind::ReadOnlyFilesystem => "; name a place that can be written",
+        ErrorKind::StorageFull | ErrorKind::QuotaExceeded => "; make room on the disk",
+        ErrorKind::InvalidData => "; name a text file in UTF-8",
+        _ => "",
+    }
 }
 
 /// What is missing, or is not a file, is a bad input; otherwise the storage failed.
@@ -63,7 +101,10 @@ fn io_code(error: &std::io::Error) -> u8 {
 
 impl From<TrainError> for CliError {
     fn from(error: TrainError) -> Self {
-        let message = error.to_string();
+        let mut message = error.to_string();
+        if let TrainError::Io { source, .. } = &error {
+            message.push_str(remedy(source));
+        }
         let code = match error {
             TrainError::Data(inner) => return inner.into(),
             TrainError::Checkpoint(inner) => return inner.into(),
@@ -87,11 +128,13 @@ impl From<DataError> for CliError {
     fn from(error: DataError) -> Self {
         let mut message = error.to_string();
         let code = match &error {
-            DataError::Io { path, source, .. } => {
-                if source.kind() == ErrorKind::NotFound && path.ends_with(unisono_data::MANIFEST_FILE) {
-                    message.push_str("; `unisono data prepare INPUT --out DIR` makes a dataset");
-                }
-                io_code(source)
+            DataError::Io { path, source, action } => {
+                let is_absent = matches!(source.kind(), ErrorKind::NotFound | ErrorKind::NotADirectory);
+                message.push_str(match is_absent && path.ends_with(unisono_data::MANIFEST_FILE) {
+                    true => "; `unisono data prepare INPUT --out DIR` makes a dataset",
+                    false => remedy(source),
+                });
+                if matches!(*action, "read" | "open") { io_code(source) } else { STORAGE }
             }
             bad if bad.is_bad_input() => BAD_INPUT,
             _ => USAGE,
@@ -142,7 +185,7 @@ mod tests {
         for (error, code) in cases {
             let shown = error.to_string();
             let error = CliError::from(error);
-            assert_eq!((error.code, error.message), (code, shown));
+            assert!(error.code == code && error.message.starts_with(&shown), "{error}");
         }
     }
 }

@@ -9,7 +9,7 @@ use unisono_train::config::{RecomputeConfig, ReduceEvery};
 use unisono_train::system::cpu_type;
 use unisono_train::{RunConfig, TrainError, engine_layout, step_rows};
 
-use crate::error::{BAD_INPUT, CliError};
+use crate::error::{BAD_INPUT, CliError, remedy};
 use crate::layout::{cores, threads_each};
 use crate::screen::complain;
 
@@ -61,7 +61,7 @@ fn read(path: &Path) -> Result<LocalMachine, CliError> {
                 path.display()
             ),
         ),
-        _ => bad(path, &error.to_string()),
+        _ => bad(path, &format!("{error}{}", remedy(&error))),
     })?;
     LocalMachine::from_toml(&text).map_err(|error| bad(path, &error.to_string()))
 }

@@ -537,7 +537,15 @@ fn parse_error(text: &str, error: &toml::de::Error) -> ConfigError {
 
 /// A message of serde in one line and without names of types.
 fn plain(message: &str) -> String {
+    const NUMBERS: [(&str, &str); 5] = [
+        ("expected u64", "expected a whole number of at least 0"),
+        ("expected u32", "expected a whole number of at least 0"),
+        ("expected usize", "expected a whole number of at least 0"),
+        ("expected f64", "expected a number"),
+        ("expected f32", "expected a number"),
+    ];
     let message = message.trim_end().replace('\n', " ");
+    let message = NUMBERS.iter().fold(message, |message, (name, words)| message.replace(name, words));
     let Some((before, rest)) = message.split_once("expected struct ") else { return message };
     let rest = rest.trim_start_matches(|c: char| c.is_alphanumeric());
     format!("{before}expected a section of keys{rest}")

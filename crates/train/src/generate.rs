@@ -64,13 +64,14 @@ fn newest(folder: &Path) -> Result<(u64, Vec<String>), TrainError> {
     let found = latest(&folder.join(CHECKPOINTS), &|| ())?;
     let rejected: Vec<String> =
         found.rejected.iter().map(|(step, why)| format!("step {step}: {why}")).collect();
-    let reasons = if rejected.is_empty() { String::new() } else { format!(" ({})", rejected.join("; ")) };
     let step = found.step.ok_or_else(|| {
-        TrainError::Resume(format!(
-            "{} has no checkpoint that verifies{reasons}: train first, with `unisono train --run {}`",
-            folder.display(),
-            folder.display()
-        ))
+        let name = folder.display();
+        let remedy = match (rejected.as_slice(), folder.is_file()) {
+            ([], true) => "it is a file; name the folder of a run".into(),
+            ([], false) => format!("train first, with `unisono train --run {name}`"),
+            (reasons, _) => format!("{}; train anew with another --run", reasons.join("; ")),
+        };
+        TrainError::Resume(format!("{name} has no checkpoint that verifies: {remedy}"))
     })?;
     Ok((step, rejected))
 }

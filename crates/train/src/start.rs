@@ -39,6 +39,12 @@ pub(crate) fn find_start(
     read: &dyn Fn(),
 ) -> Result<Start, TrainError> {
     let folder = &options.folder;
+    if folder.is_file() {
+        return Err(TrainError::Resume(format!(
+            "{} is a file: name a folder for the run with --run",
+            folder.display()
+        )));
+    }
     if !options.resume {
         if holds_a_run(folder) {
             return Err(TrainError::Resume(format!(

@@ -6,8 +6,8 @@ use std::path::{Path, PathBuf};
 
 use clap::{Args, ValueEnum};
 use unisono_plan::{
-    Architecture, Cluster, DispatchKind, Numerics, Optimizer, Precision, Routing, Software, Trainable,
-    Training,
+    Architecture, Cluster, ClusterError, DispatchKind, Numerics, Optimizer, Precision, Routing, Software,
+    Trainable, Training,
 };
 use unisono_train::RunConfig;
 use unisono_train::config::WireConfig;
@@ -264,7 +264,7 @@ pub fn model(text: &str) -> Result<Model, CliError> {
 }
 
 fn hugging_face(path: &Path) -> Result<Model, CliError> {
-    let text = read(path)?;
+    let text = read(path, "name a Hugging Face config.json or its folder")?;
     let bad = |error| CliError::bad_input(format!("{}: {error}", path.display()));
     let architecture = Architecture::from_hugging_face(&text).map_err(bad)?;
     let numerics = Numerics::from_hugging_face(&text).map_err(bad)?;
@@ -289,19 +289,28 @@ fn name_of(path: &Path) -> String {
 pub fn cluster(text: &str) -> Result<Cluster, CliError> {
     let path = Path::new(text);
     if path.extension().is_some_and(|extension| extension == "toml") {
-        let cluster = Cluster::from_toml(&read(path)?);
+        let right = "docs/plan.md shows such a file; a GPU and a count, such as h800x2048, needs none";
+        let cluster = Cluster::from_toml(&read(path, right)?);
         return cluster
             .map_err(|error| CliError { code: BAD_INPUT, message: format!("{}: {error}", path.display()) });
     }
-    Cluster::parse(text).map_err(|error| CliError::usage(format!("cluster {text:?}: {error}")))
+    Cluster::parse(text).map_err(|error| {
+        let remedy = match error {
+            ClusterError::UnknownGpu { .. } => "; `unisono plan --gpus` lists the GPUs",
+            _ => "",
+        };
+        CliError::usage(format!("cluster {text:?}: {error}{remedy}"))
+    })
 }
 
-fn read(path: &Path) -> Result<String, CliError> {
+/// `right` says what would be.
+fn read(path: &Path, right: &str) -> Result<String, CliError> {
     let bad = |error: String| CliError::bad_input(format!("{}: {error}", path.display()));
-    let file = File::open(path).map_err(|error| bad(error.to_string()))?;
+    let refused = |error: std::io::Error| bad(format!("{error}; {right}"));
+    let file = File::open(path).map_err(refused)?;
     let mut text = String::new();
     let read = file.take(LARGEST_FILE_BYTES + 1).read_to_string(&mut text);
-    read.map_err(|error| bad(error.to_string()))?;
+    read.map_err(refused)?;
     match text.len() as u64 > LARGEST_FILE_BYTES {
         true => {
             Err(bad(format!("is larger than the {LARGEST_FILE_BYTES} bytes that are read of a description")))

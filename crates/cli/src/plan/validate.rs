@@ -6,7 +6,7 @@ use clap::Args;
 use unisono_plan::validate::{Cases, Group, TableError, TimeFigures, Validation, check_cases, check_models};
 
 use super::answer::spread;
-use crate::error::{CliError, DONE};
+use crate::error::{CliError, DONE, check_file, remedy};
 use crate::screen::{Screen, say};
 use crate::style::{Paint, table};
 
@@ -29,6 +29,14 @@ pub struct Validate {
 
 /// Prices every row and prints how far off.
 pub fn run(args: Validate) -> Result<u8, CliError> {
+    check_file("CASES.csv", &args.cases, "name a table of measured runs (docs/validation.md says of what)")?;
+    if let Some(models) = &args.models {
+        check_file(
+            "--models",
+            models,
+            "name a table of architectures, or leave it out for the built-in ones",
+        )?;
+    }
     let cases = read(&args.cases, check_cases)?;
     let models = args.models.as_deref().map(|path| read(path, check_models)).transpose()?;
     let cases = Cases::read(&cases, models.as_deref());
@@ -47,7 +55,7 @@ pub fn run(args: Validate) -> Result<u8, CliError> {
 /// The text of a table that passes `check`; what is not UTF-8 in it is replaced.
 fn read(path: &Path, check: fn(&str) -> Result<(), TableError>) -> Result<String, CliError> {
     let bad = |error: String| CliError::bad_input(format!("{}: {error}", path.display()));
-    let bytes = std::fs::read(path).map_err(|error| bad(error.to_string()))?;
+    let bytes = std::fs::read(path).map_err(|error| bad(format!("{error}{}", remedy(&error))))?;
     let text = String::from_utf8_lossy(&bytes).into_owned();
     check(&text).map_err(|error| bad(error.to_string()))?;
     Ok(text)

@@ -28,6 +28,9 @@ fn configs() {
     fs::write(folder.join("value.toml"), "[train]\nmicro_batch = 0\n").unwrap();
     refused(folder, 2, &["train", "value.toml"], &["value.toml: train.micro_batch = 0: must be between 1"]);
     refused(folder, 2, &["train", "--set", "train.stepz=3"], &["--set train.stepz=3: unknown field `stepz`"]);
+    let words = "expected a whole number of at least 0 in `train.steps`";
+    refused(folder, 2, &["train", "--set", "train.steps=-1"], &[words]);
+    refused(folder, 2, &["train", "--set", "watchdog.max_timeout_s=30s"], &["\"30s\", expected a number in"]);
     refused(folder, 2, &["train", "--set", "steps"], &["--set steps: must be key.path=value"]);
     refused(folder, 2, &["train", "--set", "model.top_k=99"], &["model.top_k = 99: must be between 1"]);
     let wsd = ["train", "--set", "schedule.kind=wsd", "--steps", "10"];
@@ -81,7 +84,21 @@ fn layouts_and_folders() {
     refused(folder, 2, &["generate", "--run", "a", "--top-p", "0"], &["--top-p 0: must be above 0"]);
     refused(folder, 2, &["generate", "--run", "none"], &["none has no checkpoint that verifies"]);
     refused(folder, 2, &["checkpoint", "ls", "none"], &["none has no checkpoints"]);
-    refused(folder, 2, &["diff", "a", "none"], &["none is not the folder of a run"]);
+    refused(folder, 2, &["diff", "a", "none"], &["none is not the folder of a run", "name one that"]);
+    refused(folder, 2, &["doctor", "none"], &["none is not the folder of a run", "name one that"]);
+    fs::write(folder.join("file"), "in the way").unwrap();
+    refused(folder, 2, &train_args("file", &[]), &["file is a file: name a folder for the run with --run"]);
+    for command in ["eval", "generate"] {
+        refused(
+            folder,
+            2,
+            &[command, "--run", "file"],
+            &["file has no checkpoint that verifies: it is a file; name the folder"],
+        );
+    }
+    refused(folder, 2, &["checkpoint", "ls", "file"], &["file has no checkpoints: name the folder of a run"]);
+    let negative = ["generate", "--run", "a", "--temperature", "-1"];
+    refused(folder, 2, &negative, &["--temperature -1: must be finite and at least 0"]);
 }
 
 #[test]
@@ -90,7 +107,52 @@ fn input_files() {
     let folder = folder.path();
     refused(folder, 3, &["train", "--set", "data.path=none"], &["none/dataset.json", "unisono data prepare"]);
     refused(folder, 3, &["data", "verify", "none"], &["none/dataset.json"]);
-    refused(folder, 3, &["data", "prepare", "none.txt", "--out", "o"], &["none.txt"]);
+    refused(
+        folder,
+        3,
+        &["data", "prepare", "none.txt", "--out", "o"],
+        &["INPUT none.txt: there is no", ".jsonl"],
+    );
+    refused(folder, 3, &["data", "prepare", ".", "--out", "o"], &["INPUT .: it is a folder", "texts/*.txt"]);
+    let args = ["data", "prepare", TINY, "--out", "o", "--tokenizer", "none.json"];
+    refused(folder, 3, &args, &["--tokenizer none.json: there is no such file", "or leave it out"]);
+    assert!(!folder.join("o").exists());
+    fs::write(folder.join("file"), "in the way").unwrap();
+    refused(
+        folder,
+        21,
+        &["data", "prepare", TINY, "--out", "file"],
+        &["cannot create file", "name another one"],
+    );
+    refused(
+        folder,
+        21,
+        &["data", "prepare", TINY, "--out", "file/o"],
+        &["cannot create file/o", "name another"],
+    );
+    refused(folder, 3, &["data", "verify", "file"], &["file/dataset.json", "unisono data prepare"]);
+    refused(
+        folder,
+        3,
+        &["plan", "validate", "none.csv"],
+        &["CASES.csv none.csv: there is no such file", "docs/"],
+    );
+    refused(folder, 3, &["plan", "validate", "."], &["CASES.csv .: it is a folder", "docs/validation.md"]);
+    refused(folder, 3, &["plan", "validate", "file"], &["file: lacks the columns "]);
+    let args = ["plan", "validate", "file", "--models", "none.csv"];
+    refused(folder, 3, &args, &["--models none.csv: there is no such file", "leave it out"]);
+    refused(folder, 3, &["plan", ".", "h100x8"], &["./config.json: ", "name a Hugging Face config.json"]);
+    refused(folder, 3, &["plan", "DeepSeek-V3", "none.toml"], &["none.toml: ", "docs/plan.md"]);
+    refused(folder, 2, &["plan", "DeepSeek-V3", "z100x8"], &["nearest: A100", "unisono plan --gpus"]);
+    refused(folder, 2, &["train", "."], &["cannot read the config .: ", "name a file, not a folder"]);
+    refused(folder, 3, &["train", "--machine", "."], &[".: ", "name a file, not a folder"]);
+    refused(folder, 2, &["bench", "local", "--out", "."], &["--out .: it is a folder"]);
+    refused(
+        folder,
+        2,
+        &["bench", "local", "--out", "none/m.toml"],
+        &["there is no such folder; make it first"],
+    );
     fs::write(folder.join("bad.jsonl"), "{\"text\": \"fine\"}\n{\"text\": 3}\n").unwrap();
     refused(folder, 3, &["data", "prepare", "bad.jsonl", "--out", "o"], &["bad.jsonl:2: "]);
     fs::write(folder.join("tokenizer.json"), "{}").unwrap();
@@ -120,7 +182,7 @@ fn input_files() {
 fn a_folder_that_cannot_be_written() {
     let folder = tempfile::tempdir().unwrap();
     fs::write(folder.path().join("file"), "in the way").unwrap();
-    refused(folder.path(), 21, &train_args("file/run", &[]), &["cannot make file/run: "]);
+    refused(folder.path(), 21, &train_args("file/run", &[]), &["cannot make file/run: ", "name another one"]);
 }
 
 /// A learning rate that no model survives.
@@ -155,6 +217,10 @@ fn benchmarks() {
         ("bench baseline --vocab 5000", "5000 is not in 1..=4096"),
         ("bench baseline --steps 0", "0 is not in 1..="),
         ("bench step --ranks 0", "0 is not in 1..="),
+        (
+            "bench step --heads 3",
+            "--d-model = 256 cannot be shared out evenly over --heads = 3: choose a multiple",
+        ),
         ("bench overlap --link-mb-per-s 0", "must be a number above 0"),
         ("bench overlap --link-mb-per-s -5", "must be a number above 0"),
         ("bench overlap --link-mb-per-s nan", "must be a number above 0"),
