@@ -17,7 +17,7 @@ fn training() -> Training {
         wire: Precision::Fp8,
         optimizer: Optimizer::default(),
         routing: Routing::Balanced,
-        dispatch: DispatchKind { deduplicated: true, overlapped: true },
+        dispatch: DispatchKind { deduplicated: true, overlapped: true, padded: false },
         trainable: Trainable::All,
         software: Software::MegatronCore,
     }

@@ -78,11 +78,13 @@ impl Attention {
     }
 }
 
-/// Attention that sees only the last `tokens` tokens, in every `every`-th layer.
+/// Attention that sees only the last `tokens` tokens, in layer `first` and every `every`-th from there on.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub struct Window {
     /// Tokens that a token sees.
     pub tokens: usize,
+    /// The first layer that is windowed.
+    pub first: usize,
     /// One layer of so many is windowed; 1 for all.
     pub every: usize,
 }
@@ -197,6 +199,9 @@ pub struct Architecture {
     pub parallel_blocks: bool,
     /// Extra layers that predict further tokens (DeepSeek-V3).
     pub mtp_layers: usize,
+    /// Products of experts have biases and their activation is clamped (GPT-OSS): kernels of their own where the network of experts is
+    /// not one kernel.
+    pub expert_biases: bool,
 }
 
 impl Architecture {
@@ -225,7 +230,9 @@ impl Architecture {
 
     /// Whether layer `layer` sees only its window.
     pub fn is_windowed(&self, layer: usize) -> bool {
-        self.window.is_some_and(|window| layer.is_multiple_of(window.every.max(1)))
+        self.window.is_some_and(|window| {
+            layer.checked_sub(window.first).is_some_and(|after| after.is_multiple_of(window.every.max(1)))
+        })
     }
 
     /// Layers whose feed-forward network has experts, without those of multi-token prediction.
@@ -265,6 +272,7 @@ impl From<&ModelConfig> for Architecture {
             pattern: Pattern::Uniform { first_dense: model.first_dense, moe_every: 1 },
             parallel_blocks: false,
             mtp_layers: 0,
+            expert_biases: false,
         }
     }
 }

@@ -10,7 +10,8 @@ pub enum Software {
     /// Megatron-Core with Transformer Engine as of 2023 to 2025, and what is built on it: NeMo, Megatron-Bridge, Primus.
     #[default]
     MegatronCore,
-    /// The same with whole layers captured in CUDA graphs (Megatron-Bridge 26.06): the host launches next to nothing.
+    /// The same with whole iterations captured in CUDA graphs, the network of experts in one kernel and attention in 8 bits
+    /// (Megatron-Bridge's recipes in mxfp8 on Grace since 26.06): the host launches next to nothing.
     MegatronCoreGraphs,
     /// Megatron-LM and Megatron-DeepSpeed of 2021 and 2022: attention scores in memory, blocking tensor-parallel collectives.
     Megatron2021,
@@ -32,6 +33,11 @@ impl Software {
 }
 
 impl Software {
+    /// Whether biases and a clamped activation of experts are part of other kernels.
+    pub fn fuses_experts(self) -> bool {
+        !matches!(self, Self::MegatronCore | Self::Megatron2021)
+    }
+
     /// Whether layers are Megatron's.
     pub fn is_megatron(self) -> bool {
         matches!(self, Self::MegatronCore | Self::MegatronCoreGraphs | Self::Megatron2021)
@@ -45,6 +51,15 @@ pub struct DispatchKind {
     pub deduplicated: bool,
     /// It travels while another micro-batch computes (DualPipe, Megatron's overlap of expert communication).
     pub overlapped: bool,
+    /// Every expert gets a fixed number of rows, some dropped or empty: the host need not ask the GPU how many there are.
+    pub padded: bool,
+}
+
+impl DispatchKind {
+    /// Whether the host waits for the GPU's counts before it can launch what comes after dispatch.
+    pub fn asks_for_counts(self) -> bool {
+        !self.deduplicated && !self.padded
+    }
 }
 
 /// Which parameters are trained.

@@ -16,7 +16,7 @@ fn deepseek() -> (Architecture, Cluster, Training, Parallelism) {
         wire: Precision::Fp8,
         optimizer: Optimizer { moments: Precision::Bf16, ..Optimizer::default() },
         routing: Routing::Balanced,
-        dispatch: DispatchKind { deduplicated: true, overlapped: true },
+        dispatch: DispatchKind { deduplicated: true, overlapped: true, padded: false },
         trainable: Trainable::All,
         software: Software::default(),
     };

@@ -114,7 +114,7 @@ fn prices_of_the_best_plans_are_within_5_percent_of_their_simulation() {
         global_batch: 15_360,
         compute: Precision::Fp8,
         wire: Precision::Fp8,
-        dispatch: DispatchKind { deduplicated: true, overlapped: true },
+        dispatch: DispatchKind { deduplicated: true, overlapped: true, padded: false },
         ..training()
     };
     let error = worst_error("DeepSeek-V3", "h800x2048", &training);

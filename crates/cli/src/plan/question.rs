@@ -155,7 +155,7 @@ impl TrainingArgs {
             wire: self.wire.unwrap_or(wire),
             optimizer,
             routing: self.routing()?,
-            dispatch: DispatchKind { deduplicated: !self.no_deduplication, overlapped },
+            dispatch: DispatchKind { deduplicated: !self.no_deduplication, overlapped, padded: false },
             trainable: Trainable::All,
             software: Software::default(),
         })

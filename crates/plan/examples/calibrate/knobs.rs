@@ -73,7 +73,7 @@ pub fn knobs() -> Vec<Knob> {
     }
     common!(dispatch 0.5 0.7 [0.1, 4.0], all_to_all 0.7 0.7 [0.1, 4.0], network 1.0 0.3 [0.6, 3.0], expert_exposed 0.5 0.7 [0.02, 1.0],
         context_exposed 0.5 0.7 [0.02, 1.0], message_exposed 0.5 0.7 [0.02, 1.0], straggler 0.01 0.5 [0.001, 0.05],
-        scan 1.5 0.5 [1.0, 10.0], norm 3.0 0.5 [1.3, 6.0], step_s 0.01 1.0 [0.001, 0.2]);
+        scan 1.5 0.5 [1.0, 10.0], norm 3.0 0.5 [1.3, 6.0], awaited 0.5 0.5 [0.02, 1.5], step_s 0.01 1.0 [0.001, 0.2]);
     for knob in &mut found {
         // Graphs and whole programs launch next to nothing, compiled layers little; the first PyTorch was slow.
         knob.neutral = match knob.name.as_str() {

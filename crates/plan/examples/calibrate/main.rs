@@ -1,7 +1,7 @@
 //! Fits the constants of `calibration.rs` to published training runs. The folder holds `end_to_end.csv` and `models.csv`.
 //!
 //! `calibrate FOLDER show [FAMILY]` prints the figures of every family (and the rows of one), `fit ROUNDS` fits from where the
-//! constants are, `folds FOLDS ROUNDS` leaves each fold of families out in turn.
+//! constants are, `folds FOLDS ROUNDS [FAMILY]` leaves each fold of families out in turn (and prints the rows of one as they are then).
 
 mod fit;
 mod knobs;
@@ -55,20 +55,28 @@ fn print(validation: &Validation) {
 
 /// Leaves each fold of families out in turn, fits to the others from neutral constants, and predicts what was left out. Release
 /// factors come from the rows that were left out alone.
-fn cross_validate(cases: &Cases, folds: usize, rounds: usize) {
+fn cross_validate(cases: &Cases, folds: usize, rounds: usize, shown: Option<&String>) {
     let all = run(cases, &FITTED);
     let fold_of: BTreeMap<&str, usize> =
         all.families.iter().enumerate().map(|(at, group)| (group.name.as_str(), at % folds)).collect();
     let mut left_out: Vec<Outcome> = Vec::new();
+    let mut places: Vec<(usize, Constants)> = Vec::new();
     for fold in 0..folds {
         let fit = Fit::new(cases, &all.rows, &|family| fold_of.get(family) != Some(&fold));
         let constants = fit.run(&neutral(), rounds);
         let own = |row: &usize| fold_of.get(all.rows[*row].family().as_str()) == Some(&fold);
-        let rows = (0..cases.len()).filter(own).map(|row| fit::outcome(cases, row, &constants)).collect();
+        let own: Vec<usize> = (0..cases.len()).filter(own).collect();
+        let rows = own.iter().map(|row| fit::outcome(cases, *row, &constants)).collect();
+        places.extend(own.into_iter().map(|row| (row, constants.clone())));
         left_out.extend(cases.judge(rows).rows);
     }
     let validation = cases.judge_with_factors(left_out);
     print(&validation);
+    for (row, (at, constants)) in validation.rows.iter().zip(&places) {
+        if shown.is_some_and(|part| row.family().contains(part)) {
+            show_row(cases, *at, row, constants);
+        }
+    }
     for (name, sparse) in [("dense", false), ("MoE", true)] {
         for (what, released) in [("without", false), ("with", true)] {
             let spread = covering(&validation.rows, sparse, released);
@@ -120,24 +128,28 @@ fn show(cases: &Cases, constants: &Constants, family: Option<&String>) {
     print(&validation);
     let Some(part) = family else { return };
     for (at, row) in validation.rows.iter().enumerate().filter(|(_, row)| row.family().contains(part)) {
-        let time = row.time.map(|t| {
-            format!(
-                "{:.3} s, {:.3} predicted, ratio {:.3}",
-                t.measured_s,
-                t.predicted_s,
-                t.predicted_s / t.measured_s
-            )
-        });
-        let memory =
-            row.memory.map(|m| format!("{:.2} GiB, {:.2} predicted", m.measured_gib, m.predicted_gib));
-        let said = [time, memory, row.skipped.clone()].into_iter().flatten().collect::<Vec<_>>().join("; ");
-        println!("{} {} {} {} | {} | {said}", row.id, row.framework, row.model, row.gpu, row.plan);
-        if let Some(time) = row.time {
-            println!("    {}", parts(cases, at, constants, time.predicted_s));
-        }
-        if row.memory.is_some() {
-            println!("    {}", held(cases, at, constants));
-        }
+        show_row(cases, at, row, constants);
+    }
+}
+
+/// A row, what its step is spent on and what its first and last pipeline rank hold.
+fn show_row(cases: &Cases, at: usize, row: &Outcome, constants: &Constants) {
+    let time = row.time.map(|t| {
+        format!(
+            "{:.3} s, {:.3} predicted, ratio {:.3}",
+            t.measured_s,
+            t.predicted_s,
+            t.predicted_s / t.measured_s
+        )
+    });
+    let memory = row.memory.map(|m| format!("{:.2} GiB, {:.2} predicted", m.measured_gib, m.predicted_gib));
+    let said = [time, memory, row.skipped.clone()].into_iter().flatten().collect::<Vec<_>>().join("; ");
+    println!("{} {} {} {} | {} | {said}", row.id, row.framework, row.model, row.gpu, row.plan);
+    if let Some(time) = row.time {
+        println!("    {}", parts(cases, at, constants, time.predicted_s));
+    }
+    if row.memory.is_some() {
+        println!("    {}", held(cases, at, constants));
     }
 }
 
@@ -180,7 +192,7 @@ fn held(cases: &Cases, row: usize, constants: &Constants) -> String {
 
 fn main() -> Result<(), Box<dyn Error>> {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
-    let usage = "usage: calibrate FOLDER [show FAMILY | fit ROUNDS | folds FOLDS ROUNDS]";
+    let usage = "usage: calibrate FOLDER [show FAMILY | fit ROUNDS | folds FOLDS ROUNDS [FAMILY]]";
     let folder = Path::new(arguments.first().ok_or(usage)?);
     let cases = std::fs::read_to_string(folder.join("end_to_end.csv"))?;
     let models = std::fs::read_to_string(folder.join("models.csv"))?;
@@ -195,7 +207,7 @@ fn main() -> Result<(), Box<dyn Error>> {
             println!("{constants:#?}");
             show(&cases, &constants, None);
         }
-        Some("folds") => cross_validate(&cases, number(2)?, number(3)?),
+        Some("folds") => cross_validate(&cases, number(2)?, number(3)?, arguments.get(4)),
         Some(_) => return Err(usage.into()),
     }
     Ok(())

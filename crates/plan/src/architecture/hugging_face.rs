@@ -61,6 +61,9 @@ const KNOWN: [&str; 19] = [
     "openai-gpt",
 ];
 
+/// The window of gpt_neo's local layers where the file does not say.
+const NEO_WINDOW: usize = 256;
+
 /// Fields by their names in all families; messages use the first.
 const LAYERS: &[&str] = &["num_hidden_layers", "n_layer", "num_layers"];
 const HIDDEN: &[&str] = &["hidden_size", "n_embd"];
@@ -123,6 +126,7 @@ impl Config {
             pattern: self.pattern(layers)?,
             parallel_blocks: self.kind == "gpt_neox" && self.flag("use_parallel_residual")? != Some(false),
             mtp_layers: self.count(&["num_nextn_predict_layers"])?.unwrap_or(0),
+            expert_biases: self.kind == "gpt_oss",
             name: self.kind.clone(),
         })
     }
@@ -199,21 +203,31 @@ impl Config {
         }))
     }
 
-    /// Which layers see only a window: all, or every so many from the first on.
+    /// Which layers see only a window: all, or every so many from one on.
     fn window(&self) -> Result<Option<Window>, HuggingFaceError> {
+        let neo = self.kind == "gpt_neo";
         let off = self.flag("use_sliding_window")? == Some(false);
-        let Some(tokens) = self.at_least_one(&["sliding_window"])?.filter(|_| !off) else { return Ok(None) };
-        let slides: Vec<bool> = self.layer_types()?.iter().map(|kind| *kind == "sliding_attention").collect();
-        if !slides.is_empty() && !slides.contains(&true) {
-            return Ok(None);
+        let tokens = match neo {
+            true => Some(self.at_least_one(&["window_size"])?.unwrap_or(NEO_WINDOW)),
+            false => self.at_least_one(&["sliding_window"])?.filter(|_| !off),
+        };
+        let Some(tokens) = tokens else { return Ok(None) };
+        let (name, slides) = match neo {
+            true => ("attention_types", self.local_layers()?),
+            false => {
+                ("layer_types", self.layer_types()?.iter().map(|kind| *kind == "sliding_attention").collect())
+            }
+        };
+        if slides.is_empty() && !neo {
+            return Ok(Some(Window { tokens, first: 0, every: 1 }));
         }
-        let every = slides.iter().skip(1).position(|slides| *slides).map_or(slides.len().max(1), |at| at + 1);
-        match slides.iter().enumerate().all(|(layer, slides)| *slides == layer.is_multiple_of(every)) {
-            true => Ok(Some(Window { tokens, every })),
-            false => Err(field(
-                "layer_types",
-                "sliding_attention must be in every so many layers from the first on",
-            )),
+        let Some(first) = slides.iter().position(|slides| *slides) else { return Ok(None) };
+        let next = slides.iter().skip(first + 1).position(|slides| *slides);
+        let window = Window { tokens, first, every: next.map_or(slides.len(), |at| at + 1) };
+        let windowed = |layer: usize| layer >= first && (layer - first).is_multiple_of(window.every);
+        match slides.iter().enumerate().all(|(layer, slides)| *slides == windowed(layer)) {
+            true => Ok(Some(window)),
+            false => Err(field(name, "windows must be in every so many layers from one on")),
         }
     }
 
@@ -304,9 +318,9 @@ mod tests {
             unknown.starts_with("config.json: model_type \"t5\" is not known; known: llama, "),
             "{unknown}"
         );
-        let last = r#"{"num_hidden_layers":3,"hidden_size":8,"vocab_size":9,"num_attention_heads":1,"sliding_window":4,
-            "layer_types":["full_attention","full_attention","sliding_attention"]}"#;
-        assert!(said(last).contains("layer_types: sliding_attention must be in every"));
+        let uneven = r#"{"num_hidden_layers":3,"hidden_size":8,"vocab_size":9,"num_attention_heads":1,"sliding_window":4,
+            "layer_types":["sliding_attention","sliding_attention","full_attention"]}"#;
+        assert!(said(uneven).contains("layer_types: windows must be in every"));
     }
 
     /// A llama of small sizes with these fields besides, or instead.
@@ -371,6 +385,21 @@ mod tests {
             "intermediate_size":null}"#;
         let neo = Architecture::from_hugging_face(neo).unwrap();
         assert_eq!((neo.layers, neo.attention.heads(), neo.ffn_dense), (12, 12, 3072));
+        assert_eq!(neo.window, None);
+        let local = |fields: &str| {
+            let sizes =
+                r#""model_type":"gpt_neo","num_layers":4,"hidden_size":64,"num_heads":4,"vocab_size":9"#;
+            Architecture::from_hugging_face(&format!("{{{sizes},{fields}}}"))
+        };
+        let neo = local(r#""attention_types":[[["global","local"],2]],"window_size":128"#).unwrap();
+        assert_eq!(neo.window, Some(Window { tokens: 128, first: 1, every: 2 }));
+        assert_eq!([0, 1, 2, 3].map(|layer| neo.is_windowed(layer)), [false, true, false, true]);
+        let global = local(r#""attention_layers":["global","global","global","global"]"#).unwrap();
+        assert_eq!(global.window, None);
+        let said = local(r#""attention_types":[["global",2]]"#).unwrap_err().to_string();
+        assert!(said.contains("attention_types: must be a list of pairs"), "{said}");
+        let said = local(r#""attention_types":[[["local"],3]]"#).unwrap_err().to_string();
+        assert!(said.contains("attention_types: names 3 layers; there are 4"), "{said}");
         let code = |multi_query: &str| {
             let json = format!(
                 r#"{{"model_type":"gpt_bigcode","n_layer":40,"n_embd":6144,"n_head":48,"vocab_size":49152,

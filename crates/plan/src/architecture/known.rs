@@ -89,9 +89,11 @@ fn read(facts: &Facts<'_>) -> Option<Architecture> {
         gated: facts.text("glu").is_empty() || facts.text("glu").contains("glu"),
         attention: attention(facts, heads, hidden),
         qk_norm: facts.is_true("qk_norm"),
-        window: facts
-            .count("window")
-            .map(|tokens| Window { tokens, every: facts.count("window_every").unwrap_or(1) }),
+        window: facts.count("window").map(|tokens| Window {
+            tokens,
+            first: 0,
+            every: facts.count("window_every").unwrap_or(1),
+        }),
         ffn_dense: facts.count("ffn_dense").unwrap_or(4 * hidden),
         moe: moe(facts),
         state_space: facts.count("state_heads").map(|heads| StateSpace {
@@ -103,6 +105,7 @@ fn read(facts: &Facts<'_>) -> Option<Architecture> {
         pattern,
         parallel_blocks: false,
         mtp_layers: facts.count("mtp_layers").unwrap_or(0),
+        expert_biases: facts.is_true("expert_biases"),
     })
 }
 

@@ -101,7 +101,8 @@ impl Pricer {
     pub(super) fn kernels_s(&self, work: &Work) -> f64 {
         let (device, host) = (work.compute_s(), work.kernels * self.rates.calibration.launch_s());
         let norm = self.rates.calibration.common.norm;
-        (device.powf(norm) + host.powf(norm)).powf(norm.recip())
+        let awaited_s = work.awaited * self.rates.calibration.launch_s();
+        (device.powf(norm) + host.powf(norm)).powf(norm.recip()) + awaited_s
     }
 
     /// Seconds of tensor and context-parallel communication that nothing hides.

@@ -30,6 +30,8 @@ pub struct Work {
     pub expert_s: f64,
     /// Kernels launched.
     pub kernels: f64,
+    /// Launches that the GPU waits for, since the host had to wait for the GPU before.
+    pub awaited: f64,
 }
 
 impl Work {
@@ -48,6 +50,7 @@ impl Work {
         self.context_s += times * other.context_s;
         self.expert_s += times * other.expert_s;
         self.kernels += times * other.kernels;
+        self.awaited += times * other.awaited;
     }
 }
 
@@ -95,6 +98,14 @@ pub(super) struct Sizes<'a> {
     /// Rows of the fullest expert-parallel rank over the even share.
     pub uneven: f64,
 }
+
+/// What a clamp before the activation of experts reads and writes, forward and backward, in tensors of their hidden width: both halves
+/// clamped and joined; two masks and the gradients of the halves joined (Megatron-Core 0.16).
+const CLAMPED: [f64; 2] = [8.0, 10.0];
+
+/// The same of a bias times the router's weight after the second product, in tensors of the model's width, of which 32-bit ones
+/// count twice: multiplied, added, joined, rounded; and back, with sums over rows and columns (Megatron-Core 0.16).
+const BIASED: [f64; 2] = [14.0, 20.0];
 
 /// Bytes of an activation; residual streams and inputs of norms stay in 16 bits whatever products use.
 fn width(training: &Training) -> f64 {
@@ -313,8 +324,14 @@ impl Sizes<'_> {
     fn experts(&self, passes: &mut Passes, moe: &MoeShape) {
         let mut own = Passes::default();
         self.routed(&mut own, moe);
-        for work in [&mut own.forward, &mut own.input, &mut own.weight] {
-            work.kernels *= self.rates.calibration.software.moe_launch;
+        let dispatch = self.training.dispatch;
+        let asks =
+            self.layout.expert > 1 && dispatch.asks_for_counts() && self.training.software.is_megatron();
+        let of = &self.rates.calibration;
+        let works = [(&mut own.forward, asks), (&mut own.input, asks && dispatch.overlapped)];
+        for (work, waits) in works.into_iter().chain([(&mut own.weight, asks && dispatch.overlapped)]) {
+            work.kernels *= of.software.moe_launch;
+            work.awaited = if waits { of.common.awaited * work.kernels } else { 0.0 };
         }
         passes.add(&own, 1.0);
     }
@@ -341,8 +358,16 @@ impl Sizes<'_> {
         let hidden = width(self.training) * rows * inner;
         self.stream(passes, (gates + 1.0) * hidden, (2.0 * gates + 1.0) * hidden);
         self.grouped(passes, rows, here, dispatched, inner);
-        // Rows into the order of experts and back: read and written, each way.
         let rows_bytes = width(self.training) * rows * dispatched;
+        if self.model.expert_biases && !self.training.software.fuses_experts() {
+            let [forward, backward] = CLAMPED;
+            self.stream(passes, forward * hidden, backward * hidden);
+            let [forward, backward] = BIASED;
+            self.stream(passes, forward * rows_bytes, backward * rows_bytes);
+            // Each expert's rows apart.
+            self.count(passes, 2.0 * here);
+        }
+        // Rows into the order of experts and back: read and written, each way.
         self.stream(passes, 4.0 * rows_bytes, 4.0 * rows_bytes);
         self.exchange(passes, moe, dispatched);
     }

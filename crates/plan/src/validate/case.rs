@@ -37,7 +37,7 @@ pub(super) struct Case {
     pub sharding: String,
     pub recompute: String,
     pub framework: String,
-    /// Release of the software where the source names one, such as 26.04, in hundredths.
+    /// Release of the software where the source names one, such as 26.04 or 26.04.01: year, month and patch, two digits each.
     pub release: Option<u64>,
     pub routing: String,
     pub step_s: Option<f64>,
@@ -235,14 +235,15 @@ impl Shape {
     }
 }
 
-/// The first word like `26.04` in a text.
+/// The first word like `26.04` or `26.04.01` in a text.
 fn release(text: &str) -> Option<u64> {
     text.split(|c: char| c.is_whitespace() || c == 'v').find_map(|word| {
         let (year, rest) = word.split_once('.')?;
         let month = rest.get(..2)?;
         let numbers = year.len() == 2 && month.bytes().all(|byte| byte.is_ascii_digit());
+        let patch = rest.get(2..).and_then(|patch| patch.strip_prefix('.')?.get(..2)?.parse().ok());
         let (year, month): (u64, u64) = (year.parse().ok()?, month.parse().ok()?);
-        (numbers && (1..=12).contains(&month)).then_some(100 * year + month)
+        (numbers && (1..=12).contains(&month)).then_some(10_000 * year + 100 * month + patch.unwrap_or(0))
     })
 }
 
@@ -273,6 +274,12 @@ mod tests {
         assert_eq!((shape.experts, shape.top_k, shape.expert_ffn), (Some(64), Some(8), Some(2048)));
         assert_eq!(Shape::read("layers=4").layers, Some(4));
         assert_eq!(Shape::read("what? L"), Shape::default());
+    }
+
+    #[test]
+    fn releases_count_years_months_and_patches() {
+        let said = ["x 26.04 NeMo Container", "26.04.01 y", "v25.9", "NeMo v25.05.04", "99.13"].map(release);
+        assert_eq!(said, [Some(26_04_00), Some(26_04_01), None, Some(25_05_04), None]);
     }
 
     #[test]

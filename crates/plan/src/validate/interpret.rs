@@ -11,19 +11,16 @@ use crate::software::{DispatchKind, Software, Trainable};
 use super::case::{Case, Kind};
 use super::golden;
 use super::neighbours::fully_sharded;
+use super::recipes::{self, recipe};
 
 /// Micro-batches of a pipeline stage where no batch is printed: enough that the bubble is small.
 const MICRO_BATCHES_A_STAGE: usize = 8;
 /// Sequence length where none is printed.
 const SEQUENCE: usize = 4096;
+/// Sequences of a replica in torchtitan's published benchmarks of models that fit a GPU, where none are printed.
+const TITAN_SEQUENCES: usize = 2;
 /// GPUs where no number is printed and the degrees need no more.
 const GPUS: usize = 8;
-
-/// Megatron-Bridge captures layers in CUDA graphs on Grace since this release, in hundredths.
-const GRAPHS_SINCE: u64 = 2606;
-
-/// Megatron-Bridge's recipes dispatch with DeepEP or HybridEP since this release.
-const DEDUPLICATED_SINCE: u64 = 2509;
 
 /// What a row describes.
 #[derive(Debug, Clone)]
@@ -115,25 +112,31 @@ fn training(case: &Case, model: &Architecture, compute: Precision, layout: &Para
         compute,
         wire: if case.mentions("hai-llm") { Precision::Fp8 } else { Precision::Bf16 },
         optimizer: optimizer(case, model),
-        routing: Routing::Balanced,
+        routing: match case.kind {
+            Kind::Golden => Routing::PowerLaw { exponent: golden::SKEW },
+            _ => Routing::Balanced,
+        },
         dispatch: DispatchKind {
             deduplicated: deduplicates(case),
-            overlapped: case.mentions("overlap")
-                && !case.mentions("overlap off")
-                && !case.mentions("no overlap")
-                || case.mentions("hai-llm"),
+            overlapped: overlaps(case),
+            padded: case.mentions("token-drop"),
         },
         trainable: if case.mentions("lora") { Trainable::Adapters } else { Trainable::All },
         software: software(case),
     }
 }
 
-/// Whether tokens are sent once to a server: where a library that does so is named, and in the recipes of Megatron-Bridge and
-/// Megatron-Core since they use it.
+/// Whether tokens are sent once to a server: where a library that does so is named, by the recipes of Megatron-Bridge, and in
+/// Megatron-Core since it uses it.
 fn deduplicates(case: &Case) -> bool {
     let named = ["deepep", "hybridep", "hai-llm"].iter().any(|name| case.mentions(name));
-    let recipe = case.release.is_some_and(|release| release >= DEDUPLICATED_SINCE);
-    named || recipe && case.mentions("megatron-bridge") || case.framework.trim() == "Megatron-Core"
+    named || recipe(case).is_some_and(|of| of.deduplicated) || case.framework.trim() == "Megatron-Core"
+}
+
+/// Whether tokens travel while another micro-batch computes.
+fn overlaps(case: &Case) -> bool {
+    let named = case.mentions("overlap") && !case.mentions("overlap off") && !case.mentions("no overlap");
+    named || case.mentions("hai-llm") || recipe(case).is_some_and(|of| of.overlapped)
 }
 
 /// NVIDIA's recipes accumulate and reduce gradients in 16 bits; Megatron itself, and its tests, in 32. For models with latent attention
@@ -150,7 +153,6 @@ fn optimizer(case: &Case, model: &Architecture) -> Optimizer {
 
 /// The family of software, by the names of frameworks and releases.
 fn software(case: &Case) -> Software {
-    let graphs = case.release.is_some_and(|release| release >= GRAPHS_SINCE) && case.gpu.starts_with("GB");
     match () {
         () if case.kind == Kind::Golden && !golden::fused_attention(case) => Software::Megatron2021,
         () if case.framework == "DeepSpeed" => Software::DeepSpeed2021,
@@ -159,7 +161,7 @@ fn software(case: &Case) -> Software {
         () if case.mentions("llm-foundry") || case.framework.starts_with("FSDP") => Software::TorchEager,
         () if case.mentions("torchtitan") => Software::TorchCompiled,
         () if case.mentions("maxtext") || case.mentions("paxml") => Software::Xla,
-        () if graphs && case.mentions("megatron-bridge") => Software::MegatronCoreGraphs,
+        () if recipe(case).is_some_and(|of| of.whole_iterations) => Software::MegatronCoreGraphs,
         () => Software::MegatronCore,
     }
 }
@@ -178,7 +180,7 @@ fn layouts(case: &Case, model: &Architecture, cluster: &Cluster) -> Vec<Parallel
                 let Some(grid) = fold(case, cluster.gpus, [tensor, pipeline, context]) else { continue };
                 for expert in experts(case, model, cluster, &grid) {
                     for virtual_stages in interleavings(case, model, grid.pipeline) {
-                        for micro_batch in micro_batches(case, &grid) {
+                        for micro_batch in micro_batches(case, model, &grid) {
                             for recompute in recomputations(case) {
                                 found.push(Parallelism {
                                     expert,
@@ -321,13 +323,20 @@ fn interleavings(case: &Case, model: &Architecture, pipeline: usize) -> Vec<usiz
     choices
 }
 
-fn micro_batches(case: &Case, grid: &Parallelism) -> Vec<usize> {
+fn micro_batches(case: &Case, model: &Architecture, grid: &Parallelism) -> Vec<usize> {
+    if let Some(recipe) = recipes::micro_batch(case, model.moe.is_some()) {
+        return vec![recipe];
+    }
     match case.degrees.micro_batch {
         Some(printed) => vec![printed as usize],
         // Torchtitan cuts a replica's batch into as many micro-batches as there are stages.
         None if case.mentions("torchtitan") => {
-            let of_replica = case.global_batch.map_or(1, |batch| batch as usize / grid.data);
-            vec![if grid.pipeline > 1 { (of_replica / grid.pipeline).max(1) } else { 1 }]
+            let of_replica = case.global_batch.map(|batch| batch as usize / grid.data);
+            vec![match of_replica {
+                Some(of_replica) if grid.pipeline > 1 => (of_replica / grid.pipeline).max(1),
+                Some(_) => 1,
+                None => TITAN_SEQUENCES,
+            }]
         }
         None if grid.pipeline > 1 => vec![1],
         None => vec![1, 2, 4, 8],
@@ -335,7 +344,8 @@ fn micro_batches(case: &Case, grid: &Parallelism) -> Vec<usize> {
 }
 
 fn recomputations(case: &Case) -> Vec<Recomputation> {
-    let text = case.recompute.to_lowercase();
+    let recipe = recipe(case).and_then(|of| of.recompute).filter(|_| case.recompute.is_empty());
+    let text = recipe.map_or_else(|| case.recompute.to_lowercase(), str::to_string);
     if text.starts_with("full") {
         return vec![Recomputation::Full];
     }

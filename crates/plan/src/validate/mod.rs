@@ -8,6 +8,7 @@ mod interpret;
 mod measured;
 mod model;
 mod neighbours;
+mod recipes;
 mod release;
 mod score;
 

@@ -10,7 +10,7 @@ const GPT_VOCAB: usize = 51_200;
 
 /// Fine-tuning recipes pack examples of a few hundred tokens into a sequence, and attention stays within each: a token meets half of its
 /// example on average.
-const PACKED: Window = Window { tokens: 256, every: 1 };
+const PACKED: Window = Window { tokens: 256, first: 0, every: 1 };
 
 /// A number of parameters off its name's by so much, in logarithms, is a misprint: names round, and some leave the embedding out.
 const MISPRINT: f64 = 0.2;
@@ -142,6 +142,7 @@ fn from_shape(case: &Case) -> Result<Architecture, String> {
         pattern: Pattern::Uniform { first_dense: 0, moe_every: 1 },
         parallel_blocks: false,
         mtp_layers: 0,
+        expert_biases: false,
     })
 }
 

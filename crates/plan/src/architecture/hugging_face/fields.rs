@@ -62,6 +62,33 @@ impl Config {
         kinds.ok_or_else(|| field("layer_types", "must be a list of strings"))
     }
 
+    /// Which layers of gpt_neo are local: `attention_layers`, or `attention_types`, lists of kinds with how often each is repeated.
+    /// Files that say neither name no window.
+    pub(super) fn local_layers(&self) -> Result<Vec<bool>, HuggingFaceError> {
+        const NAME: &str = "attention_types";
+        let local = |kind: &Value| kind.as_str().map(|kind| kind == "local");
+        let all = |kinds: &Value| -> Option<Vec<bool>> { kinds.as_array()?.iter().map(local).collect() };
+        if let Some(layers) = self.value(&["attention_layers"])? {
+            return all(layers).ok_or_else(|| field("attention_layers", "must be a list of strings"));
+        }
+        let Some(value) = self.value(&[NAME])? else { return Ok(Vec::new()) };
+        let layers = self.layers()?;
+        let pair = |pair: &Value| {
+            let [kinds, times] = pair.as_array()?.as_slice() else { return None };
+            let times = times.as_u64().filter(|times| *times <= layers as u64)?;
+            Some(all(kinds)?.repeat(times as usize))
+        };
+        let pairs: Option<Vec<Vec<bool>>> =
+            value.as_array().and_then(|pairs| pairs.iter().map(pair).collect());
+        let listed =
+            pairs.ok_or_else(|| field(NAME, "must be a list of pairs: kinds of layers, how often"))?;
+        let listed = listed.concat();
+        match listed.len() == layers {
+            true => Ok(listed),
+            false => Err(field(NAME, format!("names {} layers; there are {layers}", listed.len()))),
+        }
+    }
+
     /// The layers without experts, in order, where the file lists them.
     pub(super) fn dense_layers(&self) -> Result<Vec<usize>, HuggingFaceError> {
         const NAME: &str = "mlp_only_layers";
