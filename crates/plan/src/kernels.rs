@@ -39,6 +39,14 @@ const SIBLINGS: [(&str, &str, f64); 5] = [
     ("MI355X", "B200", 0.81),
 ];
 
+/// Pairs of GPUs with nearly the same die.
+const SAME_DIE: [&str; 1] = ["H800"];
+
+/// Standard deviations of the logarithm of an efficiency that is borrowed from a GPU of the same die, and from another: the root mean
+/// square over products of at least 1,024 rows in bf16 of the ratio of two GPUs' measured efficiencies (H100 and H200, B200 and GB200,
+/// B300 and GB300: 0.08 to 0.12; A100, Hopper and Blackwell among each other: 0.13 to 0.28).
+const BORROWED_SPREAD: [f64; 2] = [0.09, 0.19];
+
 /// The GPU whose measurements stand for `gpu`'s, and the factor on its efficiency.
 pub(crate) fn sibling(gpu: &str) -> (&str, f64) {
     SIBLINGS.iter().find(|(name, ..)| *name == gpu).map_or((gpu, 1.0), |&(_, from, factor)| (from, factor))
@@ -207,6 +215,18 @@ impl KernelModel {
         }
     }
 
+    /// Standard deviation of the logarithm of a kernel's seconds because its efficiency is another GPU's or another format's.
+    pub fn borrowed_spread(&self, kernel: Kernel, precision: Precision) -> f64 {
+        let [same, other] = BORROWED_SPREAD;
+        match self.origin(kernel, precision) {
+            Origin::Measured => 0.0,
+            Origin::Borrowed { precision: from, .. } => {
+                let same_format = substitutes(precision).first() == Some(&from);
+                if SAME_DIE.contains(&self.gpu.name) && same_format { same } else { other }
+            }
+        }
+    }
+
     /// Seconds of a product `[m, k] x [k, n]` with operands in `precision` and the result in 16 bits.
     pub fn gemm(&self, m: usize, n: usize, k: usize, precision: Precision) -> f64 {
         let (m, n, k) = (m.max(1) as f64, n.max(1) as f64, k.max(1) as f64);
@@ -290,6 +310,20 @@ mod tests {
             said("MI355X", Kernel::Attention, Precision::Bf16),
             "borrowed from B200 in bf16, times 0.81"
         );
+    }
+
+    #[test]
+    fn what_is_borrowed_is_less_sure() {
+        let spread = |gpu: &str, precision| {
+            KernelModel::of(&Gpu::named(gpu).unwrap()).borrowed_spread(Kernel::Gemm, precision)
+        };
+        let said = [
+            spread("H100", Precision::Bf16),
+            spread("H800", Precision::Bf16),
+            spread("MI300X", Precision::Bf16),
+            spread("H100", Precision::Nvfp4),
+        ];
+        assert_eq!(said, [0.0, 0.09, 0.19, 0.19]);
     }
 
     #[test]

@@ -14,6 +14,7 @@ mod work;
 use crate::architecture::{Architecture, LayerKind};
 use crate::calibration::{Calibration, MEMORY_BAND};
 use crate::hardware::{Cluster, Gpu};
+use crate::kernels::Kernel;
 use crate::parallelism::{Parallelism, ParallelismError, Routing, Training};
 use crate::rank_memory::RankMemory;
 use crate::unevenness::{Percentiles, Unevenness};
@@ -227,6 +228,7 @@ impl Pricer {
         let step_s = breakdown.total_s();
         let common = &self.rates.calibration.common;
         let deviation = if self.model.moe.is_some() { common.spread_moe } else { common.spread };
+        let deviation = deviation.hypot(self.borrowed_spread(&breakdown));
         let spread = (QUANTILE_90 * deviation).exp();
         let (worst_rank, memory) = self.worst_rank(layout);
         Ok(Priced {
@@ -237,6 +239,17 @@ impl Pricer {
             fits: memory.total() <= self.rates.cluster.gpu.memory_bytes,
             memory,
         })
+    }
+
+    /// Standard deviation of the logarithm of the step because kernels have borrowed efficiencies: each kind's by its share of the step;
+    /// they err alike.
+    fn borrowed_spread(&self, step: &Breakdown) -> f64 {
+        let (compute, wide) = (self.training.compute, self.training.compute.wide());
+        let of = |kernel, precision| self.rates.kernels.borrowed_spread(kernel, precision);
+        let seconds = step.gemm_s * of(Kernel::Gemm, compute)
+            + step.grouped_s * of(Kernel::GroupedGemm, compute)
+            + step.attention_s * of(Kernel::Attention, wide);
+        seconds / step.total_s()
     }
 
     fn sizes<'a>(&'a self, layout: &'a Parallelism) -> Sizes<'a> {
