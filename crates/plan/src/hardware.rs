@@ -140,6 +140,25 @@ impl Cluster {
         Self::of(gpu, gpus)
     }
 
+    /// So many GPUs of this kind, at least as many as there are: in the same servers, within the same inner levels. What spanned
+    /// all of them spans all of these; an innermost level that did stays as wide as the GPU's domain allows.
+    ///
+    /// # Errors
+    /// More than a million GPUs.
+    pub fn enlarged(&self, gpus: usize) -> Result<Self, ClusterError> {
+        let usual = Self::of(self.gpu, gpus)?;
+        let mut levels = self.levels.clone();
+        match &mut levels[..] {
+            [only] if only.width < gpus => {
+                only.width = only.width.max(usual.levels[0].width);
+                levels.extend(usual.levels.into_iter().skip(1));
+            }
+            [.., outer] => outer.width = gpus,
+            [] => {}
+        }
+        Ok(Self { gpus, per_server: usual.per_server, levels, ..self.clone() })
+    }
+
     /// GPUs that reach each other over the innermost level.
     pub fn nvlink_domain(&self) -> usize {
         self.levels[0].width

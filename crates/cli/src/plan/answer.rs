@@ -311,7 +311,7 @@ fn wider(
     batch: impl Fn(usize) -> usize,
 ) -> Option<(usize, usize)> {
     let counts = (first..=10).map(|doublings| cluster.gpus << doublings);
-    counts.filter_map(|gpus| Cluster::of(cluster.gpu, gpus).ok()).find_map(|wider| {
+    counts.filter_map(|gpus| cluster.enlarged(gpus).ok()).find_map(|wider| {
         let batch = batch(wider.gpus);
         let training = Training { global_batch: batch, ..training.clone() };
         let fits = Search::new(model, &wider, &training).run(0, 1).feasible > 0;

@@ -120,6 +120,19 @@ fn the_impossible_names_the_nearest_possible() {
         let done = run(folder.path(), 2, arguments);
         assert!(done.err.contains(expected), "{arguments:?}: {}", done.err);
     }
+    // Without NVLink tensor parallelism is no way out, on the larger cluster neither.
+    let plain = |gpus: usize| {
+        let level = |name: &str, width: usize| {
+            format!("[[level]]\nname = \"{name}\"\nwidth = {width}\ngbyte_per_s = 12.5\nlatency_us = 10\n")
+        };
+        format!("gpu = \"h100\"\ngpus = {gpus}\n{}{}", level("host", 1), level("Ethernet", gpus))
+    };
+    let ask = ["plan", "Llama-3.1-405B", "plain.toml"];
+    fs::write(folder.path().join("plain.toml"), plain(8)).unwrap();
+    let said = run(folder.path(), 2, &ask).err;
+    assert!(said.contains("256 GPUs with a batch of 1024 sequences would do"), "{said}");
+    fs::write(folder.path().join("plain.toml"), plain(256)).unwrap();
+    run(folder.path(), 0, &ask);
 }
 
 #[test]

@@ -146,6 +146,21 @@ mod tests {
     }
 
     #[test]
+    fn an_enlarged_cluster_keeps_its_inner_levels() {
+        let widths = |cluster: &Cluster| cluster.levels.iter().map(|level| level.width).collect::<Vec<_>>();
+        let file = |levels: &str| Cluster::from_toml(&format!("gpu = \"h100\"\ngpus = 8\n{levels}")).unwrap();
+        let level = |name: &str, width: usize| {
+            format!("[[level]]\nname = \"{name}\"\nwidth = {width}\ngbyte_per_s = 9\nlatency_us = 2\n")
+        };
+        let pairs = file(&(level("bridge", 2) + &level("Ethernet", 8))).enlarged(64).unwrap();
+        assert_eq!((pairs.gpus, widths(&pairs)), (64, vec![2, 64]));
+        assert_eq!(pairs.levels[1].bytes_per_s, 9e9);
+        assert_eq!(widths(&file(&level("PCIe", 8)).enlarged(64).unwrap()), [8, 64]);
+        assert_eq!(file("").enlarged(64), Cluster::parse("h100x64"));
+        assert_eq!(Cluster::parse("gb200x8").unwrap().enlarged(144), Cluster::parse("gb200x144"));
+    }
+
+    #[test]
     fn impossible_files_are_refused_by_name() {
         let said = |text: &str| Cluster::from_toml(text).unwrap_err().to_string();
         let level = |width: usize| {
