@@ -2,9 +2,8 @@
 
 use serde::{Deserialize, Serialize};
 
-/// One (replica, sequence chunk) pair of the grid; the unit that dispatches tokens.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
-pub struct Slot(pub usize);
+/// The most replicas of a grid: more than any machine has devices.
+const MOST_REPLICAS: usize = 1 << 20;
 
 /// The largest machine a run is described for. See the axes' docs; all sizes are at least 1.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -45,6 +44,12 @@ pub enum MeshError {
     Zero {
         /// The axis.
         axis: &'static str,
+    },
+    /// More replicas than any machine has devices.
+    #[error("grid.replicas = {size}: must be at most {MOST_REPLICAS}")]
+    TooManyReplicas {
+        /// What was asked for.
+        size: usize,
     },
     /// An axis that the engine cannot split yet.
     #[error("grid.{axis} = {size}: this axis is not built yet; set it to 1")]
@@ -120,6 +125,9 @@ impl Grid {
         if let Some((axis, _)) = axes.iter().find(|(_, size)| *size == 0) {
             return Err(MeshError::Zero { axis });
         }
+        if self.replicas > MOST_REPLICAS {
+            return Err(MeshError::TooManyReplicas { size: self.replicas });
+        }
         let not_built = ["sequence_chunks", "tensor_shards", "stages"];
         if let Some((axis, size)) = axes.iter().find(|(axis, size)| *size > 1 && not_built.contains(axis)) {
             return Err(MeshError::NotBuilt { axis, size: *size });
@@ -161,6 +169,7 @@ mod tests {
 
     #[test]
     fn errors_name_the_axis_and_the_divisors_that_work() {
+        check(grid(usize::MAX, 1), 16, "grid.replicas = 18446744073709551615: must be at most 1048576");
         check(grid(8, 4), 16, "ok");
         check(grid(6, 3), 12, "ok");
         check(

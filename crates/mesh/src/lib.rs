@@ -13,5 +13,5 @@ pub mod tree;
 
 pub use experts::{ExpertPlacement, Instance};
 pub use fold::Fold;
-pub use grid::{Grid, MeshError, Slot};
+pub use grid::{Grid, MeshError};
 pub use link::LinkClass;
