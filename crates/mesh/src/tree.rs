@@ -62,6 +62,11 @@ impl<T> Joiner<T> {
     /// # Panics
     /// If `node` is not a node of the tree or does not start where the last one ended.
     pub fn push(&mut self, node: Range<usize>, value: T, mut add: impl FnMut(T, T) -> T) {
+        assert!(
+            is_node(node.clone(), self.items),
+            "{node:?} is no node of the tree over {} items",
+            self.items
+        );
         if let Some((last, _)) = self.pending.last() {
             assert_eq!(last.end, node.start, "tree nodes must come in index order");
         }
@@ -136,6 +141,12 @@ mod tests {
         assert_eq!(roots(0..3, 6), [0..2, 2..3]);
         assert_eq!(roots(3..6, 6), [3..4, 4..6]);
         assert_eq!(roots(2..2, 6), []);
+    }
+
+    #[test]
+    #[should_panic(expected = "1..3 is no node of the tree over 4 items")]
+    fn what_is_no_node_is_not_joined() {
+        Joiner::new(4).push(1..3, 0.0, |a, b| a + b);
     }
 
     fn parenthesised(held: Range<usize>, items: usize) -> Vec<(Range<usize>, String)> {
