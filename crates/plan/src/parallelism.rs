@@ -181,7 +181,7 @@ pub struct Training {
     pub tokens: f64,
     /// Format of products.
     pub compute: Precision,
-    /// Format in which tokens travel to experts.
+    /// Format in which tokens travel to experts, if activations are not narrower.
     pub wire: Precision,
     /// The optimizer.
     pub optimizer: Optimizer,
@@ -196,6 +196,22 @@ pub struct Training {
 }
 
 impl Training {
+    /// Bytes of an activation; residual streams and inputs of norms stay in 16 bits whatever products use.
+    pub fn element_bytes(&self) -> f64 {
+        if self.compute == Precision::F32 { 4.0 } else { 2.0 }
+    }
+
+    /// Format in which rows travel: the wire's, or that of activations where these are narrower.
+    pub fn row_format(&self) -> Precision {
+        if self.wire == Precision::F32 { self.compute.wide() } else { self.wire }
+    }
+
+    /// Bytes of an element of a row on its way to an expert, and of a result or gradient, which has 16 bits at least.
+    pub fn wire_bytes(&self) -> [f64; 2] {
+        let bytes = self.row_format().bytes();
+        [bytes, bytes.max(2.0)]
+    }
+
     /// Bytes of a parameter's master copy; parameters in 32 bits are their own.
     pub fn master_bytes(&self) -> f64 {
         let master = self.optimizer.master.filter(|_| self.compute != Precision::F32);
@@ -362,10 +378,8 @@ fn check(
 mod tests {
     use super::*;
 
-    fn said(change: impl FnOnce(&mut Parallelism, &mut Training)) -> String {
-        let model = Architecture::built_in("Qwen3-30B-A3B").unwrap();
-        let mut layout = Parallelism { data: 16, expert: 8, ..Parallelism::default() };
-        let mut training = Training {
+    fn training() -> Training {
+        Training {
             sequence: 4096,
             global_batch: 512,
             tokens: 1e12,
@@ -376,9 +390,24 @@ mod tests {
             dispatch: DispatchKind::default(),
             trainable: Trainable::All,
             software: Software::MegatronCore,
-        };
+        }
+    }
+
+    fn said(change: impl FnOnce(&mut Parallelism, &mut Training)) -> String {
+        let model = Architecture::built_in("Qwen3-30B-A3B").unwrap();
+        let mut layout = Parallelism { data: 16, expert: 8, ..Parallelism::default() };
+        let mut training = training();
         change(&mut layout, &mut training);
         layout.check(&model, &training).map_or_else(|error| error.to_string(), |()| "ok".into())
+    }
+
+    #[test]
+    fn rows_travel_no_wider_than_activations_and_results_no_narrower_than_16_bits() {
+        let bytes = |compute, wire| Training { compute, wire, ..training() }.wire_bytes();
+        assert_eq!(bytes(Precision::Bf16, Precision::F32), [2.0, 2.0]);
+        assert_eq!(bytes(Precision::F32, Precision::F32), [4.0, 4.0]);
+        assert_eq!(bytes(Precision::F32, Precision::Bf16), [2.0, 2.0]);
+        assert_eq!(bytes(Precision::Fp8, Precision::Fp8), [Precision::Fp8.bytes(), 2.0]);
     }
 
     #[test]

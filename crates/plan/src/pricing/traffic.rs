@@ -3,7 +3,6 @@
 use crate::architecture::{FeedForward, Mixer};
 use crate::collectives::{Collective, CollectiveModel, Exchange, Group};
 use crate::parallelism::{Parallelism, Recomputation};
-use crate::precision::Precision;
 use crate::software::Trainable;
 
 use super::{Passes, Pricer};
@@ -80,11 +79,6 @@ impl Pricer {
         traffic
     }
 
-    /// Bytes of an element between ranks.
-    pub(super) fn element_bytes(&self) -> f64 {
-        if self.training.compute == Precision::F32 { 4.0 } else { 2.0 }
-    }
-
     fn layer_traffic(
         &self,
         layout: &Parallelism,
@@ -93,7 +87,7 @@ impl Pricer {
         times: f64,
         traffic: &mut Traffic,
     ) {
-        let (kind, width) = (self.model.kind(layer), self.element_bytes());
+        let (kind, width) = (self.model.kind(layer), self.training.element_bytes());
         let tokens = self.sizes(layout).tokens();
         let again = if layout.recompute == Recomputation::Full { 1.0 } else { 0.0 };
         let mixer = f64::from(u8::from(kind.mixer != Mixer::None && !self.model.parallel_blocks));
@@ -122,7 +116,7 @@ impl Pricer {
         }
     }
 
-    /// Dispatch in the wire's format and combine in 16 bits; the backward sends gradients both ways in 16 bits.
+    /// Rows there and results back; the backward sends gradients both ways as results come back.
     fn expert_traffic(
         &self,
         layout: &Parallelism,
@@ -134,7 +128,7 @@ impl Pricer {
         let Some(moe) = &self.model.moe else { return };
         let group = Group { size: layout.expert, stride: layout.expert_tensor };
         let tokens = self.sizes(layout).tokens() / layout.tensor as f64;
-        let (width, row) = (self.element_bytes(), self.model.dispatch_width() as f64);
+        let row = self.model.dispatch_width() as f64;
         let sent = |element_bytes: f64| {
             let row_bytes = element_bytes * row;
             if !self.training.dispatch.deduplicated {
@@ -157,7 +151,7 @@ impl Pricer {
             by_level[outer] += moved.network_bytes;
             by_level
         };
-        let (out, back) = (sent(self.training.wire.bytes().min(width)), sent(width));
+        let [out, back] = self.training.wire_bytes().map(sent);
         traffic.add(Axis::Expert, &out, times * (1.0 + again));
         traffic.add(Axis::Expert, &back, times * (3.0 + again));
     }

@@ -107,11 +107,6 @@ const CLAMPED: [f64; 2] = [8.0, 10.0];
 /// count twice: multiplied, added, joined, rounded; and back, with sums over rows and columns (Megatron-Core 0.16).
 const BIASED: [f64; 2] = [14.0, 20.0];
 
-/// Bytes of an activation; residual streams and inputs of norms stay in 16 bits whatever products use.
-fn width(training: &Training) -> f64 {
-    if training.compute == Precision::F32 { 4.0 } else { 2.0 }
-}
-
 impl Sizes<'_> {
     /// The format of products that are never narrow: attention, router, head.
     pub fn wide(&self) -> Precision {
@@ -183,7 +178,7 @@ impl Sizes<'_> {
     /// A norm and the addition to the residual stream.
     fn norm(&self, passes: &mut Passes) {
         let elements = self.split_tokens() * self.model.hidden as f64;
-        let bytes = width(self.training) * elements;
+        let bytes = self.training.element_bytes() * elements;
         self.stream(passes, 5.0 * bytes, 7.0 * bytes);
     }
 
@@ -193,7 +188,7 @@ impl Sizes<'_> {
         if self.layout.tensor == 1 {
             return;
         }
-        let bytes = width(self.training) * self.tokens() * self.model.hidden as f64;
+        let bytes = self.training.element_bytes() * self.tokens() * self.model.hidden as f64;
         let once = self.rates.gather(bytes, self.layout.tensor, 1);
         passes.forward.tensor_s += 2.0 * once;
         let again = if self.layout.sequence_parallel { 3.0 } else { 2.0 };
@@ -209,7 +204,7 @@ impl Sizes<'_> {
                 let kv = (kv_heads as f64 / t).max(1.0);
                 let qkv = (heads as f64 / t + 2.0 * kv) * head_dim as f64;
                 self.linear(passes, m, qkv, d);
-                let placed = 2.0 * width(self.training) * m * qkv;
+                let placed = 2.0 * self.training.element_bytes() * m * qkv;
                 let normed = if self.model.qk_norm { 2.0 } else { 1.0 };
                 self.stream(passes, normed * placed, normed * placed);
             }
@@ -223,7 +218,7 @@ impl Sizes<'_> {
                 self.linear(passes, m, heads * q_dim, q_lora_rank.map_or(d, |rank| rank as f64));
                 self.linear(passes, m_split, (kv_lora_rank + rope) as f64, d);
                 self.linear(passes, m, heads * kv_dim, kv_lora_rank as f64);
-                let joined = 2.0 * width(self.training) * m * heads * (2.0 * q_dim + value as f64);
+                let joined = 2.0 * self.training.element_bytes() * m * heads * (2.0 * q_dim + value as f64);
                 self.stream(passes, joined, joined);
             }
         }
@@ -260,7 +255,7 @@ impl Sizes<'_> {
         if c > 1.0 {
             let kv = (attention.kv_heads() as f64 / t).max(1.0);
             let widths = (attention.qk_dim() + attention.v_dim()) as f64;
-            let bytes = width(self.training) * self.tokens() * c * kv * widths;
+            let bytes = self.training.element_bytes() * self.tokens() * c * kv * widths;
             let once = self.rates.gather(bytes, self.layout.context, self.layout.tensor);
             passes.forward.context_s += once;
             passes.input.context_s += 2.0 * once;
@@ -293,7 +288,8 @@ impl Sizes<'_> {
         self.linear(passes, m, projected, d);
         self.linear(passes, m, d, inner);
         // Convolution, gate and norm, and the states of every chunk of 128 tokens, read and written in 16 bits.
-        let bytes = width(self.training) * m * (6.0 * projected + 3.0 * inner * state as f64 / 128.0);
+        let bytes =
+            self.training.element_bytes() * m * (6.0 * projected + 3.0 * inner * state as f64 / 128.0);
         let bytes = self.rates.calibration.common.scan * bytes;
         self.stream(passes, bytes, 2.0 * bytes);
         let operations = 6.0 * m * inner * state as f64;
@@ -312,7 +308,7 @@ impl Sizes<'_> {
             self.norm(passes);
         }
         self.linear(passes, m, gates * inner, d);
-        let bytes = width(self.training) * m * inner;
+        let bytes = self.training.element_bytes() * m * inner;
         self.stream(passes, (gates + 1.0) * bytes, (2.0 * gates + 1.0) * bytes);
         self.linear(passes, m, d, inner);
         if own_region {
@@ -355,10 +351,10 @@ impl Sizes<'_> {
         let inner = moe.expert_ffn as f64 / self.layout.expert_tensor as f64;
         let gates = self.model.ffn_matrices() as f64 - 1.0;
         self.grouped(passes, rows, here, gates * inner, dispatched);
-        let hidden = width(self.training) * rows * inner;
+        let hidden = self.training.element_bytes() * rows * inner;
         self.stream(passes, (gates + 1.0) * hidden, (2.0 * gates + 1.0) * hidden);
         self.grouped(passes, rows, here, dispatched, inner);
-        let rows_bytes = width(self.training) * rows * dispatched;
+        let rows_bytes = self.training.element_bytes() * rows * dispatched;
         if self.model.expert_biases && !self.training.software.fuses_experts() {
             let [forward, backward] = CLAMPED;
             self.stream(passes, forward * hidden, backward * hidden);
@@ -400,9 +396,8 @@ impl Sizes<'_> {
     fn exchange(&self, passes: &mut Passes, moe: &MoeShape, dispatched: f64) {
         let tokens = self.tokens() / self.layout.tensor as f64;
         if self.layout.expert > 1 {
-            let sent = self.training.wire.bytes().min(width(self.training)) * dispatched;
+            let [sent, back] = self.training.wire_bytes().map(|bytes| bytes * dispatched);
             let once = self.training.dispatch.deduplicated;
-            let back = width(self.training) * dispatched;
             // An exchange takes as long as the rank that receives, or sends back, most.
             let exchange =
                 |way, bytes| self.uneven * self.rates.dispatch(way, tokens, bytes, moe, self.layout, once);
@@ -413,7 +408,7 @@ impl Sizes<'_> {
         }
         if self.layout.expert_tensor > 1 {
             let copies = self.layout.expert_tensor as f64;
-            let bytes = width(self.training) * tokens * copies * moe.top_k as f64 * dispatched;
+            let bytes = self.training.element_bytes() * tokens * copies * moe.top_k as f64 * dispatched;
             let once = self.rates.gather(bytes, self.layout.expert_tensor, 1);
             passes.forward.tensor_s += 2.0 * once;
             passes.input.tensor_s += 2.0 * once;
@@ -459,15 +454,17 @@ impl Sizes<'_> {
                         + self.rates.gemm(m, heads * (nope + value) as f64, kv_lora_rank as f64, compute);
                 }
                 if modules.layernorm {
-                    let bytes = width(self.training) * self.split_tokens() * self.model.hidden as f64;
+                    let bytes =
+                        self.training.element_bytes() * self.split_tokens() * self.model.hidden as f64;
                     again.memory_s += self.rates.stream(4.0 * bytes);
                 }
                 if modules.moe_activation
                     && let Some(moe) = &self.model.moe
                 {
                     let inner = (moe.expert_ffn / self.layout.expert_tensor) as f64;
-                    again.memory_s +=
-                        self.rates.stream(3.0 * width(self.training) * self.expert_rows(moe) * inner);
+                    again.memory_s += self
+                        .rates
+                        .stream(3.0 * self.training.element_bytes() * self.expert_rows(moe) * inner);
                 }
                 passes.input += again;
             }
@@ -477,7 +474,7 @@ impl Sizes<'_> {
     /// Embedding of a micro-batch: rows gathered, gradients scattered.
     pub fn embedding(&self) -> Passes {
         let mut passes = Passes::default();
-        let bytes = width(self.training) * self.split_tokens() * self.model.hidden as f64;
+        let bytes = self.training.element_bytes() * self.split_tokens() * self.model.hidden as f64;
         self.stream(&mut passes, 3.0 * bytes, 6.0 * bytes);
         passes
     }
