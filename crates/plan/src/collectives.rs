@@ -83,11 +83,6 @@ impl CollectiveModel {
         }
     }
 
-    /// The GPU on whose servers the times within a server were measured; `None` where only the topology is known.
-    pub fn measured_on(&self) -> Option<&'static str> {
-        self.curves.map(|curves| curves.gpu.as_str())
-    }
-
     /// Seconds of a collective. `bytes` is the whole buffer of a rank as nccl-tests counts it: the result of an all-gather,
     /// the input of a reduce-scatter, all that a rank sends to all (itself included) in an all-to-all.
     pub fn seconds(&self, collective: Collective, bytes: f64, group: Group) -> f64 {

@@ -117,9 +117,6 @@ pub struct Priced {
     pub fits: bool,
 }
 
-/// Standard deviations around the mean within which four fifths of a normal distribution lie.
-const FOUR_FIFTHS: f64 = 1.2816;
-
 impl Priced {
     /// The 80% interval of what grows with the step: days, GPU-hours, dollars.
     pub fn interval_of(&self, value: f64) -> [f64; 2] {
@@ -134,7 +131,7 @@ impl Priced {
     /// How likely it is that the bytes on the fullest rank are at most `capacity`: logarithms of measured over predicted peaks as
     /// a normal distribution, of which four fifths lie within the 80% interval.
     pub fn fit_probability(&self, capacity: f64) -> f64 {
-        let deviations = FOUR_FIFTHS * (capacity / self.memory.total()).ln() / MEMORY_BAND;
+        let deviations = QUANTILE_90 * (capacity / self.memory.total()).ln() / MEMORY_BAND;
         0.5 * libm::erfc(-deviations / std::f64::consts::SQRT_2)
     }
 }

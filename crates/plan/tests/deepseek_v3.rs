@@ -78,7 +78,6 @@ fn the_step_and_the_bill_come_out() {
 fn the_parts_of_the_step_come_out() {
     let step = pricer(&training()).simulate(&layout(), true).unwrap();
     let parts = step_parts(&step.schedule, &step.simulated);
-    println!("{parts:#?}");
     near(parts[0].forward_s, 1.13, 0.2);
     near(parts[0].backward_s, 1.99, 0.1);
     near(parts[0].weights_s, 0.48, 0.1);

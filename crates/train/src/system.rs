@@ -14,11 +14,6 @@ pub fn peak_rss() -> Option<u64> {
     kilobytes("/proc/self/status", "VmHWM:")
 }
 
-/// Resident memory of this process in bytes, where the system tells.
-pub fn rss() -> Option<u64> {
-    kilobytes("/proc/self/status", "VmRSS:")
-}
-
 /// Memory that new processes can have, in bytes, where the system tells.
 pub fn available_memory() -> Option<u64> {
     kilobytes("/proc/meminfo", "MemAvailable:")

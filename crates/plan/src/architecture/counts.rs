@@ -103,12 +103,6 @@ impl Architecture {
         })
     }
 
-    /// Parameters of the layers of multi-token prediction: each a layer, a projection of two streams, three norms.
-    pub fn mtp_parameters(&self) -> usize {
-        let layer = self.layer_parameters(self.kind(self.layers));
-        self.mtp_layers * (layer.total() + 2 * self.hidden * self.hidden + 3 * self.hidden)
-    }
-
     /// Parameters of the embedding; the head has as many, unless it is the embedding.
     pub fn embedding_parameters(&self) -> usize {
         self.vocab * self.hidden
