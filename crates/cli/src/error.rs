@@ -113,7 +113,7 @@ impl From<TrainError> for CliError {
             | TrainError::Memory { .. }
             | TrainError::Nodes { .. }
             | TrainError::NotShared { .. }
-            | TrainError::Resume(_) => USAGE,
+            | TrainError::Refused(_) => USAGE,
             TrainError::Io { action: "read" | "open", source, .. } => io_code(&source),
             TrainError::Io { .. } => STORAGE,
             TrainError::Storage { .. } | TrainError::Peer { .. } => STORAGE,
@@ -173,7 +173,7 @@ mod tests {
         let data = DataError::Input { path: "x".into(), line: 1, problem: "bad".into() };
         let storage = CheckpointError::Storage { action: "write", path: "x".into(), source: full() };
         let cases: [(TrainError, u8); 8] = [
-            (TrainError::Resume("no".into()), USAGE),
+            (TrainError::Refused("no".into()), USAGE),
             (io("read", missing()), BAD_INPUT),
             (io("make", missing()), STORAGE),
             (io("write", full()), STORAGE),

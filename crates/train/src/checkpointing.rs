@@ -313,7 +313,7 @@ fn read_values(
     match reader.tensor(&name) {
         Some(info) if info.shape == shape && info.dtype == Dtype::F32 => {}
         Some(info) => {
-            return Err(TrainError::Resume(format!(
+            return Err(TrainError::Refused(format!(
                 "checkpoint step {}: {name} has shape {:?}, the model's config gives {shape:?}; resume with the config the \
                  run was started with",
                 reader.step(),
@@ -321,7 +321,7 @@ fn read_values(
             )));
         }
         None => {
-            return Err(TrainError::Resume(format!(
+            return Err(TrainError::Refused(format!(
                 "checkpoint step {} has no tensor {name}; resume with the config the run was started with",
                 reader.step()
             )));

@@ -96,9 +96,9 @@ pub enum TrainError {
         /// The last failure.
         last: String,
     },
-    /// A resume that does not fit its run.
+    /// What was asked for does not go with the run's folder, data or ranks; the text says why and what would.
     #[error("{0}")]
-    Resume(String),
+    Refused(String),
 }
 
 impl TrainError {

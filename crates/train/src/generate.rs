@@ -71,7 +71,7 @@ fn newest(folder: &Path) -> Result<(u64, Vec<String>), TrainError> {
             ([], false) => format!("train first, with `unisono train --run {name}`"),
             (reasons, _) => format!("{}; train anew with another --run", reasons.join("; ")),
         };
-        TrainError::Resume(format!("{name} has no checkpoint that verifies: {remedy}"))
+        TrainError::Refused(format!("{name} has no checkpoint that verifies: {remedy}"))
     })?;
     Ok((step, rejected))
 }

@@ -57,7 +57,7 @@ pub struct Recalibrated {
 /// # Errors
 /// If the run is not finished, has no trace, or is damaged.
 pub fn recalibrate(machine: &mut LocalMachine, folder: &Path) -> Result<Recalibrated, TrainError> {
-    let refuse = |text: &str| TrainError::Resume(format!("{} cannot recalibrate: {text}", folder.display()));
+    let refuse = |text: &str| TrainError::Refused(format!("{} cannot recalibrate: {text}", folder.display()));
     let config = read_config(folder)?;
     let summary = read_summary(folder)?.ok_or_else(|| refuse("the run has not ended; let it end"))?;
     let (ranks, threads) = (summary.memory.len(), summary.threads);

@@ -152,7 +152,7 @@ fn check_vocabulary(config: &RunConfig, tokenizer: &Tokenizer) -> Result<(), Tra
     if config.model.vocab_size >= needed {
         return Ok(());
     }
-    Err(TrainError::Resume(format!(
+    Err(TrainError::Refused(format!(
         "model.vocab_size = {}: the dataset's tokenizer has {needed} tokens; set model.vocab_size to at least that",
         config.model.vocab_size
     )))
@@ -248,7 +248,7 @@ pub fn train_on(
     }
     options.deck.clear();
     let summaries = summaries.map_err(root_cause)?;
-    summaries.into_iter().next().ok_or_else(|| TrainError::Resume("no rank ran here".into()))
+    summaries.into_iter().next().ok_or_else(|| TrainError::Refused("no rank ran here".into()))
 }
 
 fn watch(config: &RunConfig, options: &RunOptions) -> Result<Option<Watchdog>, TrainError> {
@@ -288,7 +288,7 @@ fn new_trace(folder: &Path, ranks: usize) -> Result<TraceWriter, TrainError> {
 /// If it is not that of a run.
 pub fn read_extra(reader: &Reader) -> Result<Extra, TrainError> {
     serde_json::from_value(reader.extra().clone()).map_err(|error| {
-        TrainError::Resume(format!("checkpoint step {} has no state of a run: {error}", reader.step()))
+        TrainError::Refused(format!("checkpoint step {} has no state of a run: {error}", reader.step()))
     })
 }
 
@@ -390,11 +390,11 @@ impl Shared<'_> {
             let start = find_start(self.config, self.options, self.dataset, &|| comm.beat())?;
             let identity = self.open_folder(&start, comm.size(), probe)?;
             let orders = Orders { start: start.checkpoint, rejected: start.rejected, identity };
-            message = serde_json::to_vec(&orders).map_err(|error| TrainError::Resume(error.to_string()))?;
+            message = serde_json::to_vec(&orders).map_err(|error| TrainError::Refused(error.to_string()))?;
         }
         let all = comm.all_gather_values(&message)?;
         serde_json::from_slice(&all[0])
-            .map_err(|error| TrainError::Resume(format!("rank 0 sent no orders that can be read: {error}")))
+            .map_err(|error| TrainError::Refused(format!("rank 0 sent no orders that can be read: {error}")))
     }
 
     /// Whether a run that goes on from `start` has no step left. Then nothing in its folder changes.
@@ -669,7 +669,7 @@ impl RankRun<'_, '_> {
             return Ok(());
         }
         let own: Vec<Value> = self.state.model().profile().take_spans().iter().map(span_value).collect();
-        let text = serde_json::to_vec(&own).map_err(|error| TrainError::Resume(error.to_string()))?;
+        let text = serde_json::to_vec(&own).map_err(|error| TrainError::Refused(error.to_string()))?;
         let all = self.comm.all_gather_values(&text)?;
         let mut trace = lock(&self.shared.trace);
         let (Some(trace), true) = (trace.as_mut(), self.leads()) else { return Ok(()) };
@@ -686,7 +686,7 @@ impl RankRun<'_, '_> {
         seconds: f64,
         contribution: &Contribution,
     ) -> Result<Summary, TrainError> {
-        let unreadable = |error: serde_json::Error| TrainError::Resume(error.to_string());
+        let unreadable = |error: serde_json::Error| TrainError::Refused(error.to_string());
         let text = serde_json::to_vec(contribution).map_err(unreadable)?;
         let all = self.comm.all_gather_values(&text)?;
         let all: Vec<Contribution> = all

@@ -56,7 +56,7 @@ const LARGEST_TEXT_BYTES: u64 = 1 << 20;
 fn read_text(path: &Path) -> Result<String, TrainError> {
     let size = fs::metadata(path).map_err(TrainError::io("read", path))?.len();
     if size > LARGEST_TEXT_BYTES {
-        return Err(TrainError::Resume(format!("{} has {size} bytes: not a file of a run", path.display())));
+        return Err(TrainError::Refused(format!("{} has {size} bytes: not a file of a run", path.display())));
     }
     fs::read_to_string(path).map_err(TrainError::io("read", path))
 }
@@ -72,7 +72,7 @@ pub fn holds_a_run(path: &Path) -> bool {
 /// If there is none, or it cannot be used.
 pub fn read_config(folder: &Path) -> Result<RunConfig, TrainError> {
     let path = folder.join(CONFIG_FILE);
-    let damaged = |error| TrainError::Resume(format!("{} cannot be used: {error}", path.display()));
+    let damaged = |error| TrainError::Refused(format!("{} cannot be used: {error}", path.display()));
     RunConfig::load(&read_text(&path)?, &[]).map_err(damaged)
 }
 
@@ -96,7 +96,7 @@ fn read_json<T: serde::de::DeserializeOwned>(path: &Path) -> Result<Option<T>, T
     if !path.exists() {
         return Ok(None);
     }
-    let damaged = |error| TrainError::Resume(format!("{} is damaged: {error}", path.display()));
+    let damaged = |error| TrainError::Refused(format!("{} is damaged: {error}", path.display()));
     serde_json::from_str(&read_text(path)?).map(Some).map_err(damaged)
 }
 
@@ -159,7 +159,7 @@ fn read_lines<T>(path: &Path, parse: impl Fn(&[u8]) -> serde_json::Result<T>) ->
             Ok(record) => records.push(record),
             Err(_) if lines.peek().is_none() => {}
             Err(error) => {
-                return Err(TrainError::Resume(format!(
+                return Err(TrainError::Refused(format!(
                     "{}:{}: the line is damaged: {error}; resume the run from an earlier checkpoint, or remove the line",
                     path.display(),
                     index + 1
@@ -270,7 +270,7 @@ impl RunFolder {
 }
 
 fn append_line(file: &mut File, path: &Path, record: &impl Serialize) -> Result<(), TrainError> {
-    let mut line = serde_json::to_string(record).map_err(|e| TrainError::Resume(e.to_string()))?;
+    let mut line = serde_json::to_string(record).map_err(|e| TrainError::Refused(e.to_string()))?;
     line.push('\n');
     let before = file.metadata().map(|metadata| metadata.len());
     file.write_all(line.as_bytes()).map_err(|error| {
@@ -350,7 +350,7 @@ pub fn next_identity(folder: &Path, probe: &str, seed: u64) -> Result<RunIdentit
             RunIdentity { run_id: format!("{:x}-{seed}", now.as_millis()), epoch: 1, probe: probe.into() }
         }
     };
-    let text = serde_json::to_string_pretty(&identity).map_err(|e| TrainError::Resume(e.to_string()))?;
+    let text = serde_json::to_string_pretty(&identity).map_err(|e| TrainError::Refused(e.to_string()))?;
     fs::create_dir_all(folder).map_err(TrainError::io("make", folder))?;
     write_durably(&path, text.as_bytes())?;
     Ok(identity)

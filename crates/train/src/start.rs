@@ -47,7 +47,7 @@ pub(crate) fn find_start(
     }
     if !options.resume {
         if holds_a_run(folder) {
-            return Err(TrainError::Resume(format!(
+            return Err(TrainError::Refused(format!(
                 "{} already holds a run: add --resume to go on with it, or name another folder with --run",
                 folder.display()
             )));
@@ -61,7 +61,7 @@ pub(crate) fn find_start(
     let extra = read_extra(&Reader::open(&folder.join(CHECKPOINTS), step)?)?;
     check_same_computation(config, &extra.config)?;
     if extra.data != fingerprint(dataset) {
-        return Err(TrainError::Resume(format!(
+        return Err(TrainError::Refused(format!(
             "the data of {} are not the ones the run was started with: resume with the same dataset",
             folder.display()
         )));
@@ -72,14 +72,14 @@ pub(crate) fn find_start(
 /// A run that was never saved has lost nothing but time.
 fn begin_again(config: &RunConfig, folder: &Path, rejected: &[String]) -> Result<Start, TrainError> {
     if !rejected.is_empty() {
-        return Err(TrainError::Resume(format!(
+        return Err(TrainError::Refused(format!(
             "{} has no checkpoint that verifies ({}): start anew with another --run",
             folder.display(),
             rejected.join("; ")
         )));
     }
     if !folder.join(CONFIG_FILE).exists() {
-        return Err(TrainError::Resume(format!(
+        return Err(TrainError::Refused(format!(
             "{} holds no run to resume: name its folder with --run, or start one without --resume",
             folder.display()
         )));
@@ -105,7 +105,7 @@ fn check_same_computation(now: &RunConfig, then: &RunConfig) -> Result<(), Train
     let (now, then) = (fixed(now).to_toml()?, fixed(then).to_toml()?);
     match now.lines().zip(then.lines()).find(|(now, then)| now != then) {
         None => Ok(()),
-        Some((now, then)) => Err(TrainError::Resume(format!(
+        Some((now, then)) => Err(TrainError::Refused(format!(
             "resume asks for {now}, the run was started with {then}: this would be another computation; drop the change or \
              start anew with another --run"
         ))),

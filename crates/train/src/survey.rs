@@ -92,13 +92,13 @@ pub(crate) fn survey(
     transport: String,
 ) -> Result<(WorldRecord, Option<String>), TrainError> {
     let told = Told { host: host_name(), cpu: cpu_type(), cores: cores(), bound_to: bound_to(), credentials };
-    let text = serde_json::to_vec(&told).map_err(|error| TrainError::Resume(error.to_string()))?;
+    let text = serde_json::to_vec(&told).map_err(|error| TrainError::Refused(error.to_string()))?;
     let all: Vec<Told> = comm
         .all_gather_values(&text)?
         .iter()
         .map(|text| serde_json::from_slice(text))
         .collect::<Result<_, _>>()
-        .map_err(|error| TrainError::Resume(format!("a rank's description cannot be read: {error}")))?;
+        .map_err(|error| TrainError::Refused(format!("a rank's description cannot be read: {error}")))?;
     check_alike(&all)?;
     Ok((describe(comm, &all, transport), different_builds(&all)))
 }
@@ -111,7 +111,7 @@ fn check_alike(all: &[Told]) -> Result<(), TrainError> {
         .filter(|rank| differences[*rank].is_some_and(|(other, _)| other == *what))
         .map(|rank| format!("{rank} ({}, {})", all[rank].host, all[rank].cpu))
         .collect();
-    Err(TrainError::Resume(format!(
+    Err(TrainError::Refused(format!(
         "unlike rank 0 ({}, {}), rank(s) {} have {what}: {remedy}",
         all[0].host,
         all[0].cpu,

@@ -157,7 +157,7 @@ fn steps(bench: &WaysBench, way: &Way) -> Result<Vec<Numbers>, TrainError> {
         Ok::<_, TrainError>((0..bench.steps).map(join).collect::<Vec<Numbers>>())
     };
     if !bench.place.sum_natively(way.native_sums) {
-        return Err(TrainError::Resume("the MPI library's sums are there under mpirun only".into()));
+        return Err(TrainError::Refused("the MPI library's sums are there under mpirun only".into()));
     }
     let ranks = ThreadRanks::new(bench.ranks).nodes(&bench.nodes).link(way.link);
     let ranks = bench.place.run(&ranks, body).map_err(root_cause);
