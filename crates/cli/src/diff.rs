@@ -1,5 +1,6 @@
 //! `unisono diff`: the first step, and the quantity or tensor, in which two runs differ.
 
+use std::collections::BTreeSet;
 use std::path::Path;
 
 use unisono_train::Comparison;
@@ -37,17 +38,17 @@ fn config_differences(first: &Path, second: &Path) -> Result<Vec<String>, CliErr
         let text = read_config(folder)?.to_toml().map_err(unwritable)?;
         text.parse().map_err(|error: toml::de::Error| CliError::usage(error.to_string()))
     };
-    let [a, b] = [table(first)?, table(second)?];
-    let mut lines = Vec::new();
-    for (section, a) in &a {
-        let b = b.get(section);
-        for (key, value) in a.as_table().into_iter().flatten() {
-            let other = b.and_then(|section| section.get(key));
-            if other != Some(value) {
-                let other = other.map_or_else(|| "nothing".into(), toml::Value::to_string);
-                lines.push(format!("{section}.{key} = {value} and {other}"));
-            }
-        }
-    }
-    Ok(lines)
+    let tables = [table(first)?, table(second)?];
+    let keys_of = |table: &toml::Table| -> Vec<(String, String)> {
+        let sections = table.iter().filter_map(|(section, keys)| Some((section, keys.as_table()?)));
+        sections.flat_map(|(section, keys)| keys.keys().map(|key| (section.clone(), key.clone()))).collect()
+    };
+    // A key without a default, such as data.path, may stand in one of them only.
+    let keys: BTreeSet<(String, String)> = tables.iter().flat_map(keys_of).collect();
+    let line = |(section, key): (String, String)| {
+        let [a, b] = tables.each_ref().map(|table| table.get(&section).and_then(|keys| keys.get(&key)));
+        let text = |value: Option<&toml::Value>| value.map_or("nothing".into(), toml::Value::to_string);
+        (a != b).then(|| format!("{section}.{key} = {} and {}", text(a), text(b)))
+    };
+    Ok(keys.into_iter().filter_map(line).collect())
 }

@@ -113,6 +113,14 @@ fn diff_finds_other_seeds_and_missing_steps() {
     ] {
         assert!(other.contains(part), "no {part:?} in\n{other}");
     }
+    // A key that only the second has.
+    let file = folder.path().join("one/config.toml");
+    let text = fs::read_to_string(&file).unwrap();
+    let without: Vec<&str> = text.lines().filter(|line| !line.starts_with("path = ")).collect();
+    fs::write(&file, without.join("\n")).unwrap();
+    let other = run(folder.path(), 1, &["diff", "one", "seed"]).out;
+    assert!(other.contains("config: data.path = nothing and \""), "{other}");
+    fs::write(&file, text).unwrap();
     // A run that has gone on since: what both have is the same, and it is said which is longer.
     run(
         folder.path(),
