@@ -28,8 +28,8 @@ pub fn page(answer: &Answer) -> Result<String, CliError> {
     body.push_str(&figures(answer));
     section(&mut body, "The step", &breakdown_note(answer), &charts::breakdown(answer));
     let note = format!(
-        "Pipeline ranks from top to bottom, time to the right: forward blue, backward green, weight gradients violet; numbers are \
-         micro-batches. Simulated op by op: {:.3} s; in closed form {:.3} s.",
+        "Pipeline ranks from top to bottom, time to the right: forward blue, backward green, weight gradients violet, the rest grey; \
+         numbers are micro-batches. Simulated op by op: {:.3} s; in closed form {:.3} s.",
         step.simulated.seconds,
         answer.closed_form().step_s
     );

@@ -72,7 +72,8 @@ pub fn svg(schedule: &Schedule, simulated: &Simulated) -> String {
     let foot = height - 6.0;
     let _ = writeln!(
         text,
-        "<text class=\"label\" x=\"{LEFT}\" y=\"{foot:.1}\">{:.6} s</text>\n</svg>",
+        "<text class=\"label\" text-anchor=\"end\" x=\"{}\" y=\"{foot:.1}\">{:.6} s</text>\n</svg>",
+        LEFT + WIDTH,
         simulated.seconds
     );
     text

@@ -15,12 +15,15 @@ const ROW: f64 = 26.0;
 /// Colours of the page's style, `--c0` and so on: one for each part of a rank's memory.
 const COLOURS: usize = 10;
 
-/// The start of a drawing of this height.
+/// The start of a drawing of this height, which scrolls where the window is narrower than its text can be read in.
 fn open(height: f64) -> String {
     format!(
-        "<svg viewBox=\"0 0 {WIDTH} {height}\" font-size=\"13\" font-family=\"system-ui, sans-serif\" role=\"img\">\n"
+        "<div class=\"scroll\"><svg viewBox=\"0 0 {WIDTH} {height}\" font-size=\"13\" font-family=\"system-ui, sans-serif\" role=\"img\">\n"
     )
 }
+
+/// The end of a drawing.
+const END: &str = "</svg></div>";
 
 fn text(svg: &mut String, class: &str, anchor: &str, x: f64, y: f64, content: &str) {
     let content = escape(content);
@@ -68,7 +71,7 @@ pub fn breakdown(answer: &Answer) -> String {
         let label = format!("{seconds:.3} s, {:.1}%", 100.0 * seconds / priced.step_s);
         text(&mut svg, "chart-text", "start", LABEL + 36.0 + width, y + 17.0, &label);
     }
-    svg + "</svg>"
+    svg + END
 }
 
 /// The step with even routing, in the median and in one of twenty; rows and memory of the fullest rank beside it.
@@ -92,7 +95,7 @@ pub fn routing(answer: &Answer, uneven: &Uneven) -> String {
         let label = format!("{seconds:.3} s, {rows:.2} times its rows{memory}");
         text(&mut svg, "chart-text", "start", LABEL + 8.0 + width, y + 17.0, &label);
     }
-    svg + "</svg>"
+    svg + END
 }
 
 /// Stacked bars, one a pipeline rank.
@@ -121,7 +124,7 @@ pub fn memory(answer: &Answer) -> String {
     let x = LABEL + limit * scale - 1.0;
     line(&mut svg, "chart-limit", [x, 0.0, x, height]);
     text(&mut svg, "chart-soft", "end", x, height + 16.0, &format!("{:.1} GiB", limit / GIB));
-    svg + "</svg>" + &legend(&answer.memory[0].parts().map(|(name, _)| name.to_string()))
+    svg + END + &legend(&answer.memory[0].parts().map(|(name, _)| name.to_string()))
 }
 
 /// Seconds of a step against free memory; area by dollars.
@@ -170,7 +173,7 @@ pub fn front(answer: &Answer, plans: &[Plan]) -> String {
     // Above the highest dot.
     let _ = writeln!(svg, "<rect class=\"k4\" x=\"{LEFT:.1}\" y=\"2\" width=\"9\" height=\"9\"/>");
     text(&mut svg, "chart-text", "start", LEFT + 15.0, 11.0, &format!("chosen: {}", answer.chosen.layout));
-    svg + "</svg>"
+    svg + END
 }
 
 /// Bars by axis, stacked by level of the network.
@@ -192,5 +195,5 @@ pub fn traffic(answer: &Answer) -> String {
         let label = format!("{:.2} GB", total(*axis as usize) / 1e9);
         text(&mut svg, "chart-text", "start", x + 8.0, y + 17.0, &label);
     }
-    svg + "</svg>" + &legend(&answer.traffic.levels)
+    svg + END + &legend(&answer.traffic.levels)
 }
