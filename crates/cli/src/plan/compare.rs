@@ -173,7 +173,7 @@ fn cluster(answer: &Answer) -> String {
     format!("{} x {}, {network} GB/s", grouped(cluster.gpus as u64), cluster.gpu.name)
 }
 
-/// The table, with its head.
+/// The table, with its head; above it the training if it is that of all, else a column of it.
 fn rows(answers: &[Answer]) -> Vec<String> {
     let head = ["model", "cluster", "layout", "step", "tokens/s", "hours a T", "days", "M$"];
     let mut rows = vec![head.map(String::from).to_vec()];
@@ -189,7 +189,11 @@ fn rows(answers: &[Answer]) -> Vec<String> {
             format!("{:.2}", answer.outlook.usd / 1e6),
         ]
     }));
-    let mut lines = vec![format!("  {}", show::header(&answers[0]).lines().last().unwrap_or_default())];
-    lines.extend(table(&rows, 3));
-    lines
+    let common = show::training(&answers[0]);
+    if answers.iter().all(|answer| show::training(answer) == common) {
+        return [vec![format!("  {common}")], table(&rows, 3)].concat();
+    }
+    rows[0].insert(2, "training".into());
+    rows[1..].iter_mut().zip(answers).for_each(|(row, answer)| row.insert(2, show::batches(answer)));
+    table(&rows, 4)
 }

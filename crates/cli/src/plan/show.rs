@@ -42,14 +42,13 @@ pub fn print(answer: &Answer, rows: usize) {
 
 /// Model, cluster and training in two lines.
 pub fn header(answer: &Answer) -> String {
-    let (model, cluster, training) = (&answer.model, &answer.cluster, &answer.training);
+    let (model, cluster) = (&answer.model, &answer.cluster);
     let network = match &cluster.levels[1..] {
         [] => String::new(),
         [.., outer] => format!(", {} GB/s {}", (outer.bytes_per_s / 1e9).round(), outer.name),
     };
     format!(
-        "{}: {} parameters, {} active. {} {}, {} GB/s {} within {}{network}.\n{} tokens, {} x {} a step, products \
-         in {}, rows to experts in {}.",
+        "{}: {} parameters, {} active. {} {}, {} GB/s {} within {}{network}.\n{}",
         model.name,
         short(model.parameters() as u64),
         short(model.active_parameters() as u64),
@@ -58,12 +57,21 @@ pub fn header(answer: &Answer) -> String {
         (cluster.levels[0].bytes_per_s / 1e9).round(),
         cluster.levels[0].name,
         cluster.nvlink_domain(),
-        tokens(training.tokens),
-        grouped(training.global_batch as u64),
-        grouped(training.sequence as u64),
-        training.compute,
-        training.wire,
+        training(answer),
     )
+}
+
+/// The training in a line.
+pub fn training(answer: &Answer) -> String {
+    let (compute, rows) = (answer.training.compute, answer.training.row_format());
+    format!("{}, products in {compute}, rows to experts in {rows}.", batches(answer))
+}
+
+/// How much is read: `14.8 T tokens, 15,360 x 4,096 a step`.
+pub fn batches(answer: &Answer) -> String {
+    let training = &answer.training;
+    let [batch, sequence] = [training.global_batch, training.sequence].map(|number| grouped(number as u64));
+    format!("{} tokens, {batch} x {sequence} a step", tokens(training.tokens))
 }
 
 /// Whose measurements the prediction rests on.

@@ -160,6 +160,13 @@ fn uneven_routing_costs_time_and_memory() {
         ["plan", "compare", "--model", "qwen3-30b-a3b", "--cluster", "h100x64", "--skew", "1.2", "--dense"];
     let compared = run(folder, 0, &ask).out;
     let lines = compared.lines().skip_while(|line| *line != "Uneven routing").skip(2);
+    // The usual batch has a sequence for every GPU at least.
+    let sizes =
+        ["plan", "compare", "--model", "Llama-3.1-8B", "--cluster", "h100x64", "--cluster", "h100x2048"];
+    let sizes = run(folder, 0, &sizes).out;
+    for batch in ["1 T tokens, 1,024 x 4,096 a step  ", "1 T tokens, 2,048 x 4,096 a step  "] {
+        assert!(sizes.contains(batch), "{sizes}");
+    }
     assert_eq!(
         lines.filter(|line| line.contains("64 x H100")).count(),
         1,
