@@ -17,7 +17,7 @@ use crate::bench_ways::{self, Dispatch, Exactness, Overlap};
 use crate::error::{CliError, DONE};
 use crate::layout::cores;
 use crate::screen::say;
-use crate::style::table;
+use crate::style::{counted, table};
 
 /// `unisono bench`
 #[derive(Debug, Subcommand)]
@@ -280,7 +280,7 @@ fn fold(args: &Products) -> Result<u8, CliError> {
         let mib = measured.rank_mib * ranks as f64;
         let first = base.get_or_insert_with(|| measured.clone());
         let (time, memory) = (first.tokens_per_s / measured.tokens_per_s, mib / first.rank_mib);
-        let grid = format!("{replicas} replicas in groups of {expert_group}");
+        let grid = format!("{} in groups of {expert_group}", counted(replicas as u64, "replica"));
         let layout = format!("{ranks} x {threads}");
         let numbers = [measured.tokens_per_s.round(), time, mib.round(), memory];
         let [rate, time_text, mib_text, memory_text] = [

@@ -14,7 +14,7 @@ use crate::error::{CliError, DONE, check_file};
 use crate::layout::cores;
 use crate::screen::{Screen, say};
 use crate::signals::clean_up_at_signal;
-use crate::style::{duration, grouped, program, quoted};
+use crate::style::{counted, duration, grouped, program, quoted};
 
 /// The progress bar.
 pub const BAR: &str = "[{bar:30}] {bytes}/{total_bytes}  {eta} left  {msg}";
@@ -92,11 +92,11 @@ fn parts(manifest: &Manifest) -> String {
     let parts = [(Part::Train, &manifest.train), (Part::Validation, &manifest.validation)];
     let line = |(part, entry): (Part, &unisono_data::PartEntry)| {
         format!(
-            "  {:<10}  {} tokens, {} documents, {} shard(s)\n",
+            "  {:<10}  {}, {}, {}\n",
             part.name(),
-            grouped(entry.tokens),
-            grouped(entry.documents),
-            entry.shards.len()
+            counted(entry.tokens, "token"),
+            counted(entry.documents, "document"),
+            counted(entry.shards.len() as u64, "shard")
         )
     };
     parts.map(line).concat()

@@ -71,7 +71,63 @@ pub fn short(number: u64) -> String {
     }
 }
 
-/// A duration: `43 ms`, `0.43 s`, `4 min 12 s`, `2 h 05 min`.
+/// `1 rank`, `2,048 ranks`.
+pub fn counted(number: u64, what: &str) -> String {
+    format!("{} {what}{}", grouped(number), if number == 1 { "" } else { "s" })
+}
+
+/// The unit of a number and of those beside it, in which the largest of them is at least 1 where any is that small.
+#[derive(Debug, Clone, Copy)]
+pub struct Scale {
+    /// The unit.
+    pub name: &'static str,
+    size: f64,
+    digits: usize,
+}
+
+impl Scale {
+    /// The first of `units` (names, sizes, digits after the point), else the last.
+    fn of(largest: f64, units: &[(&'static str, f64, usize)]) -> Self {
+        let last = units[units.len() - 1];
+        let (name, size, digits) = units.iter().copied().find(|unit| largest >= unit.1).unwrap_or(last);
+        Self { name, size, digits }
+    }
+
+    /// Of the seconds of a step.
+    pub fn seconds(largest: f64) -> Self {
+        Self::of(largest, &[("s", 1.0, 3), ("ms", 1e-3, 3)])
+    }
+
+    /// Of the days of a run.
+    pub fn days(largest: f64) -> Self {
+        let smaller =
+            [("hours", 1.0 / 24.0, 1), ("minutes", 1.0 / 1_440.0, 1), ("seconds", 1.0 / 86_400.0, 1)];
+        Self::of(largest, &[&[("days", 1.0, 1)], &smaller[..]].concat())
+    }
+
+    /// Of dollars.
+    pub fn dollars(largest: f64) -> Self {
+        Self::of(largest, &[("M$", 1e6, 3), ("k$", 1e3, 2), ("$", 1.0, 2)])
+    }
+
+    /// The number in this unit, without its name.
+    pub fn number(self, value: f64, digits: usize) -> String {
+        format!("{:.digits$}", value / self.size)
+    }
+
+    /// The number with its unit.
+    pub fn write(self, value: f64) -> String {
+        format!("{} {}", self.number(value, self.digits), self.name)
+    }
+
+    /// `15.2 to 25.0`, in this unit.
+    pub fn range(self, [low, high]: [f64; 2]) -> String {
+        let digits = if high < 10.0 * self.size { 2 } else { 1 };
+        format!("{} to {}", self.number(low, digits), self.number(high, digits))
+    }
+}
+
+/// A duration: `43 ms`, `0.43 s`, `4 min 12 s`, `2 h 05 min`, `3.5 days`.
 pub fn duration(seconds: f64) -> String {
     let whole = seconds.round() as u64;
     match whole {
@@ -79,7 +135,8 @@ pub fn duration(seconds: f64) -> String {
         0..10 => format!("{seconds:.2} s"),
         10..120 => format!("{seconds:.1} s"),
         120..7_200 => format!("{} min {:02} s", whole / 60, whole % 60),
-        _ => format!("{} h {:02} min", whole / 3_600, whole / 60 % 60),
+        7_200..172_800 => format!("{} h {:02} min", whole / 3_600, whole / 60 % 60),
+        _ => format!("{:.1} days", seconds / 86_400.0),
     }
 }
 
@@ -148,9 +205,20 @@ mod tests {
         let numbers = [0, 999, 1_000, 1_234_567].map(grouped);
         assert_eq!(numbers, ["0", "999", "1,000", "1,234,567"]);
         assert_eq!([999, 1_500, 9_400_000].map(short), ["999", "1.5 K", "9.4 M"]);
-        let durations = [0.0043, 0.434, 75.0, 252.3, 7_505.0].map(duration);
-        assert_eq!(durations, ["4 ms", "0.43 s", "75.0 s", "4 min 12 s", "2 h 05 min"]);
+        let durations = [0.0043, 0.434, 75.0, 252.3, 7_505.0, 302_400.0].map(duration);
+        assert_eq!(durations, ["4 ms", "0.43 s", "75.0 s", "4 min 12 s", "2 h 05 min", "3.5 days"]);
+        assert_eq!([1, 2_048].map(|ranks| counted(ranks, "rank")), ["1 rank", "2,048 ranks"]);
         assert_eq!(spark(&[0.0, 1.0, 2.0, 9.0], 2.0), "▁▅██");
+    }
+
+    #[test]
+    fn a_column_has_the_unit_of_its_largest_number() {
+        let dollars = [5_273_000.0, 75_903.5, 953.0, 0.0].map(|usd| Scale::dollars(usd).write(usd));
+        assert_eq!(dollars, ["5.273 M$", "75.90 k$", "953.00 $", "0.00 $"]);
+        assert_eq!(Scale::seconds(0.0208).write(0.0208), "20.800 ms");
+        assert_eq!(Scale::days(0.5).range([0.4, 0.6]), "9.6 to 14.4");
+        assert_eq!(Scale::seconds(1.8).range([1.55, 2.08]), "1.55 to 2.08");
+        assert_eq!(Scale::days(53.6).name, "days");
     }
 
     #[test]

@@ -11,7 +11,7 @@ use crate::error::{CliError, DIFFERENT, DONE};
 use crate::job::Job;
 use crate::screen::{Screen, say};
 use crate::signals::clean_up_at_signal;
-use crate::style::{program, quoted};
+use crate::style::{counted, program, quoted};
 use crate::train::abandon;
 
 /// The progress bar.
@@ -31,13 +31,11 @@ impl Observer for Progress {
         match event {
             Event::Started(started) => {
                 let before = self.runs.fetch_add(1, Ordering::Relaxed);
-                let plural = |count: usize| if count == 1 { "" } else { "s" };
-                let (ranks, threads) = (started.ranks, started.threads);
                 self.screen.line(&format!(
-                    "{} steps with {ranks} rank{} of {threads} thread{}",
-                    self.steps,
-                    plural(ranks),
-                    plural(threads)
+                    "{} with {} of {}",
+                    counted(self.steps, "step"),
+                    counted(started.ranks as u64, "rank"),
+                    counted(started.threads as u64, "thread")
                 ));
                 self.screen.start(before * self.steps, length);
             }

@@ -9,7 +9,7 @@ use unisono_train::{Event, NodeRecord, Observer, RunConfig, Started, StepRecord,
 
 use crate::screen::Screen;
 use crate::signals::Signals;
-use crate::style::{duration, grouped, percent, short};
+use crate::style::{counted, duration, grouped, percent, short};
 
 /// Shows the events of a run.
 pub struct Watch<'a> {
@@ -207,15 +207,13 @@ fn model_line(config: &RunConfig) -> String {
 fn layout_line(started: &Started, config: &RunConfig) -> String {
     let grid = &config.grid;
     let each = Fold::new(*grid, started.ranks).map_or(0, |fold| fold.slots_per_rank());
-    let plural =
-        |count: usize, one: &str| if count == 1 { format!("1 {one}") } else { format!("{count} {one}s") };
     format!(
         "layout  {} in expert groups of {}, folded onto {} of {}: {} each",
-        plural(grid.slots(), "replica"),
+        counted(grid.slots() as u64, "replica"),
         grid.expert_group,
-        plural(started.ranks, "rank"),
-        plural(started.threads, "thread"),
-        plural(each, "replica"),
+        counted(started.ranks as u64, "rank"),
+        counted(started.threads as u64, "thread"),
+        counted(each as u64, "replica"),
     )
 }
 
@@ -237,7 +235,7 @@ fn machine_lines(started: &Started) -> Vec<String> {
     };
     let (near, far) = world.links;
     let count = world.nodes.len();
-    let nodes = if count == 1 { "1 node".to_string() } else { format!("{count} nodes") };
+    let nodes = counted(count as u64, "node");
     let links = match (near, far) {
         (0, 0) => "no links".to_string(),
         (1, 0) => "1 link within the node".to_string(),

@@ -104,7 +104,10 @@ fn print(answers: &[Answer], baselines: bool) {
     let paint = Paint::new(&std::io::stdout());
     say(&format!("{}\n", paint.strong("The fastest layout that fits, each")));
     say(&format!("{}\n", rows(answers).join("\n")));
-    say(&format!("{}\n", paint.faint("hours a T: GPU-hours of training for 10^12 tokens; M$ with failures")));
+    say(&format!(
+        "{}\n",
+        paint.faint("hours a T: GPU-hours of training for 10^12 tokens; dollars with failures")
+    ));
     let rows = uneven(answers);
     if rows.len() > 1 {
         say(&format!("\n{}\n", paint.strong("Uneven routing")));
@@ -175,7 +178,8 @@ fn cluster(answer: &Answer) -> String {
 
 /// The table, with its head; above it the training if it is that of all, else a column of it.
 fn rows(answers: &[Answer]) -> Vec<String> {
-    let head = ["model", "cluster", "layout", "step", "tokens/s", "hours a T", "days", "M$"];
+    let (days, dollars) = show::scales(answers.iter().map(|answer| &answer.outlook));
+    let head = ["model", "cluster", "layout", "step", "tokens/s", "hours a T", days.name, dollars.name];
     let mut rows = vec![head.map(String::from).to_vec()];
     rows.extend(answers.iter().map(|answer| {
         vec![
@@ -185,8 +189,8 @@ fn rows(answers: &[Answer]) -> Vec<String> {
             duration(answer.chosen.priced.step_s),
             grouped(answer.outlook.tokens_per_s as u64),
             grouped(answer.outlook.gpu_hours_per_trillion(&answer.training) as u64),
-            format!("{:.1}", answer.outlook.days),
-            format!("{:.2}", answer.outlook.usd / 1e6),
+            days.number(answer.outlook.days, 1),
+            dollars.number(answer.outlook.usd, 2),
         ]
     }));
     let common = show::training(&answers[0]);

@@ -8,8 +8,9 @@ use unisono_plan::schedule::ScheduleKind;
 use unisono_plan::simulate::{StepParts, step_parts};
 
 use super::answer::Answer;
+use super::show;
 use crate::screen::say;
-use crate::style::{Paint, table};
+use crate::style::{Paint, Scale, counted, grouped, table};
 
 /// Prints how the figures come about.
 pub fn print(answer: &Answer) {
@@ -40,9 +41,9 @@ fn counts(answer: &Answer) -> Vec<String> {
             flops(false, true)
         ),
         format!(
-            "  TFLOP/s a GPU = {:.1} GFLOP x {:.0} tokens/s / {gpus} GPUs = {:.0}",
+            "  TFLOP/s a GPU = {:.1} GFLOP x {} tokens/s / {gpus} GPUs = {:.0}",
             flops(true, true),
-            tokens,
+            grouped(tokens as u64),
             flops(true, true) * tokens / gpus / 1e3
         ),
     ]
@@ -103,12 +104,12 @@ fn pipeline(answer: &Answer) -> Vec<String> {
     let (step, closed) = (answer.simulate(), answer.closed_form());
     let mut lines = vec![
         format!(
-            "  {}: bubble {formula}, B = I + W, p = {}, v = {}, {} micro-batches of {} sequences: {:.3} s",
+            "  {}: bubble {formula}, B = I + W, p = {}, v = {}, {} micro-batches of {}: {:.3} s",
             layout.schedule.name(),
             layout.pipeline,
             layout.virtual_stages,
             layout.micro_batches(training),
-            layout.micro_batch,
+            counted(layout.micro_batch as u64, "sequence"),
             closed.breakdown.bubble_s
         ),
         format!("  the step in closed form, which prunes the search, {:.3} s", closed.step_s),
@@ -170,11 +171,11 @@ fn money(answer: &Answer) -> Vec<String> {
             outlook.checkpoint_s, outlook.failure_every_s, outlook.checkpoint_every_s
         ),
         format!(
-            "  {:.0} GPU-hours x ${:.2} / {:.3} of the time that trains = ${:.3} M",
-            outlook.gpu_hours,
+            "  {} GPU-hours x ${:.2} / {:.3} of the time that trains = {}",
+            show::hours(outlook.gpu_hours),
             answer.cluster.price_usd_per_gpu_hour,
             outlook.goodput,
-            outlook.usd / 1e6
+            Scale::dollars(outlook.usd).write(outlook.usd)
         ),
     ]
 }

@@ -10,7 +10,7 @@ use unisono_plan::{Axis, bottleneck};
 use super::answer::Answer;
 use super::{GIB, compare, show};
 use crate::error::CliError;
-use crate::style::{duration, grouped, percent};
+use crate::style::{Scale, duration, grouped, percent};
 
 const STYLE: &str = include_str!("report/style.css");
 
@@ -93,25 +93,24 @@ fn escape(text: &str) -> String {
 /// The few numbers that matter most.
 fn figures(answer: &Answer) -> String {
     let (priced, outlook) = (&answer.chosen.priced, &answer.outlook);
-    let [low, high] = priced.interval_s;
+    let seconds = Scale::seconds(priced.step_s);
+    let (days, dollars) = show::scales([outlook]);
     let [fewest, most] = priced.memory_interval();
     let safer = answer.safer().map(|plan| {
-        format!(
-            " ({}: {} in {:.2} s)",
-            percent(answer.fit_probability(plan)),
-            plan.layout,
-            plan.priced.step_s
-        )
+        let step = seconds.write(plan.priced.step_s);
+        format!(" ({}: {} in {step})", percent(answer.fit_probability(plan)), plan.layout)
     });
-    let [shortest, longest] = priced.interval_of(outlook.days);
-    let [cheapest, dearest] = priced.interval_of(outlook.usd / 1e6);
     let figures = [
         (
             "layout",
             answer.chosen.layout.to_string(),
             format!("{} GPUs", grouped(answer.chosen.layout.gpus() as u64)),
         ),
-        ("step", format!("{:.2} s", priced.step_s), format!("80% of runs: {low:.1} to {high:.1} s")),
+        (
+            "step",
+            seconds.write(priced.step_s),
+            format!("80% of runs: {} {}", seconds.range(priced.interval_s), seconds.name),
+        ),
         (
             "throughput",
             format!("{} tokens/s", grouped(outlook.tokens_per_s as u64)),
@@ -135,11 +134,14 @@ fn figures(answer: &Answer) -> String {
         ),
         (
             "run",
-            format!("{:.1} days, ${:.2} M", outlook.days, outlook.usd / 1e6),
+            format!("{}, {}", days.write(outlook.days), dollars.write(outlook.usd)),
             format!(
-                "80% of runs: {shortest:.1} to {longest:.1} days, ${cheapest:.2} to {dearest:.2} M; {} GPU-hours of \
-                 training, {} goodput",
-                grouped(outlook.gpu_hours as u64),
+                "80% of runs: {} {}, {} {}; {} GPU-hours of training, {} goodput",
+                days.range(priced.interval_of(outlook.days)),
+                days.name,
+                dollars.range(priced.interval_of(outlook.usd)),
+                dollars.name,
+                show::hours(outlook.gpu_hours),
                 percent(outlook.goodput)
             ),
         ),
@@ -165,7 +167,8 @@ fn breakdown_note(answer: &Answer) -> String {
 
 fn changes(answer: &Answer) -> String {
     let rows = answer.changes.iter().map(|change| {
-        vec![change.what.clone(), format!("{:.3} s", change.step_s), format!("-{:.1}%", 100.0 * change.saves)]
+        let step = Scale::seconds(answer.chosen.priced.step_s).write(change.step_s);
+        vec![change.what.clone(), step, format!("-{:.1}%", 100.0 * change.saves)]
     });
     html_table(&["change", "step", "saves"], &rows.collect::<Vec<_>>())
 }
@@ -179,19 +182,20 @@ fn dense(answer: &Answer) -> Option<String> {
             other.map_or_else(|_| vec![twin.name, "no layout fits".into()], |answer| compared(&answer)),
         );
     }
-    (rows.len() > 1)
-        .then(|| html_table(&["model", "layout", "step", "GPU-hours a T tokens", "days", "M$"], &rows))
+    let head = ["model", "layout", "step", "GPU-hours a T tokens", "time", "cost"];
+    (rows.len() > 1).then(|| html_table(&head, &rows))
 }
 
 fn compared(answer: &Answer) -> Vec<String> {
     let outlook = &answer.outlook;
+    let (days, dollars) = show::scales([outlook]);
     vec![
         answer.model.name.clone(),
         answer.chosen.layout.to_string(),
         duration(answer.chosen.priced.step_s),
         grouped(outlook.gpu_hours_per_trillion(&answer.training) as u64),
-        format!("{:.1}", outlook.days),
-        format!("{:.2}", outlook.usd / 1e6),
+        days.write(outlook.days),
+        dollars.write(outlook.usd),
     ]
 }
 

@@ -7,7 +7,7 @@ use unisono_plan::{Axis, Outlook, Place, bottleneck};
 use super::GIB;
 use super::answer::{Answer, SAFE};
 use crate::screen::say;
-use crate::style::{Paint, bar, duration, grouped, percent, short, table};
+use crate::style::{Paint, Scale, bar, counted, duration, grouped, percent, short, table};
 
 /// Everything about the chosen layout, after a table of the best.
 pub fn print(answer: &Answer, rows: usize) {
@@ -96,10 +96,12 @@ fn round(number: f64) -> f64 {
 }
 
 fn plans(answer: &Answer, plans: &[Plan]) -> Vec<String> {
-    let head = ["layout", "GPUs", "step", "80% interval", "free GiB", "fits", "days", "M$"];
+    let outlook = |plan: &Plan| Outlook::of(&plan.priced, &answer.cluster, &plan.layout, &answer.training);
+    let outlooks: Vec<Outlook> = plans.iter().map(outlook).collect();
+    let (days, dollars) = scales(&outlooks);
+    let head = ["layout", "GPUs", "step", "80% interval", "free GiB", "fits", days.name, dollars.name];
     let mut rows = vec![head.map(String::from).to_vec()];
-    rows.extend(plans.iter().map(|plan| {
-        let outlook = Outlook::of(&plan.priced, &answer.cluster, &plan.layout, &answer.training);
+    rows.extend(plans.iter().zip(&outlooks).map(|(plan, outlook)| {
         vec![
             plan.layout.to_string(),
             grouped(plan.layout.gpus() as u64),
@@ -107,20 +109,28 @@ fn plans(answer: &Answer, plans: &[Plan]) -> Vec<String> {
             interval(plan.priced.interval_s),
             format!("{:.1}", plan.headroom_bytes / GIB),
             percent(answer.fit_probability(plan)),
-            format!("{:.1}", outlook.days),
-            format!("{:.2}", outlook.usd / 1e6),
+            days.number(outlook.days, 1),
+            dollars.number(outlook.usd, 2),
         ]
     }));
     table(&rows, 1)
+}
+
+/// The units of a table's days and dollars.
+pub fn scales<'a>(outlooks: impl IntoIterator<Item = &'a Outlook>) -> (Scale, Scale) {
+    let most = outlooks
+        .into_iter()
+        .fold([0.0f64; 2], |[days, usd], outlook| [days.max(outlook.days), usd.max(outlook.usd)]);
+    (Scale::days(most[0]), Scale::dollars(most[1]))
 }
 
 fn interval([low, high]: [f64; 2]) -> String {
     format!("{} to {}", duration(low), duration(high))
 }
 
-/// An 80% interval in the unit of what it follows.
-fn range([low, high]: [f64; 2], digits: usize) -> String {
-    format!("{low:.digits$} to {high:.digits$}")
+/// The unit of the chosen step and of what it consists of.
+fn seconds(answer: &Answer) -> Scale {
+    Scale::seconds(answer.chosen.priced.step_s)
 }
 
 /// The 80% interval of tokens per second.
@@ -130,9 +140,10 @@ fn rates(answer: &Answer) -> String {
 }
 
 fn step(answer: &Answer) -> Vec<String> {
-    let priced = &answer.chosen.priced;
+    let (priced, scale) = (&answer.chosen.priced, seconds(answer));
+    let [least, most] = priced.memory_interval().map(|bytes| bytes / GIB);
     let mut lines = vec![
-        format!("  step {:.3} s ({})", priced.step_s, interval(priced.interval_s)),
+        format!("  step {} ({})", scale.write(priced.step_s), scale.range(priced.interval_s)),
         format!(
             "  {} tokens/s ({}), {:.0} TFLOP/s a GPU (causal, recomputation not counted), {} of the bf16 peak",
             grouped(answer.outlook.tokens_per_s as u64),
@@ -141,9 +152,9 @@ fn step(answer: &Answer) -> Vec<String> {
             percent(answer.model_flops_share())
         ),
         format!(
-            "  {:.1} ({}) of {:.1} GiB on the fullest GPU (pipeline rank {}), {:.1} GiB free: fits with a probability of {}",
+            "  {:.1} ({least:.1} to {most:.1}) of {:.1} GiB on the fullest GPU (pipeline rank {}), {:.1} GiB free: fits with a \
+             probability of {}",
             priced.memory.total() / GIB,
-            range(priced.memory_interval().map(|bytes| bytes / GIB), 1),
             answer.cluster.gpu.memory_bytes / GIB,
             priced.worst_rank,
             answer.chosen.headroom_bytes / GIB,
@@ -152,22 +163,22 @@ fn step(answer: &Answer) -> Vec<String> {
     ];
     if let Some(safer) = answer.safer() {
         lines.push(format!(
-            "  the fastest that fits with a probability of {} or more: {}, {:.3} s, {:.1} GiB free",
+            "  the fastest that fits with a probability of {} or more: {}, {}, {:.1} GiB free",
             percent(SAFE),
             safer.layout,
-            safer.priced.step_s,
+            scale.write(safer.priced.step_s),
             safer.headroom_bytes / GIB
         ));
     }
     if let Some(uneven) = answer.uneven() {
         lines.push(format!(
             "  uneven routing: the fullest of {} expert-parallel ranks gets {:.2} times its share in the median step, {:.2} times in one \
-             of twenty, which takes {:.3} s; memory is for the latter; evenly, {:.3} s and {:.1} GiB",
+             of twenty, which takes {}; memory is for the latter; evenly, {} and {:.1} GiB",
             answer.chosen.layout.expert,
             uneven.rows.p50,
             uneven.rows.p95,
-            uneven.slow_step_s,
-            uneven.even_step_s,
+            scale.write(uneven.slow_step_s),
+            scale.write(uneven.even_step_s),
             uneven.even_bytes / GIB
         ));
     }
@@ -175,7 +186,7 @@ fn step(answer: &Answer) -> Vec<String> {
 }
 
 fn breakdown(answer: &Answer) -> Vec<String> {
-    let priced = &answer.chosen.priced;
+    let (priced, scale) = (&answer.chosen.priced, seconds(answer));
     let mut rows: Vec<Vec<String>> = priced
         .breakdown
         .parts()
@@ -183,16 +194,11 @@ fn breakdown(answer: &Answer) -> Vec<String> {
         .filter(|(_, seconds)| *seconds > 0.0)
         .map(|(name, seconds)| {
             let share = seconds / priced.step_s;
-            vec![name.into(), bar(share, 30), format!("{seconds:.3} s"), format!("{:.1}%", 100.0 * share)]
+            vec![name.into(), bar(share, 30), scale.write(seconds), format!("{:.1}%", 100.0 * share)]
         })
         .collect();
-    let hidden = priced.breakdown.hidden_s;
-    rows.push(vec![
-        "hidden communication".into(),
-        "under kernels".into(),
-        format!("{hidden:.3} s"),
-        String::new(),
-    ]);
+    let hidden = scale.write(priced.breakdown.hidden_s);
+    rows.push(vec!["hidden communication".into(), "under kernels".into(), hidden, String::new()]);
     table(&rows, 2)
 }
 
@@ -247,11 +253,12 @@ pub const TOO_MANY_FAILURES: &str = "failures come so often that a restart or th
 
 fn run(answer: &Answer) -> Vec<String> {
     let (outlook, training, priced) = (&answer.outlook, &answer.training, &answer.chosen.priced);
+    let (days, dollars) = scales([outlook]);
     let mut lines = vec![
         format!(
-            "  {} steps, {} GPU-hours of training, {} a trillion tokens",
-            grouped(outlook.steps as u64),
-            grouped(outlook.gpu_hours as u64),
+            "  {}, {} GPU-hours of training, {} a trillion tokens",
+            counted(outlook.steps as u64, "step"),
+            hours(outlook.gpu_hours),
             grouped(outlook.gpu_hours_per_trillion(training) as u64)
         ),
         format!(
@@ -262,13 +269,13 @@ fn run(answer: &Answer) -> Vec<String> {
             percent(outlook.goodput)
         ),
         format!(
-            "  {:.1} days ({}) and ${:.3} M ({}) at ${:.2} a GPU-hour (${:.3} M of it trains), ${} a trillion tokens",
-            outlook.days,
-            range(priced.interval_of(outlook.days), 1),
-            outlook.usd / 1e6,
-            range(priced.interval_of(outlook.usd / 1e6), 2),
+            "  {} ({}) and {} ({}) at ${:.2} a GPU-hour ({} of it trains), ${} a trillion tokens",
+            days.write(outlook.days),
+            days.range(priced.interval_of(outlook.days)),
+            dollars.write(outlook.usd),
+            dollars.range(priced.interval_of(outlook.usd)),
             answer.cluster.price_usd_per_gpu_hour,
-            outlook.usd_without_failures / 1e6,
+            dollars.write(outlook.usd_without_failures),
             grouped(outlook.usd_per_trillion(training) as u64)
         ),
     ];
@@ -276,6 +283,11 @@ fn run(answer: &Answer) -> Vec<String> {
         lines.push(format!("  {TOO_MANY_FAILURES}"));
     }
     lines
+}
+
+/// GPU-hours, whole where there are many.
+pub fn hours(hours: f64) -> String {
+    if hours < 10.0 { format!("{hours:.2}") } else { grouped(hours as u64) }
 }
 
 fn advice(answer: &Answer) -> Vec<String> {
@@ -294,7 +306,7 @@ fn advice(answer: &Answer) -> Vec<String> {
             vec![
                 place.into(),
                 change.what.clone(),
-                format!("{:.3} s", change.step_s),
+                seconds(answer).write(change.step_s),
                 format!("-{:.1}%", 100.0 * change.saves),
             ]
         })

@@ -323,7 +323,8 @@ fn owned_and_failing_machines_are_planned_for() {
     fs::write(folder.join("owned.toml"), cluster).unwrap();
     let done = run(folder, 0, &["plan", "Llama-3.1-8B", "owned.toml", "--report", "plan.html"]);
     assert!(
-        done.out.contains("$0.000 M") && done.out.contains("Young's formula does not hold"),
+        done.out.contains("0.00 $ (0.00 to 0.00) at $0.00 a GPU-hour")
+            && done.out.contains("Young's formula does not hold"),
         "{}",
         done.out
     );

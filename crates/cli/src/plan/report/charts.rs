@@ -7,7 +7,7 @@ use unisono_plan::search::Plan;
 use super::super::GIB;
 use super::super::answer::{Answer, Uneven};
 use super::{escape, sending};
-use crate::style::percent;
+use crate::style::{Scale, percent};
 
 const WIDTH: f64 = 1080.0;
 const LABEL: f64 = 190.0;
@@ -62,13 +62,14 @@ pub fn breakdown(answer: &Answer) -> String {
     let priced = &answer.chosen.priced;
     let parts: Vec<_> = priced.breakdown.parts().into_iter().filter(|part| part.1 > 0.0).collect();
     let most = parts.iter().map(|part| part.1).fold(f64::MIN_POSITIVE, f64::max);
+    let scale = Scale::seconds(priced.step_s);
     let mut svg = open(ROW * parts.len() as f64 + 4.0);
     for (at, (name, seconds)) in parts.iter().enumerate() {
         let y = ROW * at as f64;
         let width = (WIDTH - LABEL - 150.0) * seconds / most;
         text(&mut svg, "chart-soft", "start", 0.0, y + 17.0, name);
         block(&mut svg, 0, [LABEL + 30.0, y + 4.0, width, ROW - 9.0], name);
-        let label = format!("{seconds:.3} s, {:.1}%", 100.0 * seconds / priced.step_s);
+        let label = format!("{}, {:.1}%", scale.write(*seconds), 100.0 * seconds / priced.step_s);
         text(&mut svg, "chart-text", "start", LABEL + 36.0 + width, y + 17.0, &label);
     }
     svg + END
@@ -82,6 +83,7 @@ pub fn routing(answer: &Answer, uneven: &Uneven) -> String {
         ("median", uneven.rows.p50, priced.step_s, None),
         ("one of twenty", uneven.rows.p95, uneven.slow_step_s, Some(priced.memory.total())),
     ];
+    let scale = Scale::seconds(priced.step_s);
     let mut svg = open(ROW * steps.len() as f64 + 4.0);
     for (at, (name, rows, seconds, bytes)) in steps.into_iter().enumerate() {
         let y = ROW * at as f64;
@@ -92,7 +94,7 @@ pub fn routing(answer: &Answer, uneven: &Uneven) -> String {
             let free = answer.cluster.gpu.memory_bytes - bytes;
             format!(", {:.1} GiB held, {:.1} free", bytes / GIB, free / GIB)
         });
-        let label = format!("{seconds:.3} s, {rows:.2} times its rows{memory}");
+        let label = format!("{}, {rows:.2} times its rows{memory}", scale.write(seconds));
         text(&mut svg, "chart-text", "start", LABEL + 8.0 + width, y + 17.0, &label);
     }
     svg + END
@@ -138,6 +140,7 @@ pub fn front(answer: &Answer, plans: &[Plan]) -> String {
     let (_, most_free) = range(&mut plans.iter().map(|plan| plan.headroom_bytes));
     let (_, dearest) = range(&mut plans.iter().map(|plan| plan.run_usd));
     let (low, high) = (0.95 * fastest, 1.05 * slowest);
+    let scale = Scale::seconds(high);
     let x = |seconds: f64| LEFT + (WIDTH - LEFT - 20.0) * (seconds / low).ln() / (high / low).ln();
     let y = |bytes: f64| HEIGHT - 40.0 - (HEIGHT - 60.0) * bytes / (1.05 * most_free);
     let mut svg = open(HEIGHT);
@@ -145,21 +148,22 @@ pub fn front(answer: &Answer, plans: &[Plan]) -> String {
         let share = f64::from(step) / 4.0;
         let (seconds, bytes) = (low * (high / low).powf(share), share * most_free);
         line(&mut svg, "chart-line", [x(seconds), 15.0, x(seconds), HEIGHT - 40.0]);
-        text(&mut svg, "chart-soft", "middle", x(seconds), HEIGHT - 22.0, &format!("{seconds:.1} s"));
+        let label = format!("{} {}", scale.number(seconds, 1), scale.name);
+        text(&mut svg, "chart-soft", "middle", x(seconds), HEIGHT - 22.0, &label);
         line(&mut svg, "chart-line", [LEFT, y(bytes), WIDTH - 20.0, y(bytes)]);
         text(&mut svg, "chart-soft", "end", LEFT - 8.0, y(bytes) + 4.0, &format!("{:.0}", bytes / GIB));
     }
-    text(&mut svg, "chart-soft", "end", WIDTH - 20.0, HEIGHT - 4.0, "seconds of a step; upwards: free GiB");
+    text(&mut svg, "chart-soft", "end", WIDTH - 20.0, HEIGHT - 4.0, "time of a step; upwards: free GiB");
     for plan in plans {
         let chosen = plan.layout == answer.chosen.layout;
         let radius = 3.0 + 7.0 * (plan.run_usd / dearest.max(f64::MIN_POSITIVE)).sqrt();
         let title = format!(
-            "{}: {:.2} s, {:.1} GiB free (fits with a probability of {}), ${:.2} M",
+            "{}: {}, {:.1} GiB free (fits with a probability of {}), {}",
             plan.layout,
-            plan.priced.step_s,
+            scale.write(plan.priced.step_s),
             plan.headroom_bytes / GIB,
             percent(answer.fit_probability(plan)),
-            plan.run_usd / 1e6
+            Scale::dollars(plan.run_usd).write(plan.run_usd)
         );
         let _ = writeln!(
             svg,
