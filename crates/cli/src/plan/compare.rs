@@ -169,10 +169,10 @@ fn uneven(answers: &[Answer]) -> Vec<Vec<String>> {
     rows
 }
 
-/// GPUs and what their network gives each.
+/// GPUs and what their network gives each when all send.
 fn cluster(answer: &Answer) -> String {
     let cluster = &answer.cluster;
-    let network = cluster.levels[cluster.levels.len() - 1].bytes_per_s / 1e9;
+    let network = cluster.levels[cluster.levels.len() - 1].shared_bytes_per_s() / 1e9;
     format!("{} x {}, {network} GB/s", grouped(cluster.gpus as u64), cluster.gpu.name)
 }
 

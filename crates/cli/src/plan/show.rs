@@ -45,7 +45,11 @@ pub fn header(answer: &Answer) -> String {
     let (model, cluster) = (&answer.model, &answer.cluster);
     let network = match &cluster.levels[1..] {
         [] => String::new(),
-        [.., outer] => format!(", {} GB/s {}", (outer.bytes_per_s / 1e9).round(), outer.name),
+        [.., outer] => {
+            let rate = format!(", {} GB/s {}", (outer.bytes_per_s / 1e9).round(), outer.name);
+            let shared = outer.oversubscription > 1.0;
+            if shared { format!("{rate} shared by {}", outer.oversubscription) } else { rate }
+        }
     };
     format!(
         "{}: {} parameters, {} active. {} {}, {} GB/s {} within {}{network}.\n{}",
