@@ -1,12 +1,13 @@
 //! The plan as a config that `unisono train` runs.
 
 use unisono_plan::{
-    Attention, ModelConfig, Modules, Optimizer, Parallelism, Pattern, Precision, Recomputation, Routing,
-    Sharding,
+    Attention, ModelConfig, Modules, Optimizer, Parallelism, Pattern, Precision, Pricer, Recomputation,
+    Routing, Sharding, Training,
 };
 use unisono_train::RunConfig;
 use unisono_train::config::{DispatchConfig, RecomputeConfig, ReduceEvery, WireConfig};
 
+use super::GIB;
 use super::answer::Answer;
 use super::question::Origin;
 use crate::error::CliError;
@@ -18,10 +19,7 @@ pub fn config(answer: &Answer, origin: &Origin) -> Result<String, CliError> {
     let missing: Vec<String> = of_layout.iter().chain(&of_model).map(|what| format!("  - {what}")).collect();
     if !missing.is_empty() {
         let remedy = match of_model.is_empty() {
-            true => format!(
-                "nearest: --precision f32 --wire bf16 --optimizer adam --layout \"{}\"",
-                nearest(answer)
-            ),
+            true => nearest(answer),
             false => "no layout of this model runs until it has".to_string(),
         };
         return Err(CliError::usage(format!(
@@ -196,24 +194,48 @@ fn lacking<const N: usize>(features: [(bool, String); N]) -> Vec<String> {
     features.into_iter().filter(|(lacks, _)| *lacks).map(|(_, what)| what).collect()
 }
 
-/// A layout of the engine's axes alone, on as many GPUs.
-fn nearest(answer: &Answer) -> Parallelism {
+/// The options of a plan with the engine's axes and formats alone, on as many GPUs: of those that fit the one most alike.
+fn nearest(answer: &Answer) -> String {
     let layout = &answer.chosen.layout;
     let (gpus, batch) = (layout.gpus(), answer.training.global_batch);
     let data = (1..=gpus.min(batch)).rev().find(|data| batch.is_multiple_of(*data)).unwrap_or(1);
     let experts = answer.model.moe.map_or(1, |moe| moe.experts);
-    let fits = |expert: &usize| experts.is_multiple_of(*expert) && data.is_multiple_of(*expert);
-    let expert = (1..=layout.expert).rev().find(fits).unwrap_or(1);
-    Parallelism {
-        data,
-        expert,
-        sharding: Sharding::Zero1,
-        recompute: match recompute(answer) {
-            Some(_) => layout.recompute,
-            None => Recomputation::SELECTIVE,
-        },
-        ..Parallelism::default()
-    }
+    let divides = |expert: &usize| experts.is_multiple_of(*expert) && data.is_multiple_of(*expert);
+    let expert = (1..=layout.expert).rev().find(divides).unwrap_or(1);
+    let own = recompute(answer).map_or(Recomputation::SELECTIVE, |_| layout.recompute);
+    let shardings = [Sharding::Zero1, Sharding::Zero2, Sharding::Zero3].into_iter();
+    let candidates = shardings.flat_map(|sharding| {
+        [own, Recomputation::SELECTIVE, Recomputation::Full].map(|recompute| Parallelism {
+            data,
+            expert,
+            sharding,
+            recompute,
+            ..Parallelism::default()
+        })
+    });
+    let training = Training {
+        compute: Precision::F32,
+        wire: Precision::Bf16,
+        optimizer: Optimizer::default(),
+        routing: Routing::Balanced,
+        ..answer.training.clone()
+    };
+    let pricer = Pricer::new(&answer.model, &answer.cluster, &training);
+    let capacity = answer.cluster.gpu.memory_bytes;
+    let lacking = |layout: &Parallelism| pricer.price(layout).map(|priced| priced.memory.total() - capacity);
+    let known: Vec<(Parallelism, f64)> =
+        candidates.filter_map(|layout| Some((layout, lacking(&layout).ok()?))).collect();
+    let fitting = known.iter().find(|(_, lacking)| *lacking <= 0.0);
+    let least = known.iter().min_by(|a, b| a.1.total_cmp(&b.1));
+    let Some((layout, lacking)) = fitting.or(least) else {
+        return "no layout of this model runs until it has".into();
+    };
+    let wire = if answer.model.moe.is_some() { " --wire bf16" } else { "" };
+    let beyond = match *lacking > 0.0 {
+        true => format!(", {:.1} GiB a GPU too large", lacking / GIB),
+        false => String::new(),
+    };
+    format!("nearest{beyond}: --precision f32{wire} --optimizer adam --layout \"{layout}\"")
 }
 
 /// The architecture as the engine's own description; only what passed the check for missing features.

@@ -98,6 +98,25 @@ fn what_a_plan_emits_trains_and_what_the_engine_lacks_is_named() {
 }
 
 #[test]
+fn the_nearest_that_the_engine_runs_is_emitted_when_asked_for() {
+    let folder = tempdir().unwrap();
+    write_qwen(folder.path(), "small-qwen", "");
+    // One that fits, though its states do not where only the optimizer's are shared out; a dense one; one with experts.
+    let asked = [["Qwen3-30B-A3B", "h100x16"], ["Llama-3.1-8B", "h100x16"], ["small-qwen", "h100x2"]];
+    for question in asked {
+        let ask = ["plan", question[0], question[1], "--emit", "plan.toml"];
+        let refused = run(folder.path(), 2, &ask).err;
+        let options = refused.lines().find_map(|line| line.strip_prefix("nearest: ")).unwrap_or_else(|| {
+            panic!("{refused}");
+        });
+        let (formats, layout) = options.split_once(" --layout ").unwrap();
+        let nearest: Vec<&str> = formats.split(' ').chain(["--layout", layout.trim_matches('"')]).collect();
+        let done = run(folder.path(), 0, &[&ask[..], &nearest].concat());
+        assert!(!done.out.contains("GiB more than a GPU has"), "{options}");
+    }
+}
+
+#[test]
 fn the_impossible_names_the_nearest_possible() {
     let folder = tempdir().unwrap();
     let long = ["plan", "Llama-3.1-405B", "h100x8", "--batch", "1", "--sequence", "131072"];
