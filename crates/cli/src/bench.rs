@@ -55,40 +55,40 @@ impl Bench {
 #[derive(Debug, Clone, Args)]
 pub struct Sizes {
     /// Tokens of the vocabulary, at most 4,096
-    #[arg(long, default_value_t = 4096, value_parser = within(1..=4096))]
+    #[arg(long, value_name = "N", default_value_t = 4096, value_parser = within(1..=4096))]
     pub vocab: usize,
     /// Width of the model
-    #[arg(long, default_value_t = 256, value_parser = count())]
+    #[arg(long, value_name = "N", default_value_t = 256, value_parser = count())]
     pub d_model: usize,
     /// Layers, each with experts
-    #[arg(long, default_value_t = 4, value_parser = count())]
+    #[arg(long, value_name = "N", default_value_t = 4, value_parser = count())]
     pub layers: usize,
     /// Query heads
-    #[arg(long, default_value_t = 4, value_parser = count())]
+    #[arg(long, value_name = "N", default_value_t = 4, value_parser = count())]
     pub heads: usize,
     /// Key and value heads
-    #[arg(long, default_value_t = 2, value_parser = count())]
+    #[arg(long, value_name = "N", default_value_t = 2, value_parser = count())]
     pub kv_heads: usize,
     /// Routed experts
-    #[arg(long, default_value_t = 16, value_parser = count())]
+    #[arg(long, value_name = "N", default_value_t = 16, value_parser = count())]
     pub experts: usize,
     /// Experts a token visits
-    #[arg(long, default_value_t = 2, value_parser = count())]
+    #[arg(long, value_name = "N", default_value_t = 2, value_parser = count())]
     pub top_k: usize,
     /// Shared experts
-    #[arg(long, default_value_t = 1, value_parser = within(0..=65_536))]
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = within(0..=65_536))]
     pub shared: usize,
     /// Hidden width of an expert
-    #[arg(long, default_value_t = 256, value_parser = count())]
+    #[arg(long, value_name = "N", default_value_t = 256, value_parser = count())]
     pub expert_ff: usize,
     /// Tokens of a sequence
-    #[arg(long, default_value_t = 256, value_parser = count())]
+    #[arg(long, value_name = "N", default_value_t = 256, value_parser = count())]
     pub seq: usize,
     /// Sequences of a step
-    #[arg(long, default_value_t = 32, value_parser = count())]
+    #[arg(long, value_name = "N", default_value_t = 32, value_parser = count())]
     pub batch: usize,
     /// Sequences of a replica in one accumulation step
-    #[arg(long, default_value_t = 8, value_parser = count())]
+    #[arg(long, value_name = "N", default_value_t = 8, value_parser = count())]
     pub micro: usize,
     /// Print one JSON object
     #[arg(long)]
@@ -101,22 +101,22 @@ pub struct Step {
     #[command(flatten)]
     sizes: Sizes,
     /// Ranks
-    #[arg(long, default_value_t = 1, value_parser = count())]
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = count())]
     ranks: usize,
     /// Compute threads of each rank [default: cores / ranks]
-    #[arg(long, value_parser = count())]
+    #[arg(long, value_name = "N", value_parser = count())]
     threads: Option<usize>,
     /// Replicas of the grid
-    #[arg(long, default_value_t = 2, value_parser = count())]
+    #[arg(long, value_name = "N", default_value_t = 2, value_parser = count())]
     replicas: usize,
     /// Slots that dispatch tokens together
-    #[arg(long, default_value_t = 2, value_parser = count())]
+    #[arg(long, value_name = "N", default_value_t = 2, value_parser = count())]
     expert_group: usize,
     /// Steps measured
-    #[arg(long, default_value_t = 10, value_parser = count())]
+    #[arg(long, value_name = "N", default_value_t = 10, value_parser = count())]
     steps: usize,
     /// Steps before the measured ones
-    #[arg(long, default_value_t = 3, value_parser = within(0..=65_536))]
+    #[arg(long, value_name = "N", default_value_t = 3, value_parser = within(0..=65_536))]
     warmup: usize,
 }
 
@@ -126,7 +126,7 @@ pub struct Products {
     #[command(flatten)]
     sizes: Sizes,
     /// Compute threads [default: the cores]
-    #[arg(long, value_parser = count())]
+    #[arg(long, value_name = "N", value_parser = count())]
     threads: Option<usize>,
 }
 
@@ -136,7 +136,7 @@ pub struct Baseline {
     #[command(flatten)]
     sizes: Sizes,
     /// Steps measured at each number of ranks
-    #[arg(long, default_value_t = 3, value_parser = count())]
+    #[arg(long, value_name = "N", default_value_t = 3, value_parser = count())]
     steps: usize,
 }
 

@@ -22,10 +22,10 @@ const LARGEST_KIB: u64 = 1 << 20;
 #[derive(Debug, Args)]
 pub struct Collectives {
     /// Sizes of the vector in KiB, at most 1,048,576
-    #[arg(long, value_delimiter = ',', default_values_t = [64, 256, 1024, 4096, 16384, 65536], value_parser = within(1..=LARGEST_KIB))]
+    #[arg(long, value_name = "N,N", value_delimiter = ',', default_values_t = [64, 256, 1024, 4096, 16384, 65536], value_parser = within(1..=LARGEST_KIB))]
     kib: Vec<usize>,
     /// Times that each is measured
-    #[arg(long, default_value_t = 15, value_parser = count())]
+    #[arg(long, value_name = "N", default_value_t = 15, value_parser = count())]
     rounds: usize,
     /// Print one JSON object
     #[arg(long)]

@@ -21,13 +21,13 @@ pub struct Measuring {
     #[command(flatten)]
     sizes: Sizes,
     /// Ranks as threads, each with one compute thread; under mpirun those it has started
-    #[arg(long, default_value_t = 2, value_parser = count())]
+    #[arg(long, value_name = "N", default_value_t = 2, value_parser = count())]
     ranks: usize,
     /// Rounds of all ways in turn
-    #[arg(long, default_value_t = 3, value_parser = count())]
+    #[arg(long, value_name = "N", default_value_t = 3, value_parser = count())]
     rounds: usize,
     /// Steps of a way in a round; one more warms up
-    #[arg(long, default_value_t = 4, value_parser = count())]
+    #[arg(long, value_name = "N", default_value_t = 4, value_parser = count())]
     steps: usize,
 }
 
@@ -37,16 +37,16 @@ pub struct Dispatch {
     #[command(flatten)]
     measuring: Measuring,
     /// Ranks of each pretended node, where ranks are threads
-    #[arg(long, value_delimiter = ',')]
+    #[arg(long, value_name = "N,N", value_delimiter = ',')]
     nodes: Vec<usize>,
     /// Nodes of experts: what a token's choices on one of them return is summed before it travels back
-    #[arg(long, default_value_t = 2, value_parser = count())]
+    #[arg(long, value_name = "N", default_value_t = 2, value_parser = count())]
     expert_nodes: usize,
     /// Groups of experts
-    #[arg(long, default_value_t = 1, value_parser = count())]
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = count())]
     groups: usize,
     /// Groups that a token may choose experts of
-    #[arg(long, default_value_t = 1, value_parser = count())]
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = count())]
     top_groups: usize,
     /// Every expert gets as many tokens, and the next tokens in turn go to the next ones
     #[arg(long)]
@@ -71,7 +71,7 @@ pub struct Overlap {
     #[arg(long, value_enum, default_value = "gathers")]
     what: Hidden,
     /// Megabytes a second of each thread rank's pretended link
-    #[arg(long, default_value_t = 200.0, value_parser = rate, allow_hyphen_values = true)]
+    #[arg(long, value_name = "N", default_value_t = 200.0, value_parser = rate, allow_hyphen_values = true)]
     link_mb_per_s: f64,
 }
 

@@ -27,7 +27,7 @@ const LARGEST_FILE_BYTES: u64 = 1 << 20;
 #[derive(Debug, Clone, Args)]
 pub struct TrainingArgs {
     /// Tokens of the whole run: 14.8T, 300B, 1e12 [default: a config's own, else 1T]
-    #[arg(long, value_name = "N", value_parser = quantity)]
+    #[arg(long, value_name = "N", value_parser = quantity, allow_negative_numbers = true)]
     tokens: Option<f64>,
     /// Tokens of a sequence [default: a config's own, else 4096]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=16_777_216))]
@@ -42,7 +42,7 @@ pub struct TrainingArgs {
     #[arg(long, value_name = "FORMAT")]
     wire: Option<Precision>,
     /// Exponent of the power law by which experts are popular; 0 is balanced, published routers are near 1.0 to 1.2 [default: 0]
-    #[arg(long, value_name = "A")]
+    #[arg(long, value_name = "A", allow_negative_numbers = true)]
     skew: Option<f64>,
     /// Routing as a run of unisono measured it, from its folder
     #[arg(long, value_name = "RUN", conflicts_with = "skew")]
