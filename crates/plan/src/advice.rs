@@ -160,7 +160,7 @@ fn cluster_changes(
         });
     }
     let domain = cluster.nvlink_domain();
-    if domain < 72 && cluster.gpus >= 64 && cluster.levels.len() > 1 {
+    if domain < 64 && cluster.levels.get(1).is_some_and(|outer| outer.width >= 64) {
         let what = format!("{} over 64 GPUs instead of {domain}", cluster.levels[0].name);
         with(what, &|cluster| cluster.levels[0].width = 64);
     }

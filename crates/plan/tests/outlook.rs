@@ -2,8 +2,8 @@
 
 use unisono_plan::collectives::places_touched;
 use unisono_plan::{
-    Architecture, Axis, Cluster, DispatchKind, Gpu, Optimizer, Outlook, Parallelism, Precision, Priced,
-    Pricer, Recomputation, Routing, Software, Trainable, Training, bottleneck, changes,
+    Architecture, Axis, Cluster, DispatchKind, Gpu, Level, Optimizer, Outlook, Parallelism, Precision,
+    Priced, Pricer, Recomputation, Routing, Software, Trainable, Training, bottleneck, changes,
 };
 
 /// DeepSeek-V3's pre-training: 15,360 sequences of 4,096 tokens a step, 14.8 T tokens.
@@ -193,4 +193,21 @@ fn changes_are_what_repricing_says_and_come_best_first() {
     }
     let (what, share) = bottleneck(&priced);
     assert!(priced.breakdown.parts().iter().any(|(name, _)| *name == what) && share > 0.0 && share < 1.0);
+}
+
+#[test]
+fn a_wider_inner_level_is_advised_only_where_the_next_one_holds_it() {
+    let (model, cluster, training, layout) = deepseek();
+    let layout = Parallelism { recompute: Recomputation::Full, ..layout };
+    let advised = |inner: usize, middle: usize| {
+        let mut cluster = cluster.clone();
+        let outer = cluster.levels[1].clone();
+        cluster.levels[0].width = inner;
+        cluster.levels.insert(1, Level { name: "rail".into(), width: middle, ..outer });
+        let found = changes(&model, &cluster, &layout, &training, usize::MAX);
+        found.iter().any(|change| change.what.contains("over 64 GPUs"))
+    };
+    assert!(advised(8, 256));
+    assert!(!advised(8, 32));
+    assert!(!advised(66, 132));
 }
