@@ -111,13 +111,14 @@ const MOST_FAILED_SAVES: u32 = 3;
 /// Opens what a config reads.
 ///
 /// # Errors
-/// If it cannot be read, or the model's vocabulary is too small for it.
+/// If it cannot be read, the model's vocabulary is too small for it, or it holds no whole sequence to train on.
 pub fn open_dataset(config: &RunConfig, threads: usize) -> Result<Dataset, TrainError> {
     let dataset = match &config.data.path {
         None => Dataset::builtin(threads)?,
         Some(path) => Dataset::open(path, Verify::OnFirstUse)?,
     };
     check_vocabulary(config, dataset.tokenizer())?;
+    check_length(config, &dataset)?;
     Ok(dataset)
 }
 
@@ -155,6 +156,18 @@ fn check_vocabulary(config: &RunConfig, tokenizer: &Tokenizer) -> Result<(), Tra
     Err(TrainError::Refused(format!(
         "model.vocab_size = {}: the dataset's tokenizer has {needed} tokens; set model.vocab_size to at least that",
         config.model.vocab_size
+    )))
+}
+
+fn check_length(config: &RunConfig, dataset: &Dataset) -> Result<(), TrainError> {
+    let (length, tokens) = (config.train.sequence_length, dataset.tokens(Part::Train));
+    if dataset.sequences(Part::Train, length) > 0 {
+        return Ok(());
+    }
+    Err(TrainError::Refused(format!(
+        "train.sequence_length = {length}: the dataset has {tokens} training tokens, too few for one sequence and the token after \
+         it; use more text, or set train.sequence_length to at most {}",
+        tokens.saturating_sub(1).max(1)
     )))
 }
 

@@ -161,6 +161,18 @@ fn input_files() {
     let args = ["data", "prepare", "bad.jsonl", "--out", "o", "--validation", "1.5"];
     refused(folder, 2, &args, &["--validation 1.5: must be at least 0 and below 1"]);
 
+    // Nothing is left of a run that cannot begin, so that it can be started again.
+    fs::write(folder.join("short.txt"), "a few words").unwrap();
+    run(folder, 0, &["data", "prepare", "short.txt", "--out", "short", "--validation", "0"]);
+    let args = ["train", TINY, "--set", "data.path=short", "--run", "short-run"];
+    refused(
+        folder,
+        2,
+        &args,
+        &["train.sequence_length = 64: the dataset has ", "set train.sequence_length to at most "],
+    );
+    assert!(!folder.join("short-run").exists());
+
     let copy = folder.join("copy");
     fs::create_dir(&copy).unwrap();
     for entry in fs::read_dir(dataset()).unwrap() {
