@@ -17,7 +17,7 @@ use crate::bench_ways::{self, Dispatch, Exactness, Overlap};
 use crate::error::{CliError, DONE};
 use crate::layout::cores;
 use crate::screen::say;
-use crate::style::{counted, table};
+use crate::style::{counted, grouped, table};
 
 /// `unisono bench`
 #[derive(Debug, Subcommand)]
@@ -237,7 +237,11 @@ fn step(args: &Step) -> Result<u8, CliError> {
     phases.sort_by(|a, b| b.2.total_cmp(&a.2));
     rows.extend(phases.into_iter().map(|(lane, name, ms)| vec![name, lane, format!("{ms:.1}")]));
     let mut lines = vec![
-        format!("{:.0} tokens/s, {:.3} s a step", measured.tokens_per_s, measured.step_s.median),
+        format!(
+            "{} tokens/s, {:.3} s a step",
+            grouped(measured.tokens_per_s.round() as u64),
+            measured.step_s.median
+        ),
         format!(
             "peak resident memory {:.0} MiB, {:.0} MiB of buffers a rank",
             measured.peak_rss_mib, measured.rank_mib
@@ -263,7 +267,10 @@ fn gemm(args: &Products) -> Result<u8, CliError> {
     }
     let mut lines = table(&rows, 1);
     lines.push(format!("weighted by operations: {:.1} GFLOP/s on {threads} threads", measured.gflops));
-    print(args.sizes.json, &json!({"gflops": measured.gflops, "threads": threads}), lines)
+    let product = |(shape, share, gflops): &(String, f64, f64)| json!({"shape": shape, "share_of_operations": share, "gflops": gflops});
+    let products: Vec<Value> = measured.shapes.iter().map(product).collect();
+    let value = json!({"gflops": measured.gflops, "threads": threads, "products": products});
+    print(args.sizes.json, &value, lines)
 }
 
 fn fold(args: &Products) -> Result<u8, CliError> {
@@ -283,12 +290,8 @@ fn fold(args: &Products) -> Result<u8, CliError> {
         let grid = format!("{} in groups of {expert_group}", counted(replicas as u64, "replica"));
         let layout = format!("{ranks} x {threads}");
         let numbers = [measured.tokens_per_s.round(), time, mib.round(), memory];
-        let [rate, time_text, mib_text, memory_text] = [
-            format!("{:.0}", numbers[0]),
-            format!("{time:.2}x"),
-            format!("{mib:.0}"),
-            format!("{memory:.2}x"),
-        ];
+        let [rate, time_text, mib_text, memory_text] =
+            [grouped(numbers[0] as u64), format!("{time:.2}x"), format!("{mib:.0}"), format!("{memory:.2}x")];
         rows.push(vec![grid.clone(), layout.clone(), rate, time_text, mib_text, memory_text]);
         list.push(json!({
             "grid": grid, "layout": layout, "tokens_per_s": numbers[0], "time": time, "mib": numbers[2], "memory": memory,
