@@ -4,9 +4,10 @@ use std::path::{Path, PathBuf};
 
 use clap::Args;
 use serde_json::json;
-use unisono_comm::Ledger;
+use unisono_comm::{Ledger, kind};
 use unisono_plan::Layout;
-use unisono_train::{Event, Observer, RunConfig, RunOptions, Summary, train};
+use unisono_train::ways::DISPATCH_CALLS;
+use unisono_train::{Event, Observer, RunConfig, RunOptions, Summary, ValidationRecord, train};
 
 use crate::args::count;
 use crate::config::load;
@@ -96,15 +97,19 @@ pub fn run(args: Compare) -> Result<u8, CliError> {
     };
     let dense = side("dense", dense)?;
     let sparse = side("sparse", sparse)?;
-    let rows = rows(&dense, &sparse);
+    let sides = [&dense, &sparse];
     if args.json {
-        let side = |column: usize| {
-            rows.iter().map(|row| (row[0].clone(), json!(row[column]))).collect::<serde_json::Map<_, _>>()
-        };
-        say(&format!("{}\n", json!({"dense": side(1), "sparse": side(2)})));
+        let [dense, sparse] = sides.map(|side| {
+            let entry = |figure: &Figure| (figure.key.to_string(), json!((figure.of)(side)));
+            FIGURES.iter().map(entry).collect::<serde_json::Map<_, _>>()
+        });
+        say(&format!("{}\n", json!({"dense": dense, "sparse": sparse})));
     } else {
         let mut lines = vec![vec![String::new(), "dense".into(), "sparse".into()]];
-        lines.extend(rows);
+        lines.extend(FIGURES.iter().map(|figure| {
+            let [dense, sparse] = sides.map(|side| (figure.of)(side).map_or("none".into(), figure.show));
+            vec![figure.label.into(), dense, sparse]
+        }));
         say(&(table(&lines, 1).join("\n") + "\n"));
     }
     Ok(DONE)
@@ -125,27 +130,85 @@ fn sent(ledger: &Ledger, kinds: &[&str]) -> u64 {
     rows.filter(|row| kinds.contains(&row.kind.as_str())).map(|row| row.bytes_sent).sum()
 }
 
-fn rows(dense: &Side, sparse: &Side) -> Vec<Vec<String>> {
-    type Figure = (&'static str, fn(&Side) -> String);
-    let figures: [Figure; 12] = [
-        ("validation loss, nats", |s| loss(s, |v| v.loss)),
-        ("validation bits/byte", |s| loss(s, |v| v.bits_per_byte)),
-        ("training loss, last step", |s| format!("{:.4}", s.summary.last_loss.unwrap_or(f64::NAN))),
-        ("parameters", |s| short(parameters(s).0 as u64)),
-        ("parameters active a token", |s| short(parameters(s).1 as u64)),
-        ("MFLOP a token, forward + backward", |s| format!("{:.2}", flops(s) / 1e6)),
-        ("TFLOP in all", |s| format!("{:.2}", flops(s) * s.summary.tokens as f64 / 1e12)),
-        ("tokens", |s| grouped(s.summary.tokens)),
-        ("MiB synchronised a step", |s| mib(s, &["reduce_scatter", "all_gather"])),
-        ("MiB dispatched a step", |s| mib(s, &["dispatch", "combine", "dispatch_counts"])),
-        ("time", |s| duration(s.summary.seconds)),
-        ("tokens/s", |s| format!("{:.0}", s.summary.tokens as f64 / s.summary.seconds)),
-    ];
-    figures.iter().map(|(name, figure)| vec![name.to_string(), figure(dense), figure(sparse)]).collect()
+/// A line of the table.
+struct Figure {
+    label: &'static str,
+    /// Its name in JSON, where it is a plain number.
+    key: &'static str,
+    of: fn(&Side) -> Option<f64>,
+    show: fn(f64) -> String,
 }
 
-fn loss(side: &Side, pick: fn(&unisono_train::ValidationRecord) -> f64) -> String {
-    side.summary.validation.as_ref().map_or_else(|| "none".into(), |record| format!("{:.4}", pick(record)))
+const FIGURES: [Figure; 12] = {
+    const fn figure(
+        label: &'static str,
+        key: &'static str,
+        of: fn(&Side) -> Option<f64>,
+        show: fn(f64) -> String,
+    ) -> Figure {
+        Figure { label, key, of, show }
+    }
+    [
+        figure("validation loss, nats", "validation_loss", |s| validation(s).map(|v| v.loss), four_digits),
+        figure(
+            "validation bits/byte",
+            "validation_bits_per_byte",
+            |s| validation(s).map(|v| v.bits_per_byte),
+            four_digits,
+        ),
+        figure("training loss, last step", "training_loss", |s| s.summary.last_loss, four_digits),
+        figure("parameters", "parameters", |s| Some(parameters(s).0 as f64), |n| short(n as u64)),
+        figure(
+            "parameters active a token",
+            "active_parameters",
+            |s| Some(parameters(s).1 as f64),
+            |n| short(n as u64),
+        ),
+        figure(
+            "MFLOP a token, forward + backward",
+            "flop_per_token",
+            |s| Some(flops(s)),
+            |n| format!("{:.2}", n / 1e6),
+        ),
+        figure(
+            "TFLOP in all",
+            "flop",
+            |s| Some(flops(s) * s.summary.tokens as f64),
+            |n| format!("{:.2}", n / 1e12),
+        ),
+        figure("tokens", "tokens", |s| Some(s.summary.tokens as f64), |n| grouped(n as u64)),
+        figure(
+            "MiB synchronised a step",
+            "synchronised_bytes_per_step",
+            |s| a_step(s, &[kind::REDUCE_SCATTER, kind::REDUCE_IN_NODE, kind::ALL_GATHER]),
+            mebibytes,
+        ),
+        figure(
+            "MiB dispatched a step",
+            "dispatched_bytes_per_step",
+            |s| a_step(s, &DISPATCH_CALLS),
+            mebibytes,
+        ),
+        figure("time", "seconds", |s| Some(s.summary.seconds), duration),
+        figure(
+            "tokens/s",
+            "tokens_per_s",
+            |s| Some(s.summary.tokens as f64 / s.summary.seconds),
+            |n| grouped(n.round() as u64),
+        ),
+    ]
+};
+
+fn four_digits(number: f64) -> String {
+    format!("{number:.4}")
+}
+
+fn mebibytes(bytes: f64) -> String {
+    format!("{:.2}", bytes / f64::from(1 << 20))
+}
+
+fn validation(side: &Side) -> Option<&ValidationRecord> {
+    side.summary.validation.as_ref()
 }
 
 fn parameters(side: &Side) -> (usize, usize) {
@@ -156,7 +219,7 @@ fn flops(side: &Side) -> f64 {
     side.config.model.train_flops(side.config.train.sequence_length)
 }
 
-fn mib(side: &Side, kinds: &[&str]) -> String {
-    let steps = side.summary.step.max(1);
-    format!("{:.2}", sent(&side.summary.ledger, kinds) as f64 / steps as f64 / f64::from(1 << 20))
+/// Bytes that ranks sent to others in such calls, a step.
+fn a_step(side: &Side, kinds: &[&str]) -> Option<f64> {
+    Some(sent(&side.summary.ledger, kinds) as f64 / side.summary.step.max(1) as f64)
 }

@@ -16,7 +16,7 @@ use crate::rank::RankState;
 use crate::run::{check_nodes, root_cause};
 
 /// Calls that bring rows to experts and back, with the counts and choices they need.
-const DISPATCH: [&str; 7] = [
+pub const DISPATCH_CALLS: [&str; 7] = [
     kind::DISPATCH,
     kind::DISPATCH_INSIDE,
     kind::COMBINE,
@@ -134,7 +134,7 @@ fn steps(bench: &WaysBench, way: &Way) -> Result<Vec<Numbers>, TrainError> {
             state.step()?;
             if step > 0 {
                 let moved = comm.ledger().since(&before);
-                let dispatch = || moved.rows.iter().filter(|row| DISPATCH.contains(&&*row.kind));
+                let dispatch = || moved.rows.iter().filter(|row| DISPATCH_CALLS.contains(&&*row.kind));
                 let crossing = || dispatch().filter(|row| row.link == LinkClass::OtherNode);
                 let rows = crossing().filter(|row| [kind::DISPATCH, kind::COMBINE].contains(&&*row.kind));
                 own.extend([

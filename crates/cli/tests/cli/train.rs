@@ -4,7 +4,7 @@ use std::fs;
 
 use serde_json::Value;
 
-use crate::common::{command, run, train};
+use crate::common::{TINY, command, dataset, run, train};
 
 #[test]
 fn a_run_trains_shows_and_leaves_what_it_should() {
@@ -220,4 +220,19 @@ fn a_run_without_steps_names_the_command_that_goes_on() {
     assert!(!said.contains("generate") && said.contains("train --run a --resume --steps 1"), "{said}");
     let again = run(folder.path(), 0, &["train", "--run", "a", "--resume", "--steps", "1"]);
     assert!(again.err.contains("a has no checkpoint yet: the run begins again at step 0"), "{}", again.err);
+}
+
+#[test]
+fn a_comparison_in_json_is_of_numbers() {
+    let folder = tempfile::tempdir().unwrap();
+    let data = format!("data.path={}", dataset().display());
+    let ask = ["compare", TINY, "--steps", "2", "--set", "model.first_dense=0", "--set", &data, "--json"];
+    let more = ["--set", "schedule.warmup_steps=1", "--set", "sample.tokens=0"];
+    let both: Value = serde_json::from_str(&run(folder.path(), 0, &[&ask[..], &more].concat()).out).unwrap();
+    for key in ["validation_loss", "training_loss", "parameters", "flop_per_token", "tokens", "seconds"] {
+        assert!(both["dense"][key].as_f64() > Some(0.0), "{key}: {both}");
+    }
+    let of = |side: &str, key: &str| both[side][key].as_f64().unwrap();
+    assert!(of("sparse", "parameters") > of("dense", "parameters"));
+    assert_eq!(of("dense", "dispatched_bytes_per_step"), 0.0);
 }
