@@ -163,9 +163,14 @@ fn measure_dispatch(args: &Dispatch, job: &Job) -> Result<u8, CliError> {
         vec![way.name.clone(), step, dispatch, format!("{mib:.2}"), format!("{:.4}", way.copies)]
     }));
     let mut lines = table(&lines, 1);
-    lines.push(format!(
-        "Uniform routing to {nodes} nodes: {expected:.4} copies a token if each node gets one, whatever experts it has chosen there."
-    ));
+    // Of ranks on one node nothing crosses.
+    let crosses = measured.iter().any(|way| way.crossing_bytes > 0.0);
+    let expected = crosses.then_some(expected);
+    lines.extend(expected.map(|copies| {
+        format!(
+            "Uniform routing to {nodes} nodes: {copies:.4} copies a token if each node gets one, whatever experts it has chosen there."
+        )
+    }));
     let find = |name: &str| measured.iter().find(|way| way.name == name);
     let mut ratios = None;
     if let (Some(flat), Some(through)) = (find("flat"), find("hierarchical"))

@@ -247,4 +247,10 @@ fn benchmarks() {
     let sizes = "--d-model 32 --layers 1 --heads 2 --kv-heads 1 --experts 8 --expert-ff 32 --seq 8 --batch 8 --micro 1";
     let small = format!("bench baseline --vocab 64 --steps 1 {sizes}");
     run(folder.path(), 0, &small.split(' ').collect::<Vec<_>>());
+    // What would cross between nodes is said where there are any.
+    for (nodes, said) in [("2", false), ("1,1", true)] {
+        let line = format!("bench dispatch --vocab 64 --rounds 1 --steps 1 --nodes {nodes} {sizes}");
+        let out = run(folder.path(), 0, &line.split(' ').collect::<Vec<_>>()).out;
+        assert_eq!(out.contains("Uniform routing to 2 nodes"), said, "{out}");
+    }
 }
