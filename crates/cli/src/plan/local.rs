@@ -13,7 +13,7 @@ use super::write;
 use crate::error::{CliError, DONE};
 use crate::machine::{self, LocalLayout};
 use crate::screen::say;
-use crate::style::{Paint, bar, duration, grouped, percent, program, quoted, table};
+use crate::style::{Paint, Scale, bar, grouped, percent, program, quoted, table};
 
 /// What stands for this machine in place of a cluster.
 pub const LOCAL: &str = "local";
@@ -120,20 +120,21 @@ fn emit(path: &Path, chosen: Option<&Choice>) -> Result<String, CliError> {
 fn show(path: &Path, machine: &LocalMachine, choices: &[Choice], tokens: f64, free: u64) {
     let paint = Paint::new(&std::io::stdout());
     say(&format!("{}, {} cores, measured by `unisono bench local`\n", machine.cpu, machine.cores));
+    let Some(best) = choices.first() else { return };
+    let scale = Scale::seconds(best.price.step_s);
     let mut rows =
         vec![["ranks x threads", "step", "tokens/s", "memory, all ranks", ""].map(String::from).to_vec()];
     rows.extend(choices.iter().map(|choice| {
         let fits = if choice.memory <= free { "" } else { "does not fit" };
         vec![
             choice.layout.name(),
-            duration(choice.price.step_s),
+            scale.write(choice.price.step_s),
             grouped((tokens / choice.price.step_s) as u64),
             readable(choice.memory),
             fits.into(),
         ]
     }));
     say(&format!("{}\n", table(&rows, 1).join("\n")));
-    let Some(best) = choices.first() else { return };
     say(&format!("\n{}\n", paint.strong(&format!("Chosen: {}", best.layout.name()))));
     let mut phases = best.price.phases.clone();
     phases.sort_by(|a, b| b.1.total_cmp(&a.1));
@@ -147,7 +148,7 @@ fn show(path: &Path, machine: &LocalMachine, choices: &[Choice], tokens: f64, fr
             vec![
                 lane.into(),
                 (*name).into(),
-                duration(*seconds),
+                scale.write(*seconds),
                 share,
                 format!("{:<30}", bar(seconds / longest, 30)),
             ]
