@@ -40,7 +40,7 @@ pub(crate) fn find_start(
 ) -> Result<Start, TrainError> {
     let folder = &options.folder;
     if folder.is_file() {
-        return Err(TrainError::Resume(format!(
+        return Err(TrainError::Refused(format!(
             "{} is a file: name a folder for the run with --run",
             folder.display()
         )));
