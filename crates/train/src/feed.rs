@@ -45,14 +45,7 @@ impl<'a> Feed<'a> {
     /// # Errors
     /// If it has not one whole sequence.
     pub fn sampler(&self) -> Result<Sampler, DataError> {
-        let (length, tokens) = (self.sequence_length, self.dataset.tokens(Part::Train));
-        let sequences = self.dataset.sequences(Part::Train, length);
-        if sequences == 0 {
-            return Err(DataError::Request(format!(
-                "the training part has {tokens} tokens, not one whole sequence of {length} and its last target: use more text or a \
-                 smaller train.sequence_length"
-            )));
-        }
+        let sequences = self.dataset.sequences(Part::Train, self.sequence_length);
         Sampler::new(self.seed, sequences, (self.slots * self.sequences * self.accumulate) as u64)
     }
 

@@ -26,7 +26,6 @@ use crate::checkpointing::Extra;
 use crate::config::{OnNonFinite, RunConfig};
 use crate::crew::lending;
 use crate::error::TrainError;
-use crate::feed::Feed;
 use crate::memory::{check_fits, estimate};
 use crate::probe::probe;
 use crate::rank::{Fault, RankState};
@@ -111,14 +110,13 @@ const MOST_FAILED_SAVES: u32 = 3;
 /// Opens what a config reads.
 ///
 /// # Errors
-/// If it cannot be read, the model's vocabulary is too small for it, or it holds no whole sequence to train on.
+/// If it cannot be read, or the model's vocabulary is too small for it.
 pub fn open_dataset(config: &RunConfig, threads: usize) -> Result<Dataset, TrainError> {
     let dataset = match &config.data.path {
         None => Dataset::builtin(threads)?,
         Some(path) => Dataset::open(path, Verify::OnFirstUse)?,
     };
     check_vocabulary(config, dataset.tokenizer())?;
-    check_length(config, &dataset)?;
     Ok(dataset)
 }
 
@@ -243,7 +241,7 @@ pub fn train_on(
 ) -> Result<Summary, TrainError> {
     let fold = Fold::new(config.grid, options.ranks)?;
     check_nodes(&options.nodes, options.ranks)?;
-    Feed::new(dataset, config).sampler()?;
+    check_length(config, dataset)?;
     let memory = estimate(config, &fold);
     let (folder, trace) = (Mutex::default(), Mutex::default());
     let place = &options.place;

@@ -297,7 +297,7 @@ fn too_little_text_is_told_before_anything_is_written() {
     let path = folder.path().join("run");
     let data = Dataset::random(1, 16, 64).expect("random tokens");
     let error = train_on(&config(), &RunOptions::new(&path, 1, 1), &data, &Quiet).expect_err("16 tokens");
-    assert!(error.to_string().contains("not one whole sequence"), "{error}");
+    assert!(error.to_string().contains("too few for one sequence"), "{error}");
     assert!(!path.exists());
 }
 
