@@ -13,7 +13,7 @@ use crate::args::count;
 use crate::config::load;
 use crate::error::{CliError, DONE};
 use crate::layout::ranks_and_threads;
-use crate::screen::say;
+use crate::screen::{Screen, say};
 use crate::style::{duration, grouped, short, table};
 
 /// `unisono compare`
@@ -42,16 +42,32 @@ pub struct Compare {
     json: bool,
 }
 
-struct Progress(&'static str);
+/// The bar, over the steps of both models.
+pub const BAR: &str = "[{bar:30}] step {pos}/{len}  {elapsed} gone, {eta} left  {msg}";
 
-impl Observer for Progress {
+/// One model's share of the bar, which begins at `before` of `steps` twice.
+struct Progress<'a> {
+    screen: &'a Screen,
+    name: &'static str,
+    before: u64,
+    steps: u64,
+}
+
+impl Observer for Progress<'_> {
     fn event(&self, event: Event) {
-        let record = match event {
-            Event::Validation(record) => record,
-            Event::Warning(text) => return eprintln!("{}: {text}", self.0),
-            _ => return,
-        };
-        eprintln!("{}: step {}, validation loss {:.4}", self.0, record.validation_step, record.loss);
+        match event {
+            Event::Started(_) if self.before == 0 => self.screen.start(0, 2 * self.steps),
+            Event::Step(record) => {
+                let message = format!("{}: loss {:.4}", self.name, record.loss);
+                self.screen.advance(self.before + record.step, 2 * self.steps, message);
+            }
+            Event::Validation(record) => self.screen.complain(
+                self.name,
+                &format!("step {}, validation loss {:.4}", record.validation_step, record.loss),
+            ),
+            Event::Warning(text) => self.screen.complain("warning", &format!("{}: {text}", self.name)),
+            Event::Started(_) | Event::Checkpoint { .. } => {}
+        }
     }
 }
 
@@ -90,13 +106,17 @@ pub fn run(args: Compare) -> Result<u8, CliError> {
     let sparse = load(args.config.as_deref(), &overrides)?;
     let dense = dense_twin(&sparse)?;
     let (ranks, threads) = ranks_and_threads(sparse.grid.slots(), args.ranks, args.threads);
-    let side = |name: &'static str, config: RunConfig| -> Result<Side, CliError> {
+    let (screen, steps) = (Screen::new(BAR), sparse.train.steps);
+    screen.wait("reading the data");
+    let side = |name: &'static str, config: RunConfig, before: u64| -> Result<Side, CliError> {
         let folder = fresh_folder(&args.run, name);
-        let summary = train(&config, &RunOptions::new(folder, ranks, threads), &Progress(name))?;
+        let progress = Progress { screen: &screen, name, before, steps };
+        let summary = train(&config, &RunOptions::new(folder, ranks, threads), &progress)?;
         Ok(Side { config, summary })
     };
-    let dense = side("dense", dense)?;
-    let sparse = side("sparse", sparse)?;
+    let sides = side("dense", dense, 0).and_then(|dense| Ok([dense, side("sparse", sparse, steps)?]));
+    screen.finish();
+    let [dense, sparse] = sides?;
     let sides = [&dense, &sparse];
     if args.json {
         let [dense, sparse] = sides.map(|side| {

@@ -222,9 +222,14 @@ mod tests {
 
     #[test]
     fn templates_are_valid() {
-        for template in
-            [super::WAIT, crate::train::BAR, crate::data::BAR, crate::verify::BAR, crate::plan::answer::BAR]
-        {
+        for template in [
+            super::WAIT,
+            crate::train::BAR,
+            crate::data::BAR,
+            crate::verify::BAR,
+            crate::compare::BAR,
+            crate::plan::answer::BAR,
+        ] {
             assert!(ProgressStyle::with_template(template).is_ok(), "{template}");
         }
     }

@@ -57,10 +57,13 @@ pub fn run(args: &Compare) -> Result<u8, CliError> {
     let mut answers = Vec::new();
     for model in &models {
         for cluster in &clusters {
-            let training = args.training.training(model, cluster)?;
-            match Answer::to(model.architecture.clone(), cluster.clone(), training, None) {
+            let training = args.training.training(model, cluster);
+            match training
+                .and_then(|training| Answer::to(model.architecture.clone(), cluster.clone(), training, None))
+            {
                 Ok(answer) => answers.push(answer),
-                // One that does not fit says so; the others are compared.
+                Err(error) if models.len() * clusters.len() == 1 => return Err(error),
+                // One that cannot be says so; the others are compared.
                 Err(error) => complain("warning", &error.message),
             }
         }

@@ -29,7 +29,7 @@ pub struct TrainingArgs {
     /// Tokens of the whole run: 14.8T, 300B, 1e12 [default: a config's own, else 1T]
     #[arg(long, value_name = "N", value_parser = quantity, allow_negative_numbers = true)]
     tokens: Option<f64>,
-    /// Tokens of a sequence [default: a config's own, else 4096]
+    /// Tokens of a sequence [default: a config's own, else 4096 or as many as a config.json has positions]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=16_777_216))]
     sequence: Option<u32>,
     /// Sequences of an optimizer step [default: a config's own, else 4 M tokens of them, and at least one a GPU]
@@ -132,7 +132,7 @@ impl TrainingArgs {
         let sequence = match (self.sequence, config) {
             (Some(sequence), _) => sequence as usize,
             (None, Some(config)) => config.train.sequence_length,
-            (None, None) => USUAL_SEQUENCE,
+            (None, None) => model.positions().map_or(USUAL_SEQUENCE, |most| most.min(USUAL_SEQUENCE)),
         };
         let usual = ((4 << 20) / sequence).next_power_of_two().max(cluster.gpus.next_power_of_two());
         let batch = config.map_or(usual, RunConfig::global_batch);
@@ -229,6 +229,14 @@ pub enum Origin {
 }
 
 impl Model {
+    /// Tokens of its longest sequence, where a `config.json` says.
+    fn positions(&self) -> Option<usize> {
+        match &self.origin {
+            Origin::HuggingFace(numerics) => numerics.positions,
+            Origin::BuiltIn | Origin::Config(_) => None,
+        }
+    }
+
     /// The config of unisono that the model is from.
     pub fn config(&self) -> Option<&RunConfig> {
         match &self.origin {

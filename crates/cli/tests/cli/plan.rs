@@ -283,6 +283,21 @@ fn a_config_brings_its_own_sequence_batch_and_tokens() {
 }
 
 #[test]
+fn a_sequence_is_no_longer_than_a_file_has_positions_unless_asked_for() {
+    let folder = tempdir().unwrap();
+    let folder = folder.path();
+    write_qwen(folder, "short", r#","max_position_embeddings":1024"#);
+    write_qwen(folder, "long", r#","max_position_embeddings":40960"#);
+    let sequence = |model: &str, more: &[&str]| {
+        let ask = ["plan", model, "h100x2", "--layout", "ep2 dp2", "--json"];
+        let plan: Value = serde_json::from_str(&run(folder, 0, &[&ask[..], more].concat()).out).unwrap();
+        plan["training"]["sequence"].clone()
+    };
+    assert_eq!([sequence("short", &[]), sequence("long", &[])], [1024, 4096]);
+    assert_eq!(sequence("short", &["--sequence", "2048"]), 2048);
+}
+
+#[test]
 fn what_would_have_no_effect_is_refused() {
     let folder = tempdir().unwrap();
     let folder = folder.path();
@@ -299,6 +314,15 @@ fn what_would_have_no_effect_is_refused() {
     let compare = ["plan", "compare", "--model", "Llama-3.1-8B", "--cluster"];
     let said = run(folder, 2, &[&compare[..], &["h100x8", "--skew", "1"]].concat()).err;
     assert!(said.contains("--skew is about experts"), "{said}");
+    // A cluster that cannot do what is asked is passed over.
+    let both =
+        run(folder, 0, &[&compare[..], &["h100x8", "--cluster", "a100x8", "--precision", "fp8"]].concat());
+    assert!(
+        both.err.contains("A100 has no units") && both.out.contains("8 x H100"),
+        "{}{}",
+        both.err,
+        both.out
+    );
     let said = run(folder, 2, &[&compare[..], &["local"]].concat()).err;
     assert!(said.contains("--cluster local: only `unisono plan CONFIG local`"), "{said}");
     let said = run(folder, 2, &[&dense[..], &["--machine", "local.toml"]].concat()).err;

@@ -16,6 +16,8 @@ pub struct Numerics {
     pub score_function: ScoreFunction,
     /// Factor on the chosen weights.
     pub routed_scaling_factor: f32,
+    /// Tokens of the longest sequence that the model is made for, where the file says.
+    pub positions: Option<usize>,
     /// What the file's model computes that ours does not.
     pub lacking: Vec<&'static str>,
 }
@@ -50,6 +52,7 @@ impl Config {
             normalize_top_k: always || self.flag("norm_topk_prob")?.unwrap_or(usually),
             score_function: self.score_function()?,
             routed_scaling_factor: self.positive("routed_scaling_factor")?.unwrap_or(1.0) as f32,
+            positions: self.at_least_one(&["max_position_embeddings", "n_positions"])?,
             lacking: self.lacking()?,
         })
     }
