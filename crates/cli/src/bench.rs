@@ -303,9 +303,17 @@ fn fold(args: &Products) -> Result<u8, CliError> {
 fn baseline(args: &Baseline) -> Result<u8, CliError> {
     let config = config(&args.sizes, 1, 1)?;
     let mut rows = vec![
-        ["ranks", "synchronised by", "busiest rank MiB", "all ranks MiB", "in exchange s", "step s"]
-            .map(String::from)
-            .to_vec(),
+        [
+            "ranks",
+            "synchronised by",
+            "busiest rank MiB",
+            "all ranks MiB",
+            "of it dispatch",
+            "in exchange s",
+            "step s",
+        ]
+        .map(String::from)
+        .to_vec(),
     ];
     let mut list: Vec<BaselineMeasured> = Vec::new();
     for ranks in [2, 4, 8] {
@@ -330,6 +338,7 @@ fn baseline(args: &Baseline) -> Result<u8, CliError> {
                 name.into(),
                 mib(measured.busiest_rank_bytes),
                 mib(measured.total_bytes),
+                mib(measured.dispatched_bytes),
                 format!("{:.3}", measured.communication_s),
                 format!("{:.3}", measured.step_s),
             ]);

@@ -8,9 +8,9 @@ use std::ops::Range;
 use std::time::Instant;
 
 use serde::{Deserialize, Serialize};
-use unisono_comm::{CommError, Communicator, Ledger, Part, ThreadRanks};
+use unisono_comm::{CommError, Communicator, Ledger, Part, Row, ThreadRanks};
 use unisono_data::Dataset;
-use unisono_mesh::{Fold, Grid};
+use unisono_mesh::{Fold, Grid, LinkClass};
 use unisono_model::Profile;
 use unisono_plan::{Layout, SegmentKind};
 use unisono_tensor::{Backend, Buffer, Cpu};
@@ -21,6 +21,7 @@ use crate::error::TrainError;
 use crate::optimizer::adamw_step;
 use crate::rank::RankState;
 use crate::run::root_cause;
+use crate::ways::DISPATCH_CALLS;
 
 /// How gradients and parameters are synchronised.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -45,6 +46,8 @@ pub struct BaselineMeasured {
     pub busiest_rank_bytes: u64,
     /// Bytes that all ranks send in a step.
     pub total_bytes: u64,
+    /// Those of them that bring rows to experts and back, which only the third way has.
+    pub dispatched_bytes: u64,
     /// Median seconds of a step.
     pub step_s: f64,
     /// Median seconds of it that rank 0 spent synchronising and, for the third way, dispatching.
@@ -78,11 +81,15 @@ pub fn bench_baseline(
     let per_step = |bytes: u64| bytes / steps as u64;
     let busiest = ledger.busiest_rank().map_or(0, |rank| rank.bytes_sent + rank.bytes_received);
     let total = ledger.ranks.iter().map(|rank| rank.bytes_sent).sum();
+    let dispatches =
+        |row: &&Row| row.link != LinkClass::SameRank && DISPATCH_CALLS.contains(&row.kind.as_str());
+    let dispatched = ledger.rows.iter().filter(dispatches).map(|row| row.bytes_sent).sum();
     Ok(BaselineMeasured {
         synchronisation,
         ranks,
         busiest_rank_bytes: per_step(busiest),
         total_bytes: per_step(total),
+        dispatched_bytes: per_step(dispatched),
         step_s: median(&outcomes[0].steps),
         communication_s: median(&outcomes[0].communication),
     })
