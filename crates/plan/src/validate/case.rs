@@ -6,6 +6,9 @@ use crate::table::Row;
 
 use super::{GIB, golden};
 
+/// GPUs at most, hence degrees too: a larger number is as one that cannot be read, and no product of them overflows.
+const MOST_GPUS: u64 = 1 << 20;
+
 /// What a row reports.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Kind {
@@ -79,6 +82,7 @@ pub(super) struct Shape {
 impl Case {
     pub(super) fn read(row: Row<'_>) -> Self {
         let text = |column: &str| row.text(column).to_string();
+        let degree = |column: &str| row.count(column).filter(|degree| *degree <= MOST_GPUS);
         let kind = match row.text("kind") {
             "ci_golden" => Kind::Golden,
             "oom" => Kind::OutOfMemory,
@@ -94,19 +98,19 @@ impl Case {
             custom: text("custom_arch"),
             shape: Shape::read(row.text("custom_arch")),
             gpu: text("gpu"),
-            gpus: row.count("n_gpus"),
+            gpus: degree("n_gpus"),
             precision: text("precision"),
             sequence: row.count("seq"),
             global_batch: row.count("gbs"),
             degrees: Degrees {
-                micro_batch: row.count("mbs"),
-                tensor: row.count("tp"),
-                pipeline: row.count("pp"),
-                virtual_stages: row.count("vpp"),
-                context: row.count("cp"),
-                expert: row.count("ep"),
-                expert_tensor: row.count("etp"),
-                data: row.count("dp"),
+                micro_batch: degree("mbs"),
+                tensor: degree("tp"),
+                pipeline: degree("pp"),
+                virtual_stages: degree("vpp"),
+                context: degree("cp"),
+                expert: degree("ep"),
+                expert_tensor: degree("etp"),
+                data: degree("dp"),
             },
             sharding: text("sharding"),
             recompute: text("recompute"),
