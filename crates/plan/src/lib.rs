@@ -48,5 +48,5 @@ pub use precision::{Precision, PrecisionError};
 pub use pricing::{Axis, Breakdown, Passes, Priced, Pricer, RoutedStep, SimulatedStep, Traffic, Work, price};
 pub use rank_memory::{Kept, RankMemory};
 pub use shards::{Piece, SegmentKind, ShardedSegment, Shards};
-pub use software::{DispatchKind, Software, Trainable};
+pub use software::{DispatchKind, Habits, Software, Trainable};
 pub use unevenness::Percentiles;

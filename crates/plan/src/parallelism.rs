@@ -5,7 +5,7 @@ use serde::{Deserialize, Serialize};
 use crate::architecture::Architecture;
 use crate::precision::Precision;
 use crate::schedule::{ScheduleError, ScheduleKind};
-use crate::software::{DispatchKind, Software, Trainable};
+use crate::software::{DispatchKind, Habits, Software, Trainable};
 
 /// What of the states is sharded over data-parallel ranks.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
@@ -193,6 +193,9 @@ pub struct Training {
     pub trainable: Trainable,
     /// What executes the plan.
     pub software: Software,
+    /// What that does with memory.
+    #[serde(default)]
+    pub habits: Habits,
 }
 
 impl Training {
@@ -390,6 +393,7 @@ mod tests {
             dispatch: DispatchKind::default(),
             trainable: Trainable::All,
             software: Software::MegatronCore,
+            habits: Habits::default(),
         }
     }
 

@@ -6,8 +6,10 @@ use crate::calibration::Constants;
 use crate::parallelism::{Parallelism, Recomputation, Sharding};
 use crate::precision::Precision;
 use crate::pricing::{Pricer, Share};
+use crate::schedule::{ScheduleKind, moments};
 use crate::software::{Software, Trainable};
 
+use activations::Half;
 pub use activations::Kept;
 
 /// Bytes of a rank at its peak, by what they hold.
@@ -115,35 +117,80 @@ impl Pricer {
     fn memory_of(&self, layout: &Parallelism, rank: usize, kept: &[Kept]) -> RankMemory {
         let share = self.stages.share(layout, rank);
         let mut memory = self.states_of(layout, &share);
-        let micro_batches = layout.micro_batches(&self.training);
-        let in_flight = layout
-            .schedule
-            .in_flight(layout.pipeline, layout.virtual_stages, micro_batches, rank)
-            .activations;
-        let chunks = in_flight as f64 / layout.virtual_stages as f64;
-        let mut largest = 0.0f64;
         for (kept, layers) in kept.iter().zip(share.layers) {
-            memory.activations += chunks * f64::from(layers) * kept.bytes(layout.recompute);
             if layers > 0 {
-                largest = largest.max(kept.temporary(layout.recompute));
+                memory.temporary = memory.temporary.max(kept.temporary(layout.recompute));
             }
         }
-        memory.temporary = largest;
         let tokens = (layout.micro_batch * self.training.sequence) as f64 / layout.context as f64;
         if share.head {
             // In 32 bits as the loss needs them, which becomes the gradient in place, and that in 16. Frameworks that leave
             // the loss to autograd hold logits and gradients in both formats.
             let bytes = match self.training.software {
+                Software::TorchCompiled if self.training.habits.compiled_loss => 4.0,
                 // Split over tensor-parallel ranks, the loss keeps the logarithms of probabilities beside them.
                 Software::TorchEager | Software::TorchCompiled if layout.tensor > 1 => 16.0,
                 Software::TorchEager | Software::TorchCompiled => 12.0,
-                _ => 6.0,
+                // Losses of multi-token prediction come first, and keep their probabilities in 32 bits.
+                _ => 6.0 + 4.0 * self.model.mtp_layers as f64,
             };
             memory.logits = bytes * tokens * self.model.vocab as f64 / layout.tensor as f64;
         }
+        // What a graph keeps is its own once it is captured, and its allocator counts it as free: the peak is that of capturing
+        // attention alone, in the pipeline's order, or that of everything else while a step runs.
+        let loss = (memory.logits - memory.temporary).max(0.0);
+        let held = |part| {
+            self.held_at_peak(layout, rank, &share, loss, &|kind| kept[kind].bytes_of(part, layout.recompute))
+        };
+        memory.activations = match self.training.habits.captured_attention {
+            true => held(Half::Mixer).max(held(Half::Network)),
+            false => held(Half::Both),
+        };
         let passing = memory.activations + memory.temporary.max(memory.logits) + memory.communication;
         memory.fragmentation = (RESERVED - 1.0) * passing;
         memory
+    }
+
+    /// Activations of all micro-batches in flight, of which a layer of each kind keeps `bytes`, at the moment when they and what
+    /// the loss takes beyond a layer's temporary tensors are most; less `loss` where that moment is not one of the loss.
+    fn held_at_peak(
+        &self,
+        layout: &Parallelism,
+        rank: usize,
+        share: &Share,
+        loss: f64,
+        bytes: &dyn Fn(usize) -> f64,
+    ) -> f64 {
+        let of = |share: &Share| -> f64 {
+            let layers = share.layers.iter().take(self.stages.kinds().len()).enumerate();
+            layers
+                .filter(|(_, layers)| **layers > 0)
+                .map(|(kind, layers)| f64::from(*layers) * bytes(kind))
+                .sum()
+        };
+        let (ranks, stages) = (layout.pipeline, layout.virtual_stages);
+        let micro_batches = layout.micro_batches(&self.training);
+        let evenly = || {
+            let in_flight = layout.schedule.in_flight(ranks, stages, micro_batches, rank).activations;
+            in_flight as f64 / stages as f64 * of(share)
+        };
+        if layout.schedule != ScheduleKind::Interleaved || ranks == 1 {
+            return evenly();
+        }
+        let chunk = |turn: usize| self.stages.chunk_share(turn * ranks + rank, layout.chunks());
+        let first = chunk(0).layers;
+        if (1..stages).all(|turn| chunk(turn).layers == first) {
+            return evenly();
+        }
+        // Stages that hold fewer layers are in flight for fewer micro-batches than those before them.
+        let kept: Vec<f64> = (0..stages).map(|turn| of(&chunk(turn))).collect();
+        let moments = moments(ranks, stages, micro_batches, rank);
+        let held = moments.map(|moment| {
+            let sum: f64 =
+                kept.iter().enumerate().map(|(turn, bytes)| moment.held(turn) as f64 * bytes).sum();
+            if share.head && moment.next() + 1 < stages { sum - loss } else { sum }
+        });
+        held.fold(0.0, f64::max)
     }
 
     /// At least so many bytes of weights, gradients and optimizer states on the fullest rank: the mean over pipeline ranks,
@@ -175,7 +222,8 @@ impl Pricer {
             _ => 2.0,
         };
         let layers: u32 = share.layers.iter().sum();
-        let layer = all / f64::from(layers.max(1));
+        let tables = self.tables(layout, share);
+        let layer = (all - tables) / f64::from(layers.max(1));
         let master = self.training.master_bytes();
         // Adapters are small beside what they adapt, which gets neither gradients nor moments.
         let trained = if self.training.trainable == Trainable::Adapters { 0.0 } else { 1.0 };
@@ -186,8 +234,9 @@ impl Pricer {
             communication: match layout.sharding {
                 // Gathered once and for all micro-batches, and their gradients.
                 Sharding::Zero3 if layout.pipeline > 1 => (width + optimizer.gradients.bytes()) * all,
-                // Two layers gathered, the gradient of one on its way.
-                Sharding::Zero3 => 2.0 * width * layer + optimizer.gradients.bytes() * layer,
+                // Two layers gathered, the gradient of one on its way; and embedding and head, which belong to no layer's
+                // unit but the root's, and that is not given back after the forward.
+                Sharding::Zero3 => 2.0 * width * layer + optimizer.gradients.bytes() * layer + 2.0 * tables,
                 _ => 0.0,
             },
             workspace: self.workspace(),
@@ -202,7 +251,8 @@ impl Pricer {
         } else {
             WORKSPACES
         };
-        let streams = if self.model.moe.is_some() { STREAMS } else { 0.0 };
+        let grouped = self.model.moe.is_some() && !self.training.habits.experts_in_turn;
+        let streams = if grouped { STREAMS } else { 0.0 };
         BASE_BYTES + own + (1.0 + streams) * engine
     }
 }

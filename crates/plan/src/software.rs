@@ -44,6 +44,17 @@ impl Software {
     }
 }
 
+/// What some releases or settings of a family of software do with memory and others do not.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub struct Habits {
+    /// The loss is compiled: logits exist in 16 bits only, and so does their gradient.
+    pub compiled_loss: bool,
+    /// Attention is captured in CUDA graphs, layer by layer.
+    pub captured_attention: bool,
+    /// Experts run one after the other, not as grouped products.
+    pub experts_in_turn: bool,
+}
+
 /// How tokens travel to experts.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub struct DispatchKind {

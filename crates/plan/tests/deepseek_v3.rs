@@ -3,7 +3,7 @@
 use unisono_plan::schedule::ScheduleKind;
 use unisono_plan::simulate::step_parts;
 use unisono_plan::{
-    Architecture, Cluster, DispatchKind, Modules, Optimizer, Parallelism, Precision, Priced, Pricer,
+    Architecture, Cluster, DispatchKind, Habits, Modules, Optimizer, Parallelism, Precision, Priced, Pricer,
     Recomputation, Routing, Sharding, Software, Trainable, Training,
 };
 
@@ -39,6 +39,7 @@ fn training() -> Training {
         dispatch: DispatchKind { deduplicated: true, overlapped: true, padded: false },
         trainable: Trainable::All,
         software: Software::MegatronCore,
+        habits: Habits::default(),
     }
 }
 

@@ -2,7 +2,7 @@
 
 use unisono_plan::collectives::places_touched;
 use unisono_plan::{
-    Architecture, Axis, Cluster, DispatchKind, Gpu, Level, Optimizer, Outlook, Parallelism, Precision,
+    Architecture, Axis, Cluster, DispatchKind, Gpu, Habits, Level, Optimizer, Outlook, Parallelism, Precision,
     Priced, Pricer, Recomputation, Routing, Software, Trainable, Training, bottleneck, changes,
 };
 
@@ -19,6 +19,7 @@ fn deepseek() -> (Architecture, Cluster, Training, Parallelism) {
         dispatch: DispatchKind { deduplicated: true, overlapped: true, padded: false },
         trainable: Trainable::All,
         software: Software::default(),
+        habits: Habits::default(),
     };
     let layout = "pp16 vp2 ep64 dp128 mb1 dualpipev zero1".parse().unwrap();
     let model = Architecture::built_in("DeepSeek-V3").unwrap();

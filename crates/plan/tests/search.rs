@@ -4,8 +4,8 @@ use std::collections::HashSet;
 
 use unisono_plan::search::{Plan, Search};
 use unisono_plan::{
-    Architecture, Cluster, DispatchKind, Optimizer, Parallelism, Precision, Routing, Software, Trainable,
-    Training,
+    Architecture, Cluster, DispatchKind, Habits, Optimizer, Parallelism, Precision, Routing, Software,
+    Trainable, Training,
 };
 
 fn training() -> Training {
@@ -20,6 +20,7 @@ fn training() -> Training {
         dispatch: DispatchKind::default(),
         trainable: Trainable::All,
         software: Software::MegatronCore,
+        habits: Habits::default(),
     }
 }
 

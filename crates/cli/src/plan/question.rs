@@ -6,8 +6,8 @@ use std::path::{Path, PathBuf};
 
 use clap::{Args, ValueEnum};
 use unisono_plan::{
-    Architecture, Cluster, ClusterError, DispatchKind, Numerics, Optimizer, Precision, Routing, Software,
-    Trainable, Training,
+    Architecture, Cluster, ClusterError, DispatchKind, Habits, Numerics, Optimizer, Precision, Routing,
+    Software, Trainable, Training,
 };
 use unisono_train::RunConfig;
 use unisono_train::config::WireConfig;
@@ -158,6 +158,7 @@ impl TrainingArgs {
             dispatch: DispatchKind { deduplicated: !self.no_deduplication, overlapped, padded: false },
             trainable: Trainable::All,
             software: Software::default(),
+            habits: Habits::default(),
         })
     }
 

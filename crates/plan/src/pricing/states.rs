@@ -28,17 +28,19 @@ impl Pricer {
             let experts = of.experts as f64 / (layout.expert * layout.expert_tensor) as f64;
             held.experts += f64::from(layers) * experts;
         }
-        let table = self.model.embedding_parameters() as f64 / t;
-        let both = share.embedding && share.head && self.model.tied_embeddings;
-        held.dense += table * (f64::from(u8::from(share.embedding)) + f64::from(u8::from(share.head)));
-        if both {
-            held.dense -= table;
-        }
+        held.dense += self.tables(layout, share);
         if share.head {
             let d = self.model.hidden as f64;
             held.dense += d + self.model.mtp_layers as f64 * (2.0 * d * d + 3.0 * d);
         }
         held
+    }
+
+    /// Parameters of embedding and head that a rank holds.
+    pub(crate) fn tables(&self, layout: &Parallelism, share: &Share) -> f64 {
+        let both = share.embedding && share.head && self.model.tied_embeddings;
+        let tables = u8::from(share.embedding) + u8::from(share.head) - u8::from(both);
+        f64::from(tables) * self.model.embedding_parameters() as f64 / layout.tensor as f64
     }
 
     /// Traffic of gradients and parameters, and the update. `micro_batch_s` is what one micro-batch takes on this rank.

@@ -25,10 +25,25 @@ enum Part {
     Other,
 }
 
+/// A half of a layer.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Half {
+    /// What mixes tokens, with its norm.
+    Mixer,
+    /// The rest, and what goes in.
+    Network,
+    /// Both.
+    Both,
+}
+
 /// Tensors that one layer keeps, with their bytes.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Kept {
     tensors: Vec<(&'static str, Part, f64)>,
+    /// So many are the mixer's.
+    of_mixer: usize,
+    /// Tensors as wide as one whose gradients are alive together: the second takes the first one's place where it can.
+    in_place: Option<f64>,
 }
 
 impl Kept {
@@ -41,7 +56,7 @@ impl Kept {
         uneven: f64,
     ) -> Self {
         let sizes = Sizes::of(model, layout, training);
-        let mut kept = Self { tensors: Vec::with_capacity(24) };
+        let mut kept = Self { tensors: Vec::with_capacity(24), of_mixer: 0, in_place: None };
         if kind.mixer != Mixer::None {
             kept.push("residual stream", Part::Input, sizes.width * sizes.split * sizes.hidden);
             kept.push("norm before the mixer", Part::Norm, sizes.input * sizes.split * sizes.hidden);
@@ -51,11 +66,12 @@ impl Kept {
             Mixer::Attention => kept.attention(model, &sizes),
             Mixer::StateSpace => kept.state_space(model, &sizes),
         }
+        kept.of_mixer = kept.tensors.len();
         if kind.ffn == FeedForward::None {
             return kept;
         }
         let first = if kind.mixer == Mixer::None { Part::Input } else { Part::Other };
-        if !model.gated && training.software.is_megatron() {
+        if !model.gated && model.state_space.is_none() && training.software.is_megatron() {
             // GPT drops out after attention and network: a mask, and what the fused addition of bias and residual reads.
             let part = if kind.ffn == FeedForward::Moe { Part::Moe } else { Part::Other };
             kept.push("dropout", part, (2.0 + sizes.width) * sizes.split * sizes.hidden);
@@ -102,6 +118,10 @@ impl Kept {
             let scores = sizes.tokens * sizes.sequence * heads;
             let dropout = if model.gated { 0.0 } else { sizes.width + 1.0 };
             self.push("attention scores", Part::Core, (sizes.width + dropout) * scores);
+            if model.gated {
+                // Without dropout the gradient of scores overwrites that of the softmax.
+                self.in_place = Some(sizes.width * scores);
+            }
         }
         self.push("attention output", Part::Other, of(heads * v));
         if sizes.input < sizes.width {
@@ -114,10 +134,15 @@ impl Kept {
         let inner = (of.heads * of.head_dim) as f64 / sizes.tensor;
         let states = (2 * of.groups * of.state) as f64 / sizes.tensor;
         let bytes = |elements: f64| sizes.width * sizes.tokens * elements;
-        self.push("state-space projection", Part::Other, bytes(2.0 * inner + states));
-        self.push("convolution output", Part::Other, bytes(inner + states));
-        self.push("scan output", Part::Other, bytes(2.0 * inner));
-        self.push("states between chunks", Part::Other, bytes(2.0 * inner * of.state as f64 / 128.0));
+        // Convolution and scan are one kernel that computes its inside again in the backward (mamba_ssm's
+        // `mamba_split_conv1d_scan_combined`, Megatron's default): what goes in, and what comes out before its gate, after it in
+        // the layout of the next layer, and after its norm.
+        self.push(
+            "state-space projection",
+            Part::Other,
+            bytes(2.0 * inner + states + of.heads as f64 / sizes.tensor),
+        );
+        self.push("scan output", Part::Other, bytes(3.0 * inner));
     }
 
     fn network(&mut self, model: &Architecture, ffn: usize, part: Part, sizes: &Sizes) {
@@ -158,7 +183,19 @@ impl Kept {
 
     /// Bytes kept under `recompute`.
     pub fn bytes(&self, recompute: Recomputation) -> f64 {
-        self.tensors.iter().filter(|(_, part, _)| !spared(*part, recompute)).map(|(_, _, bytes)| bytes).sum()
+        self.bytes_of(Half::Both, recompute)
+    }
+
+    /// Bytes of a half.
+    pub(super) fn bytes_of(&self, half: Half, recompute: Recomputation) -> f64 {
+        let counts = |at: usize, part: Part| match half {
+            Half::Both => true,
+            Half::Mixer => at < self.of_mixer,
+            Half::Network => at >= self.of_mixer || part == Part::Input,
+        };
+        let tensors = self.tensors.iter().enumerate();
+        let kept = tensors.filter(|(at, (_, part, _))| counts(*at, *part) && !spared(*part, recompute));
+        kept.map(|(_, (_, _, bytes))| bytes).sum()
     }
 
     /// Bytes alive only while the backward is in this layer: what is computed again, and as many gradients as the widest
@@ -170,8 +207,8 @@ impl Kept {
             .filter(|(_, part, _)| spared(*part, recompute))
             .map(|(_, _, bytes)| bytes)
             .sum();
-        let widest = self.tensors.iter().map(|(_, _, bytes)| *bytes).fold(0.0, f64::max);
-        again + 2.0 * widest
+        let twice = |bytes: f64| if self.in_place == Some(bytes) { bytes } else { 2.0 * bytes };
+        again + self.tensors.iter().map(|(_, _, bytes)| twice(*bytes)).fold(0.0, f64::max)
     }
 }
 

@@ -1,7 +1,7 @@
 //! What Megatron's functional tests leave out of their names. Their configurations are public and follow customs, which this file
 //! states as rules: none is about one test.
 
-use crate::architecture::{Architecture, Attention, Pattern};
+use crate::architecture::{Architecture, Attention, Pattern, StateSpace};
 
 use super::case::{Case, Kind};
 
@@ -19,9 +19,31 @@ const LAYERS_A_STAGE: u64 = 2;
 /// BERT's vocabulary of 30,522 words, padded.
 const BERT_VOCAB: usize = 30_592;
 
+/// The vocabulary of tests of models whose size they name: 131,073 numbers without words, padded.
+const SIZED_VOCAB: usize = 131_200;
+
 /// The vocabulary of a test, where it is not GPT-2's.
 pub(super) fn vocab(case: &Case) -> Option<usize> {
-    (case.kind == Kind::Golden && case.printed.starts_with("bert")).then_some(BERT_VOCAB)
+    match () {
+        () if case.kind != Kind::Golden => None,
+        () if case.printed.starts_with("bert") => Some(BERT_VOCAB),
+        () if names_size(case) => Some(SIZED_VOCAB),
+        () => None,
+    }
+}
+
+/// Whether the row is a test of a model that it names by its size, not by its parts; its head is not its embedding.
+pub(super) fn names_size(case: &Case) -> bool {
+    case.kind == Kind::Golden && case.printed.starts_with("gpt3_7b")
+}
+
+/// Whether a test runs experts one after the other: Megatron's default, which the older ones of those that tell how many experts lie
+/// on how many ranks keep unless their name says otherwise.
+pub(super) fn experts_in_turn(case: &Case) -> bool {
+    let newer = ["groupedGEMM", "top2router", "ddp_average"];
+    case.kind == Kind::Golden
+        && case.printed.contains("experts2parallel")
+        && !newer.iter().any(|word| case.printed.contains(word))
 }
 
 /// Whether a test runs fused attention. The small ones and those with latent attention ask for the unfused kernel, and without
@@ -63,12 +85,35 @@ pub(super) fn make_latent(model: &mut Architecture) {
     model.pattern = Pattern::Uniform { first_dense: 1, moe_every: 1 };
 }
 
-/// Layers of multi-token prediction. Small copies of DeepSeek-V3 have one, and so have models with experts whose odd number of layers
-/// leaves it a place.
+/// The layers of Nemotron 3.5 Lightning, whose 52 are 23 of state space, 23 of experts and 6 of attention, as its small copies
+/// repeat them.
+const LIGHTNING: &str = "MEMEM*E";
+
+/// Whether the row is a test of a small copy of Nemotron 3.5 Lightning.
+pub(super) fn is_lightning(case: &Case) -> bool {
+    case.kind == Kind::Golden && case.printed.contains("nemotron3_5_lightning")
+}
+
+/// Makes a small copy of Nemotron 3.5 Lightning of a mixture of experts with the printed widths: state-space layers of 16 heads,
+/// a shared expert of twice an expert's width, and two layers of multi-token prediction that share their parameters.
+pub(super) fn make_lightning(model: &mut Architecture) {
+    model.pattern = Pattern::Letters(LIGHTNING.into());
+    model.state_space = Some(StateSpace { heads: 16, head_dim: 64, state: 128, groups: 8 });
+    if let Some(moe) = &mut model.moe {
+        moe.shared_ffn = 2 * moe.expert_ffn;
+    }
+    model.tied_embeddings = false;
+}
+
+/// Layers of multi-token prediction. Small copies of DeepSeek-V3 have one, but for resumed ones that do not name it and those under
+/// Megatron-FSDP; so have models with experts whose odd number of layers leaves it a place, and small copies of Nemotron 3.5
+/// Lightning have two.
 pub(super) fn mtp_layers(case: &Case) -> usize {
     let odd = case.shape.layers.is_some_and(|layers| !layers.is_multiple_of(2));
-    let predicts = case.kind == Kind::Golden && case.shape.experts.is_some() && (odd || is_latent(case));
-    usize::from(predicts && !case.mentions("no_mtp"))
+    let plain = ["resume", "fsdp"].iter().any(|word| case.mentions(word)) && !case.mentions("mtp");
+    let copies = is_latent(case) && !plain;
+    let predicts = case.kind == Kind::Golden && case.shape.experts.is_some() && (odd || copies);
+    if is_lightning(case) { 2 } else { usize::from(predicts && !case.mentions("no_mtp")) }
 }
 
 /// Stages a rank. A number in the name counts the layers of a stage, or the stages where it does not divide the layers. Layers

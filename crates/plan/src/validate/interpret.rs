@@ -6,7 +6,7 @@ use crate::hardware::{Cluster, Gpu};
 use crate::parallelism::{Modules, Optimizer, Parallelism, Recomputation, Routing, Sharding, Training};
 use crate::precision::Precision;
 use crate::schedule::ScheduleKind;
-use crate::software::{DispatchKind, Software, Trainable};
+use crate::software::{DispatchKind, Habits, Software, Trainable};
 
 use super::case::{Case, Kind};
 use super::golden;
@@ -123,6 +123,12 @@ fn training(case: &Case, model: &Architecture, compute: Precision, layout: &Para
         },
         trainable: if case.mentions("lora") { Trainable::Adapters } else { Trainable::All },
         software: software(case),
+        habits: Habits {
+            // Torchtitan compiles its loss since February 2025.
+            compiled_loss: !case.source.contains("2024"),
+            captured_attention: case.mentions("cudagraph"),
+            experts_in_turn: golden::experts_in_turn(case),
+        },
     }
 }
 

@@ -30,6 +30,9 @@ pub(super) fn architecture(case: &Case, models: &[Architecture]) -> Result<Archi
     if golden::is_latent(case) {
         golden::make_latent(&mut model);
     }
+    if golden::is_lightning(case) {
+        golden::make_lightning(&mut model);
+    }
     model.mtp_layers = model.mtp_layers.max(golden::mtp_layers(case));
     if case.mentions("w/o mtp") {
         model.mtp_layers = 0;
@@ -127,7 +130,7 @@ fn from_shape(case: &Case) -> Result<Architecture, String> {
         layers,
         hidden,
         vocab: shape.vocab.map_or(golden::vocab(case).unwrap_or(GPT_VOCAB), |vocab| vocab as usize),
-        tied_embeddings: !case.mentions("untie"),
+        tied_embeddings: !case.mentions("untie") && !golden::names_size(case),
         gated,
         attention: Attention::Grouped {
             heads,
