@@ -81,8 +81,9 @@ pub struct CommonConstants {
     pub spread_moe: f64,
 }
 
-/// Four of five measured peaks of memory lie within this logarithm of the predicted one: families weigh alike, and but for how unevenly
-/// tests route no constant of memory is fitted to them (`unisono plan validate`).
+/// Four of five peaks of memory lie within this logarithm of the predicted one. Of measured ones they lie within 0.064, families weighing
+/// alike, though but for how unevenly tests route no constant of memory is fitted to them (`unisono plan validate`): what tests run was
+/// learnt from their rows, and most of them tell what is allocated, not what is reserved.
 pub const MEMORY_BAND: f64 = 0.115;
 
 /// Constants for one GPU and software.

@@ -142,7 +142,8 @@ fn deduplicates(case: &Case) -> bool {
 /// Whether tokens travel while another micro-batch computes.
 fn overlaps(case: &Case) -> bool {
     let named = case.mentions("overlap") && !case.mentions("overlap off") && !case.mentions("no overlap");
-    named || case.mentions("hai-llm") || recipe(case).is_some_and(|of| of.overlapped)
+    let set = recipe(case).is_some_and(|of| of.overlapped) || recipes::practises_overlap(case);
+    named || case.mentions("hai-llm") || set
 }
 
 /// NVIDIA's recipes accumulate and reduce gradients in 16 bits; Megatron itself, and its tests, in 32. For models with latent attention
@@ -350,7 +351,8 @@ fn micro_batches(case: &Case, model: &Architecture, grid: &Parallelism) -> Vec<u
 }
 
 fn recomputations(case: &Case) -> Vec<Recomputation> {
-    let recipe = recipe(case).and_then(|of| of.recompute).filter(|_| case.recompute.is_empty());
+    let recipe = recipe(case).and_then(|of| of.recompute).or_else(|| recipes::best_practice(case));
+    let recipe = recipe.filter(|_| case.recompute.is_empty());
     let text = recipe.map_or_else(|| case.recompute.to_lowercase(), str::to_string);
     if text.starts_with("full") {
         return vec![Recomputation::Full];

@@ -63,6 +63,26 @@ pub(super) fn micro_batch(case: &Case, sparse: bool) -> Option<usize> {
     (sparse && recent && case.gpu == "H100" && case.mentions("megatron-bridge")).then_some(1)
 }
 
+/// What the best practices of Megatron's model zoo for Qwen3-235B on Grace set and its table leaves out (the repository's
+/// `best_practice/qwen3`): interleaved runs compute the experts' activation and norms again, and move what experts keep to the host,
+/// so that they fit; others compute nothing again.
+pub(super) fn best_practice(case: &Case) -> Option<&'static str> {
+    let stages = case.degrees.virtual_stages.filter(|_| zoo_on_grace(case))?;
+    Some(if stages > 1 { "moe_act+layernorm" } else { "none" })
+}
+
+/// Whether such a run overlaps its dispatch with another micro-batch: interleaved ones do that do not split the context.
+pub(super) fn practises_overlap(case: &Case) -> bool {
+    let several = |degree: Option<u64>| degree.is_some_and(|degree| degree > 1);
+    zoo_on_grace(case) && several(case.degrees.virtual_stages) && !several(case.degrees.context)
+}
+
+fn zoo_on_grace(case: &Case) -> bool {
+    case.file.contains("modelzoo")
+        && case.gpu.starts_with("GB")
+        && case.model_name().starts_with("Qwen3-235B")
+}
+
 /// What a recipe says.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Recipe {
