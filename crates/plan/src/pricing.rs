@@ -24,7 +24,7 @@ pub use traffic::{Axis, Traffic};
 pub use work::{Passes, Work};
 
 use rates::Rates;
-pub(crate) use stages::{Share, Stages};
+pub(crate) use stages::{MOST_KINDS, Share, Stages};
 use work::Sizes;
 
 /// Standard normal quantile of 90%: an 80% interval lies between the negative and the positive.

@@ -5,8 +5,8 @@ mod activations;
 use crate::calibration::Constants;
 use crate::parallelism::{Parallelism, Recomputation, Sharding};
 use crate::precision::Precision;
-use crate::pricing::{Pricer, Share};
-use crate::schedule::{ScheduleKind, moments};
+use crate::pricing::{MOST_KINDS, Pricer, Share};
+use crate::schedule::{ScheduleKind, peak};
 use crate::software::{Software, Trainable};
 
 use activations::Half;
@@ -59,6 +59,17 @@ const STREAMS: f64 = 4.0;
 
 const MIB: f64 = (1u64 << 20) as f64;
 
+/// Bytes that a layer of each kind keeps.
+#[derive(Debug, Clone, Default)]
+struct KeptBytes {
+    /// All of it; where attention is captured, what that keeps.
+    first: [f64; MOST_KINDS],
+    /// The rest, where attention is captured.
+    second: [f64; MOST_KINDS],
+    temporary: [f64; MOST_KINDS],
+    captured: bool,
+}
+
 impl RankMemory {
     /// The names and bytes of all parts, in the order in which they are printed.
     pub fn parts(&self) -> [(&'static str, f64); 10] {
@@ -91,7 +102,7 @@ impl RankMemory {
 impl Pricer {
     /// The pipeline rank that needs most, and what it holds. The layout is checked.
     pub(crate) fn worst_rank(&self, layout: &Parallelism) -> (usize, RankMemory) {
-        let kept = self.kept_by_kind(layout);
+        let kept = self.kept_bytes(layout);
         let mut worst = (0, self.memory_of(layout, 0, &kept));
         for rank in 1..layout.pipeline {
             let memory = self.memory_of(layout, rank, &kept);
@@ -104,7 +115,7 @@ impl Pricer {
 
     /// What pipeline rank `rank` of a checked layout holds at its peak.
     pub fn rank_memory(&self, layout: &Parallelism, rank: usize) -> RankMemory {
-        self.memory_of(layout, rank, &self.kept_by_kind(layout))
+        self.memory_of(layout, rank, &self.kept_bytes(layout))
     }
 
     /// Tensors that one layer of each kind keeps for a micro-batch's backward, on the fullest rank in one step of twenty, in the order of [`Pricer::kinds`].
@@ -114,12 +125,26 @@ impl Pricer {
         kinds.map(|(kind, _)| Kept::of(&self.model, layout, &self.training, *kind, uneven)).collect()
     }
 
-    fn memory_of(&self, layout: &Parallelism, rank: usize, kept: &[Kept]) -> RankMemory {
+    fn kept_bytes(&self, layout: &Parallelism) -> KeptBytes {
+        // What a graph keeps is its own once it is captured, and its allocator counts it as free: the peak is that of capturing
+        // attention alone, in the pipeline's order, or that of everything else while a step runs.
+        let captured = self.training.habits.captured_attention;
+        let [first, second] = if captured { [Half::Mixer, Half::Network] } else { [Half::Both; 2] };
+        let mut bytes = KeptBytes { captured, ..KeptBytes::default() };
+        for (at, kept) in self.kept_by_kind(layout).iter().enumerate().take(MOST_KINDS) {
+            bytes.first[at] = kept.bytes_of(first, layout.recompute);
+            bytes.second[at] = if captured { kept.bytes_of(second, layout.recompute) } else { 0.0 };
+            bytes.temporary[at] = kept.temporary(layout.recompute);
+        }
+        bytes
+    }
+
+    fn memory_of(&self, layout: &Parallelism, rank: usize, kept: &KeptBytes) -> RankMemory {
         let share = self.stages.share(layout, rank);
         let mut memory = self.states_of(layout, &share);
-        for (kept, layers) in kept.iter().zip(share.layers) {
+        for (bytes, layers) in kept.temporary.iter().zip(share.layers) {
             if layers > 0 {
-                memory.temporary = memory.temporary.max(kept.temporary(layout.recompute));
+                memory.temporary = memory.temporary.max(*bytes);
             }
         }
         let tokens = (layout.micro_batch * self.training.sequence) as f64 / layout.context as f64;
@@ -136,16 +161,12 @@ impl Pricer {
             };
             memory.logits = bytes * tokens * self.model.vocab as f64 / layout.tensor as f64;
         }
-        // What a graph keeps is its own once it is captured, and its allocator counts it as free: the peak is that of capturing
-        // attention alone, in the pipeline's order, or that of everything else while a step runs.
         let loss = (memory.logits - memory.temporary).max(0.0);
-        let held = |part| {
-            self.held_at_peak(layout, rank, &share, loss, &|kind| kept[kind].bytes_of(part, layout.recompute))
-        };
-        memory.activations = match self.training.habits.captured_attention {
-            true => held(Half::Mixer).max(held(Half::Network)),
-            false => held(Half::Both),
-        };
+        memory.activations = self.held_at_peak(layout, rank, &share, loss, &kept.first);
+        if kept.captured {
+            let running = self.held_at_peak(layout, rank, &share, loss, &kept.second);
+            memory.activations = memory.activations.max(running);
+        }
         let passing = memory.activations + memory.temporary.max(memory.logits) + memory.communication;
         memory.fragmentation = (RESERVED - 1.0) * passing;
         memory
@@ -159,14 +180,10 @@ impl Pricer {
         rank: usize,
         share: &Share,
         loss: f64,
-        bytes: &dyn Fn(usize) -> f64,
+        bytes: &[f64; MOST_KINDS],
     ) -> f64 {
         let of = |share: &Share| -> f64 {
-            let layers = share.layers.iter().take(self.stages.kinds().len()).enumerate();
-            layers
-                .filter(|(_, layers)| **layers > 0)
-                .map(|(kind, layers)| f64::from(*layers) * bytes(kind))
-                .sum()
+            share.layers.iter().zip(bytes).map(|(layers, bytes)| f64::from(*layers) * bytes).sum()
         };
         let (ranks, stages) = (layout.pipeline, layout.virtual_stages);
         let micro_batches = layout.micro_batches(&self.training);
@@ -177,20 +194,11 @@ impl Pricer {
         if layout.schedule != ScheduleKind::Interleaved || ranks == 1 {
             return evenly();
         }
-        let chunk = |turn: usize| self.stages.chunk_share(turn * ranks + rank, layout.chunks());
-        let first = chunk(0).layers;
-        if (1..stages).all(|turn| chunk(turn).layers == first) {
-            return evenly();
-        }
         // Stages that hold fewer layers are in flight for fewer micro-batches than those before them.
+        let chunk = |turn: usize| self.stages.chunk_share(turn * ranks + rank, layout.chunks());
         let kept: Vec<f64> = (0..stages).map(|turn| of(&chunk(turn))).collect();
-        let moments = moments(ranks, stages, micro_batches, rank);
-        let held = moments.map(|moment| {
-            let sum: f64 =
-                kept.iter().enumerate().map(|(turn, bytes)| moment.held(turn) as f64 * bytes).sum();
-            if share.head && moment.next() + 1 < stages { sum - loss } else { sum }
-        });
-        held.fold(0.0, f64::max)
+        let elsewhere = if share.head { loss } else { 0.0 };
+        peak(&kept, ranks, micro_batches, rank, elsewhere)
     }
 
     /// At least so many bytes of weights, gradients and optimizer states on the fullest rank: the mean over pipeline ranks,

@@ -7,54 +7,38 @@ pub(super) fn warmup(ranks: usize, virtual_stages: usize, rank: usize) -> usize 
     2 * (ranks - rank - 1) + (virtual_stages - 1) * ranks
 }
 
-/// How far a rank has come.
-#[derive(Debug, Clone, Copy)]
-pub(crate) struct Moment {
-    ranks: usize,
-    virtual_stages: usize,
-    forwards: usize,
-    backwards: usize,
-}
-
-impl Moment {
-    /// Micro-batches that its `turn`-th stage holds.
-    pub fn held(self, turn: usize) -> usize {
-        self.passed(self.forwards, turn) - self.passed(self.backwards, self.virtual_stages - 1 - turn)
+/// The most that rank `rank` holds between a forward and the backward after it, where a micro-batch keeps `kept[turn]` in the rank's
+/// `turn`-th stage; less `elsewhere` where that backward is not one of the last stage.
+///
+/// What is held changes evenly while neither pass changes its stage, so that the ends of such stretches are enough, and after as
+/// many passes as there are stages it repeats.
+pub(crate) fn peak(kept: &[f64], ranks: usize, micro_batches: usize, rank: usize, elsewhere: f64) -> f64 {
+    let group = ranks * kept.len();
+    let total = micro_batches * kept.len();
+    let ahead = warmup(ranks, kept.len(), rank).min(total - 1);
+    let (mut forwards, mut backwards) = (ahead + 1, 0);
+    let turns = kept.iter().enumerate();
+    let mut held: f64 = turns
+        .map(|(turn, bytes)| {
+            let begun = (forwards % group).saturating_sub(turn * ranks).min(ranks);
+            (forwards / group * ranks + begun) as f64 * bytes
+        })
+        .sum();
+    let mut left = (total - ahead).min(group) - 1;
+    let mut most = 0.0f64;
+    loop {
+        let back = kept.len() - 1 - backwards % group / ranks;
+        let less = if back + 1 < kept.len() { elsewhere } else { 0.0 };
+        most = most.max(held - less);
+        if left == 0 {
+            return most;
+        }
+        let steps = (ranks - backwards % ranks).min(ranks - forwards % ranks).min(left);
+        let change = kept[forwards % group / ranks] - kept[back];
+        most = most.max(held + (steps - 1) as f64 * change - less);
+        held += steps as f64 * change;
+        (forwards, backwards, left) = (forwards + steps, backwards + steps, left - steps);
     }
-
-    /// The stage whose backward comes next.
-    pub fn next(self) -> usize {
-        self.virtual_stages - 1 - self.backwards % (self.ranks * self.virtual_stages) / self.ranks
-    }
-
-    fn passed(self, passes: usize, turn: usize) -> usize {
-        let group = self.ranks * self.virtual_stages;
-        let rest = (passes % group).saturating_sub(turn * self.ranks).min(self.ranks);
-        passes / group * self.ranks + rest
-    }
-}
-
-/// The moments after a forward, before the backward that follows, at one of which rank `rank` holds most whatever its stages hold: where
-/// the stage of either pass changes, in a period of the steady state.
-pub(crate) fn moments(
-    ranks: usize,
-    virtual_stages: usize,
-    micro_batches: usize,
-    rank: usize,
-) -> impl Iterator<Item = Moment> {
-    let total = micro_batches * virtual_stages;
-    let ahead = warmup(ranks, virtual_stages, rank).min(total - 1);
-    let steps = (total - ahead).min(ranks * virtual_stages);
-    let changes = move |forward: usize, backward: usize| {
-        let at = [forward % ranks, (forward + 1) % ranks, backward % ranks, (backward + 1) % ranks];
-        at.contains(&0)
-    };
-    (0..steps).filter(move |step| changes(ahead + step, *step)).map(move |step| Moment {
-        ranks,
-        virtual_stages,
-        forwards: ahead + step + 1,
-        backwards: step,
-    })
 }
 
 pub(super) fn schedule(ranks: usize, virtual_stages: usize, micro_batches: usize) -> Schedule {
@@ -82,5 +66,42 @@ pub(super) fn schedule(ranks: usize, virtual_stages: usize, micro_batches: usize
         micro_batches: micro_batches as u32,
         placement: (0..group).map(|stage| (stage % ranks) as u16).collect(),
         ranks: (0..ranks).map(of_rank).collect(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_peak_is_that_of_the_ops() {
+        let kept = [3.0, 1.0, 7.0, 2.0];
+        for (ranks, stages, micro_batches) in
+            [(4, 2, 4), (4, 2, 8), (2, 4, 2), (2, 4, 8), (3, 3, 9), (1, 4, 5)]
+        {
+            let schedule = schedule(ranks, stages, micro_batches);
+            for rank in 0..ranks {
+                for elsewhere in [0.0, 2.5, 100.0] {
+                    let turn = |chunk: &Chunk| usize::from(chunk.stage) / ranks;
+                    let (mut held, mut most) = (0.0f64, 0.0f64);
+                    for op in &schedule.ranks[rank] {
+                        match op {
+                            Op::Forward(chunk) => held += kept[turn(chunk)],
+                            Op::Backward(chunk) => {
+                                let less = if turn(chunk) + 1 < stages { elsewhere } else { 0.0 };
+                                most = most.max(held - less);
+                                held -= kept[turn(chunk)];
+                            }
+                            _ => {}
+                        }
+                    }
+                    let found = peak(&kept[..stages], ranks, micro_batches, rank, elsewhere);
+                    assert!(
+                        (found - most).abs() < 1e-9,
+                        "{ranks} {stages} {micro_batches} {rank}: {found} {most}"
+                    );
+                }
+            }
+        }
     }
 }

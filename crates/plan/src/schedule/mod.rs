@@ -16,7 +16,7 @@ mod zero_bubble;
 
 pub use check::{InFlight, ScheduleError};
 pub use engine::EngineStep;
-pub(crate) use interleaved::moments;
+pub(crate) use interleaved::peak;
 pub use kind::ScheduleKind;
 pub use op::{Chunk, Exchange, ExchangeKind, Kernel, KernelKind, Op, Pass, Site};
 
