@@ -2,8 +2,8 @@
 
 use unisono_plan::collectives::places_touched;
 use unisono_plan::{
-    Architecture, Axis, Cluster, DispatchKind, Gpu, Habits, Level, Optimizer, Outlook, Parallelism, Precision,
-    Priced, Pricer, Recomputation, Routing, Software, Trainable, Training, bottleneck, changes,
+    Architecture, Axis, Cluster, DispatchKind, Gpu, Habits, Level, Optimizer, Outlook, Parallelism,
+    Precision, Priced, Pricer, Recomputation, Routing, Software, Trainable, Training, bottleneck, changes,
 };
 
 /// DeepSeek-V3's pre-training: 15,360 sequences of 4,096 tokens a step, 14.8 T tokens.
