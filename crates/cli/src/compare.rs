@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 
 use clap::Args;
 use serde_json::json;
-use unisono_comm::{Ledger, kind};
+use unisono_comm::kind;
 use unisono_plan::Layout;
 use unisono_train::ways::DISPATCH_CALLS;
 use unisono_train::{Event, Observer, RunConfig, RunOptions, Summary, ValidationRecord, train};
@@ -144,12 +144,6 @@ fn fresh_folder(base: &Path, name: &str) -> PathBuf {
     candidates.into_iter().find(|path| !path.exists()).unwrap_or_else(|| base.join(name))
 }
 
-/// Bytes that ranks sent to other ranks, in calls of the given kinds.
-fn sent(ledger: &Ledger, kinds: &[&str]) -> u64 {
-    let rows = ledger.rows.iter().filter(|row| row.link != unisono_mesh::LinkClass::SameRank);
-    rows.filter(|row| kinds.contains(&row.kind.as_str())).map(|row| row.bytes_sent).sum()
-}
-
 /// A line of the table.
 struct Figure {
     label: &'static str,
@@ -241,5 +235,5 @@ fn flops(side: &Side) -> f64 {
 
 /// Bytes that ranks sent to others in such calls, a step.
 fn a_step(side: &Side, kinds: &[&str]) -> Option<f64> {
-    Some(sent(&side.summary.ledger, kinds) as f64 / side.summary.step.max(1) as f64)
+    Some(side.summary.ledger.sent_in(kinds) as f64 / side.summary.step.max(1) as f64)
 }

@@ -100,6 +100,12 @@ impl Ledger {
         self.ranks.sort_by_key(|rank| rank.rank);
     }
 
+    /// Bytes that were sent to other ranks in calls of such kinds.
+    pub fn sent_in(&self, kinds: &[&str]) -> u64 {
+        let rows = self.rows.iter().filter(|row| row.link != LinkClass::SameRank);
+        rows.filter(|row| kinds.contains(&row.kind.as_str())).map(|row| row.bytes_sent).sum()
+    }
+
     /// The rank through which most bytes went, sent and received; the lowest of equals.
     pub fn busiest_rank(&self) -> Option<RankTraffic> {
         let through = |rank: &RankTraffic| rank.bytes_sent + rank.bytes_received;

@@ -89,6 +89,13 @@ pub struct Window {
     pub every: usize,
 }
 
+impl Window {
+    /// Whether layer `layer` is windowed.
+    pub fn includes(&self, layer: usize) -> bool {
+        layer.checked_sub(self.first).is_some_and(|after| after.is_multiple_of(self.every.max(1)))
+    }
+}
+
 /// Sizes of an MoE layer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub struct MoeShape {
@@ -230,9 +237,7 @@ impl Architecture {
 
     /// Whether layer `layer` sees only its window.
     pub fn is_windowed(&self, layer: usize) -> bool {
-        self.window.is_some_and(|window| {
-            layer.checked_sub(window.first).is_some_and(|after| after.is_multiple_of(window.every.max(1)))
-        })
+        self.window.is_some_and(|window| window.includes(layer))
     }
 
     /// Layers whose feed-forward network has experts, without those of multi-token prediction.

@@ -8,9 +8,9 @@ use std::ops::Range;
 use std::time::Instant;
 
 use serde::{Deserialize, Serialize};
-use unisono_comm::{CommError, Communicator, Ledger, Part, Row, ThreadRanks};
+use unisono_comm::{CommError, Communicator, Ledger, Part, ThreadRanks};
 use unisono_data::Dataset;
-use unisono_mesh::{Fold, Grid, LinkClass};
+use unisono_mesh::{Fold, Grid};
 use unisono_model::Profile;
 use unisono_plan::{Layout, SegmentKind};
 use unisono_tensor::{Backend, Buffer, Cpu};
@@ -81,15 +81,12 @@ pub fn bench_baseline(
     let per_step = |bytes: u64| bytes / steps as u64;
     let busiest = ledger.busiest_rank().map_or(0, |rank| rank.bytes_sent + rank.bytes_received);
     let total = ledger.ranks.iter().map(|rank| rank.bytes_sent).sum();
-    let dispatches =
-        |row: &&Row| row.link != LinkClass::SameRank && DISPATCH_CALLS.contains(&row.kind.as_str());
-    let dispatched = ledger.rows.iter().filter(dispatches).map(|row| row.bytes_sent).sum();
     Ok(BaselineMeasured {
         synchronisation,
         ranks,
         busiest_rank_bytes: per_step(busiest),
         total_bytes: per_step(total),
-        dispatched_bytes: per_step(dispatched),
+        dispatched_bytes: per_step(ledger.sent_in(&DISPATCH_CALLS)),
         step_s: median(&outcomes[0].steps),
         communication_s: median(&outcomes[0].communication),
     })

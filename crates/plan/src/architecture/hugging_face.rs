@@ -224,8 +224,7 @@ impl Config {
         let Some(first) = slides.iter().position(|slides| *slides) else { return Ok(None) };
         let next = slides.iter().skip(first + 1).position(|slides| *slides);
         let window = Window { tokens, first, every: next.map_or(slides.len(), |at| at + 1) };
-        let windowed = |layer: usize| layer >= first && (layer - first).is_multiple_of(window.every);
-        match slides.iter().enumerate().all(|(layer, slides)| *slides == windowed(layer)) {
+        match slides.iter().enumerate().all(|(layer, slides)| *slides == window.includes(layer)) {
             true => Ok(Some(window)),
             false => Err(field(name, "windows must be in every so many layers from one on")),
         }

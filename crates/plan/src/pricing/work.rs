@@ -324,8 +324,9 @@ impl Sizes<'_> {
         let asks =
             self.layout.expert > 1 && dispatch.asks_for_counts() && self.training.software.is_megatron();
         let of = &self.rates.calibration;
-        let works = [(&mut own.forward, asks), (&mut own.input, asks && dispatch.overlapped)];
-        for (work, waits) in works.into_iter().chain([(&mut own.weight, asks && dispatch.overlapped)]) {
+        // The backward knows the counts of its forward, unless another micro-batch's forward runs with it.
+        let again = asks && dispatch.overlapped;
+        for (work, waits) in [(&mut own.forward, asks), (&mut own.input, again), (&mut own.weight, again)] {
             work.kernels *= of.software.moe_launch;
             work.awaited = if waits { of.common.awaited * work.kernels } else { 0.0 };
         }

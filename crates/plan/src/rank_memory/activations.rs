@@ -42,8 +42,8 @@ pub struct Kept {
     tensors: Vec<(&'static str, Part, f64)>,
     /// So many are the mixer's.
     of_mixer: usize,
-    /// Tensors as wide as one whose gradients are alive together: the second takes the first one's place where it can.
-    in_place: Option<f64>,
+    /// The tensor whose gradient takes the place of the one that it is made of.
+    in_place: Option<usize>,
 }
 
 impl Kept {
@@ -117,11 +117,11 @@ impl Kept {
             // Korthikanti et al. (2022): softmax in 16 bits; GPT's dropout and its mask.
             let scores = sizes.tokens * sizes.sequence * heads;
             let dropout = if model.gated { 0.0 } else { sizes.width + 1.0 };
-            self.push("attention scores", Part::Core, (sizes.width + dropout) * scores);
             if model.gated {
                 // Without dropout the gradient of scores overwrites that of the softmax.
-                self.in_place = Some(sizes.width * scores);
+                self.in_place = Some(self.tensors.len());
             }
+            self.push("attention scores", Part::Core, (sizes.width + dropout) * scores);
         }
         self.push("attention output", Part::Other, of(heads * v));
         if sizes.input < sizes.width {
@@ -207,8 +207,9 @@ impl Kept {
             .filter(|(_, part, _)| spared(*part, recompute))
             .map(|(_, _, bytes)| bytes)
             .sum();
-        let twice = |bytes: f64| if self.in_place == Some(bytes) { bytes } else { 2.0 * bytes };
-        again + self.tensors.iter().map(|(_, _, bytes)| twice(*bytes)).fold(0.0, f64::max)
+        let gradients = |at: usize| if self.in_place == Some(at) { 1.0 } else { 2.0 };
+        let tensors = self.tensors.iter().enumerate();
+        again + tensors.map(|(at, (_, _, bytes))| gradients(at) * bytes).fold(0.0, f64::max)
     }
 }
 
