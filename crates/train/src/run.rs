@@ -574,7 +574,8 @@ impl RankRun<'_, '_> {
         self.write_spans()?;
         if self.leads() {
             let memory = self.state.model().backend().memory().1 as u64;
-            let effective = 1.0 - self.skipped as f64 / record.step as f64;
+            let progress = self.state.progress();
+            let effective = progress.updates as f64 / progress.step as f64;
             let mfu = self.shared.options.peak_flops.map(|peak| 100.0 * record.tflops * 1e12 / peak);
             self.note(|folder| folder.step(&record, memory, effective, mfu));
             self.shared.observer.event(Event::Step(Box::new(record.clone())));

@@ -4,8 +4,9 @@
 ///
 /// Buffers are recycled by their [`Pool`](crate::Pool), but the product library allocates its packing buffers anew for
 /// every product. By default glibc gives each thread heaps of its own, hands their ends back to the system when they
-/// are free, and asks for them again a moment later: system calls and page faults in every step. Call it once, at the
-/// start of the program. Other allocators are left as they are.
+/// are free, and asks for them again a moment later: system calls and page faults in every step. The heap's beginning, where
+/// such buffers lie, also asks for huge pages, as [`Pool`](crate::Pool) does. Call it once, at the start of the program. Other
+/// allocators are left as they are.
 pub fn keep_freed_memory() {
     #[cfg(all(target_os = "linux", target_env = "gnu"))]
     {
@@ -22,5 +23,23 @@ pub fn keep_freed_memory() {
             // SAFETY: mallopt takes any option and value; it only sets parameters of the allocator, under its lock.
             unsafe { libc::mallopt(option, value) };
         }
+        ask_for_huge_pages(LARGEST_KEPT_BLOCK as usize / 2);
+    }
+}
+
+/// Makes the heap grow by a block of `bytes`, with what it grows beyond, and asks for huge pages from there to its end.
+#[cfg(all(target_os = "linux", target_env = "gnu"))]
+fn ask_for_huge_pages(bytes: usize) {
+    const HUGE_PAGE: usize = 2 << 20;
+    // SAFETY: the block is freed and never written to. Advice changes no contents, and the range, whole pages from the block to
+    // the end of the heap, is the allocator's own; if the block lies elsewhere, the range is empty.
+    unsafe {
+        let block = libc::malloc(bytes);
+        let start = (block as usize).next_multiple_of(HUGE_PAGE);
+        let end = libc::sbrk(0) as usize;
+        if !block.is_null() && start < end && end - start < 16 * bytes {
+            libc::madvise(start as *mut libc::c_void, end - start, libc::MADV_HUGEPAGE);
+        }
+        libc::free(block);
     }
 }

@@ -332,3 +332,29 @@ fn tensorboard_has_the_utilization_where_the_machine_was_measured() {
         assert_eq!(events.windows(6).any(|window| window == b"mfu(%)"), written);
     }
 }
+
+/// Every value of a TensorBoard tag that a run's files hold, in the order of the files.
+fn scalars(folder: &Path, tag: &str) -> Vec<f32> {
+    let is_events = |path: &Path| path.to_string_lossy().contains("tfevents");
+    let events: Vec<u8> =
+        files(folder).into_iter().filter(|(path, _)| is_events(path)).flat_map(|(_, bytes)| bytes).collect();
+    // The name of a summary's value, then field 2: four bytes.
+    let named = [tag.as_bytes(), &[0x15]].concat();
+    let after = |at: usize| events[at + named.len()..].first_chunk().copied().expect("a whole event");
+    let places = (0..events.len()).filter(|at| events[*at..].starts_with(&named));
+    places.map(|at| f32::from_le_bytes(after(at))).collect()
+}
+
+#[test]
+fn the_share_of_effective_steps_counts_those_before_a_resume() {
+    let folder = folder();
+    let mut config = config();
+    (config.train.on_non_finite, config.checkpoint.every) = (OnNonFinite::Skip, 4);
+    let mut options = RunOptions::new(folder.path(), 2, 1);
+    (options.fault, options.stop_after) = (Some(Fault::PoisonGradient { step: 2 }), Some(4));
+    try_run(&config, &options).expect("it skips the step");
+    (options.fault, options.stop_after, options.resume) = (None, None, true);
+    try_run(&config, &options).expect("it goes on");
+    let share = |step: u16| f32::from(step - u16::from(step > 1)) / f32::from(step);
+    assert_eq!(scalars(folder.path(), "goodput/effective_ratio"), [1, 2, 3, 4, 5, 6].map(share));
+}
