@@ -140,12 +140,20 @@ pub fn measure_machine(say: &dyn Fn(&str)) -> Result<LocalMachine, TrainError> {
                 }
             }
         }
+        let mut steps = Vec::new();
         for (config, seconds) in configs.iter().zip(&fastest) {
-            let work =
-                step_work(&engine_layout(config, &Fold::new(config.grid, ranks)?, |_| 0), step_rows(config));
+            let layout = engine_layout(config, &Fold::new(config.grid, ranks)?, |_| 0);
+            let work = step_work(&layout, step_rows(config));
             samples.add(&products, &work, |phase| seconds.get(&phase).copied().unwrap_or(0.0));
+            steps.push((work, whole(seconds)));
         }
-        mode.push(Mode { ranks, threads, phase: samples.fit(copy_bytes_per_s) });
+        let filled =
+            mode.iter().find(|mode: &&Mode| ranks > cores && (mode.ranks, mode.threads) == (cores, 1));
+        let measured = match filled {
+            Some(filled) => filled.in_turns(&products, ranks, &steps),
+            None => Mode { ranks, threads, phase: samples.fit(copy_bytes_per_s) },
+        };
+        mode.push(measured);
     }
     Ok(LocalMachine { cpu: cpu_type(), cores, copy_bytes_per_s, products, mode })
 }
@@ -156,12 +164,12 @@ pub fn step_rows(config: &RunConfig) -> StepRows {
     StepRows { slot: config.train.micro_batch * sequence, sequence }
 }
 
-/// One core, all of them shared out over 1, 2, 4, ... ranks, and twice as many ranks as there are cores.
+/// One core, all of them shared out over 1, 2, 4, ... ranks, and two and four times as many ranks as there are cores.
 fn modes(cores: usize) -> Vec<(usize, usize)> {
     let shared =
         (0..).map(|i| 1 << i).take_while(|ranks| *ranks <= cores).map(|ranks| (ranks, cores / ranks));
     let mut all: Vec<(usize, usize)> =
-        std::iter::once((1, 1)).chain(shared).chain([(cores, 1), (2 * cores, 1)]).collect();
+        std::iter::once((1, 1)).chain(shared).chain([1, 2, 4].map(|turns| (turns * cores, 1))).collect();
     all.sort_unstable();
     all.dedup();
     all
@@ -272,9 +280,9 @@ mod tests {
 
     #[test]
     fn cores_are_shared_out_over_ranks() {
-        assert_eq!(modes(1), [(1, 1), (2, 1)]);
-        assert_eq!(modes(2), [(1, 1), (1, 2), (2, 1), (4, 1)]);
-        assert_eq!(modes(6), [(1, 1), (1, 6), (2, 3), (4, 1), (6, 1), (12, 1)]);
+        assert_eq!(modes(1), [(1, 1), (2, 1), (4, 1)]);
+        assert_eq!(modes(2), [(1, 1), (1, 2), (2, 1), (4, 1), (8, 1)]);
+        assert_eq!(modes(6), [(1, 1), (1, 6), (2, 3), (4, 1), (6, 1), (12, 1), (24, 1)]);
     }
 
     #[test]

@@ -2,7 +2,8 @@
 //!
 //! Ranks are threads of one process, so that a rank's own cores move its bytes: nothing is hidden behind anything, and a
 //! step is the sum of its phases. A phase takes a share of what its products take alone, and a time for each element,
-//! each multiply-add of attention and each call besides; these are fitted to steps of the engine itself.
+//! each multiply-add of attention and each call besides; these are fitted to steps of the engine itself. Where ranks outnumber
+//! cores, which phase a rank waits in is the scheduler's choice: only whole steps are fitted there ([`Mode::in_turns`]).
 
 use std::collections::BTreeMap;
 
@@ -79,6 +80,37 @@ impl PhaseRates {
     }
 }
 
+impl Mode {
+    /// What phases take while `ranks` ranks of one thread take turns on the cores that this mode's ranks fill: as many times as
+    /// long as there are turns, times the median share by which `steps` took longer than that (work, and seconds of the whole).
+    pub fn in_turns(
+        &self,
+        rates: &ProductRates,
+        ranks: usize,
+        steps: &[(BTreeMap<Phase, Work>, f64)],
+    ) -> Self {
+        let turns = ranks as f64 / self.ranks as f64;
+        let work_s = |work: &BTreeMap<Phase, Work>| -> f64 {
+            work.iter().map(|(phase, work)| self.phase_s(rates, *phase, work)).sum()
+        };
+        let longer = steps.iter().map(|(work, seconds)| seconds / (turns * work_s(work)));
+        let mut longer: Vec<f64> = longer.filter(|ratio| ratio.is_finite()).collect();
+        longer.sort_by(f64::total_cmp);
+        let median = longer.get(longer.len() / 2).copied().unwrap_or(1.0);
+        let mut mode = Self { ranks, threads: 1, phase: self.phase.clone() };
+        // All cores together do not work faster for being shared.
+        mode.phase.iter_mut().for_each(|rates| rates.scale(turns * median.max(1.0)));
+        mode
+    }
+
+    fn phase_s(&self, rates: &ProductRates, (communicates, name): Phase, work: &Work) -> f64 {
+        let own = self.phase.iter().find(|own| own.communicates == communicates && own.name == name);
+        let Some(own) = own else { return 0.0 };
+        let factors = [own.of_products, own.element_s, own.score_s, own.call_s];
+        features(rates, work).iter().zip(factors).map(|(feature, factor)| feature * factor).sum()
+    }
+}
+
 /// A layout that a machine's file cannot price.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum MachineError {
@@ -146,8 +178,10 @@ impl LocalMachine {
         let ranks = layout.fold.ranks();
         let (mode, stretch) = self.mode_for(ranks, threads);
         let work = step_work(layout, rows);
-        let phases: Vec<(Phase, f64)> =
-            work.iter().map(|(phase, work)| (*phase, stretch * self.phase_s(mode, *phase, work))).collect();
+        let phases: Vec<(Phase, f64)> = work
+            .iter()
+            .map(|(phase, work)| (*phase, stretch * mode.phase_s(&self.products, *phase, work)))
+            .collect();
         LocalPrice { step_s: phases.iter().map(|(_, seconds)| seconds).sum(), phases }
     }
 
@@ -164,7 +198,7 @@ impl LocalMachine {
         let (nearest, stretch) = self.mode_for(ranks, threads);
         let mut mode = Mode { ranks, threads, phase: nearest.phase.clone() };
         for (phase, work) in step_work(layout, rows) {
-            let predicted = stretch * self.phase_s(nearest, phase, &work);
+            let predicted = stretch * nearest.phase_s(&self.products, phase, &work);
             let measured = seconds(phase);
             let known =
                 mode.phase.iter_mut().find(|rates| (rates.communicates, rates.name.as_str()) == phase);
@@ -191,14 +225,6 @@ impl LocalMachine {
         let mode = nearest.unwrap_or(&self.mode[0]);
         let waits = turns(ranks, threads).max(1.0) / turns(mode.ranks, mode.threads).max(1.0);
         (mode, waits * mode.threads as f64 / threads as f64)
-    }
-
-    fn phase_s(&self, mode: &Mode, (communicates, name): Phase, work: &Work) -> f64 {
-        let rates = mode.phase.iter().find(|rates| rates.communicates == communicates && rates.name == name);
-        let Some(rates) = rates else { return 0.0 };
-        let features = features(&self.products, work);
-        let factors = [rates.of_products, rates.element_s, rates.score_s, rates.call_s];
-        features.iter().zip(factors).map(|(feature, factor)| feature * factor).sum()
     }
 }
 
@@ -351,6 +377,27 @@ mod tests {
             let fitted: f64 = features.iter().zip(found).map(|(f, t)| f * t).sum();
             assert!((fitted / seconds - 1.0).abs() < 0.04, "{fitted} of {seconds}");
         }
+    }
+
+    #[test]
+    fn ranks_in_turns_take_as_long_as_their_work_and_what_whole_steps_show() {
+        let own = |of_products| PhaseRates {
+            name: "experts".into(),
+            communicates: false,
+            of_products,
+            element_s: 1e-9,
+            score_s: 0.0,
+            call_s: 0.0,
+        };
+        let full = Mode { ranks: 2, threads: 1, phase: vec![own(1.0)] };
+        let work = |elements| BTreeMap::from([((false, "experts"), Work { elements, ..Work::default() })]);
+        let take = |slower: [f64; 3]| {
+            let steps = slower.map(|slower| (work(1e6), slower * 2e-3));
+            full.in_turns(&rates(), 4, &steps).phase[0].clone()
+        };
+        let (alike, slow) = (take([0.5, 0.9, 1.2]), take([1.0, 1.3, 7.0]));
+        assert_eq!((alike.of_products, alike.element_s), (2.0, 2e-9));
+        assert!((slow.of_products - 2.6).abs() < 1e-12 && (slow.element_s - 2.6e-9).abs() < 1e-20);
     }
 
     #[test]
