@@ -7,11 +7,12 @@ use std::hint::black_box;
 use std::sync::Barrier;
 use std::time::{Duration, Instant};
 
-use unisono_tensor::{Backend, Cpu, Dims, FfnRun, FfnShape, HeadGradients, Product};
+use unisono_tensor::{AttentionShape, Backend, Cpu, Dims, FfnRun, FfnShape, HeadGradients, Heads, Product};
 
 const TOKENS: usize = 2048;
 const D_MODEL: usize = 256;
 const QKV: usize = 512;
+const SEQUENCE: usize = 256;
 const EXPERTS: usize = 16;
 const TOP_K: usize = 2;
 const FFN: usize = 256;
@@ -136,6 +137,37 @@ fn matmuls(cpu: &Cpu) {
     }
 }
 
+/// Next to the products of whole heads with the half of the keys that a query sees on average.
+fn attention(cpu: &Cpu) {
+    let (threads, sequences) = (cpu.threads().count(), TOKENS / SEQUENCE);
+    let heads = Heads { heads: 4, kv_heads: 2, head_dim: 64 };
+    let document_start = vec![0; TOKENS];
+    let shape = AttentionShape {
+        heads,
+        sequences,
+        queries: SEQUENCE,
+        keys: SEQUENCE,
+        document_start: &document_start,
+    };
+    let (width, hd) = (heads.qkv_width(), heads.head_dim);
+    let (qkv, dout) = (values(TOKENS * width), values(TOKENS * heads.q_width()));
+    let (mut out, mut lse) = (values(TOKENS * heads.q_width()), values(TOKENS * heads.heads));
+    let mut dqkv = values(TOKENS * width);
+    let raw = |product, m, n, k| (sequences * heads.heads, Raw::new(product, m, n, k));
+    let (plain, seen) = (Product::Plain, SEQUENCE / 2);
+    let scores = || raw(Product::TransposedRight, SEQUENCE, seen, hd);
+    let forward = vec![scores(), raw(plain, SEQUENCE, hd, seen)];
+    report("attention", threads, forward, || {
+        let (out, lse) = (&mut out[..], &mut lse[..]);
+        cpu.attention(shape, &qkv, width, &qkv[heads.q_width()..], width, out, lse);
+    });
+    let keys = || raw(Product::TransposedLeft, seen, hd, SEQUENCE);
+    let backward = vec![scores(), scores(), keys(), keys(), raw(plain, SEQUENCE, hd, seen)];
+    report("attention, backward", threads, backward, || {
+        cpu.attention_backward(shape, &dout, &qkv, &out, &lse, &mut dqkv);
+    });
+}
+
 /// Rows of the experts, as unequal as a router in training makes them.
 fn expert_runs() -> Vec<FfnRun> {
     let share = |expert: usize| 1.0 + 0.6 * ((expert * 7 % EXPERTS) as f64 / (EXPERTS - 1) as f64 - 0.5);
@@ -199,6 +231,7 @@ fn main() {
     for threads in [1, 2] {
         let cpu = Cpu::new(threads);
         matmuls(&cpu);
+        attention(&cpu);
         ffns(&cpu);
         head(&cpu);
     }

@@ -364,7 +364,7 @@ pub trait Backend: Clone + Send + Sync + 'static {
         lse: Mut<'_, Self>,
     );
     /// Gradient of `qkv` `[rows, qkv_width]`, written whole (training shape: queries == keys). KV blocks ascending; within
-    /// a block, the query heads of its group ascending, query blocks ascending.
+    /// a block, the query heads of its group ascending, then blocks of queries from the first of its positions on, ascending.
     fn attention_backward(
         &self,
         shape: AttentionShape<'_>,

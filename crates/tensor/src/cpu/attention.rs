@@ -10,8 +10,12 @@ use super::parallel::{DisjointMut, Scratch, Threads};
 use super::simd::{self, vectorized};
 use crate::backend::{AttentionShape, Dims, Heads};
 
-/// Keys of a block, and queries of a block; blocks begin at multiples of it.
+/// Keys of a block, and queries of a block of the forward; blocks begin at multiples of it.
 const BLOCK: usize = 64;
+
+/// Queries that the backward takes together, from the block of keys on: its products are larger than with one block, and no
+/// query before the keys is among them.
+const QUERIES: usize = 4 * BLOCK;
 
 /// Columns of a score block that are treated together: rows of blocks are padded to whole groups.
 const GROUP: usize = 16;
@@ -28,6 +32,11 @@ impl<'a> Rows<'a> {
     /// Rows `rows.start..` as a matrix `[rows, head_dim]`, the head at column `first`.
     fn matrix(&self, row: usize, first: usize) -> Matrix<'a> {
         Matrix::rows(&self.data[row * self.stride + first..], self.stride)
+    }
+
+    /// Rows `rows.start..` as a matrix `[head_dim, rows]`.
+    fn transposed(&self, row: usize, first: usize) -> Matrix<'a> {
+        Matrix::columns(&self.data[row * self.stride + first..], self.stride)
     }
 
     /// The head at column `first` of a row.
@@ -374,13 +383,10 @@ struct Backward<'a> {
 /// Scratch for a block of keys.
 struct KeyBlock {
     keys: Range<usize>,
-    /// Transposed keys and values, `[head_dim, BLOCK]`.
-    k: Scratch,
-    v: Scratch,
     /// Gradients of keys and values, `[BLOCK, head_dim]`.
     dk: Scratch,
     dv: Scratch,
-    /// Probabilities and their gradients, then the gradients of the scores, `[BLOCK, BLOCK]`, a query a row.
+    /// Probabilities and their gradients, then the gradients of the scores, `[QUERIES, BLOCK]`, a query a row.
     p: Scratch,
     ds: Scratch,
 }
@@ -415,16 +421,17 @@ impl Backward<'_> {
             // SAFETY: the caller's rows and columns.
             unsafe { self.gradient_of(dqkv, row, column) }.fill(0.0);
         }
-        let [k, v, dk, dv] = [0; 4].map(|_| Scratch::take(BLOCK * hd));
-        let [p, ds] = [0; 2].map(|_| Scratch::take(BLOCK * BLOCK));
-        let mut block = KeyBlock { keys: 0..0, k, v, dk, dv, p, ds };
+        let [dk, dv] = [0; 2].map(|_| Scratch::take(BLOCK * hd));
+        let [p, ds] = [0; 2].map(|_| Scratch::take(QUERIES.min(length) * BLOCK));
+        let mut block = KeyBlock { keys: 0..0, dk, dv, p, ds };
         let [k_column, v_column] = self.kv_columns();
         for start in (0..length).step_by(BLOCK) {
             block.keys = start..(start + BLOCK).min(length);
-            self.load(&mut block);
+            block.dk.fill(0.0);
+            block.dv.fill(0.0);
             for head in 0..self.group() {
-                for query in (start..length).step_by(BLOCK) {
-                    let queries = query..(query + BLOCK).min(length);
+                for query in (start..length).step_by(QUERIES) {
+                    let queries = query..(query + QUERIES).min(length);
                     if self.sees(&queries, &block.keys) {
                         // SAFETY: the caller's rows and columns.
                         unsafe { self.visit(&mut block, head, queries, &delta[head * length..], dqkv) };
@@ -457,19 +464,6 @@ impl Backward<'_> {
         unsafe { dqkv.range(start..start + self.shape.heads.head_dim) }
     }
 
-    /// Transposes the keys and values of a block, clears their gradients.
-    fn load(&self, block: &mut KeyBlock) {
-        let [k_column, v_column] = self.kv_columns();
-        for (i, key) in block.keys.clone().enumerate() {
-            for (to, column) in [(&mut block.k, k_column), (&mut block.v, v_column)] {
-                let from = self.qkv.head(self.first_row + key, column);
-                from.iter().enumerate().for_each(|(j, value)| to[j * BLOCK + i] = *value);
-            }
-        }
-        block.dk.fill(0.0);
-        block.dv.fill(0.0);
-    }
-
     /// First key that the query at `position` sees.
     fn document_start(&self, position: usize) -> usize {
         (self.shape.document_start[self.first_row + position] as usize).min(position)
@@ -497,8 +491,10 @@ impl Backward<'_> {
         let (q, dout) = (self.qkv.matrix(row, column), self.dout.matrix(row, column));
         let (m, n) = (queries.len(), block.keys.len());
         let to_scores = Dims { m, n, k: hd };
-        gemm(to_scores, q, Matrix::rows(&block.k, BLOCK), MatrixMut::rows(&mut block.p, BLOCK), false);
-        gemm(to_scores, dout, Matrix::rows(&block.v, BLOCK), MatrixMut::rows(&mut block.ds, BLOCK), false);
+        let first = self.first_row + block.keys.start;
+        let [k, v] = self.kv_columns().map(|column| self.qkv.transposed(first, column));
+        gemm(to_scores, q, k, MatrixMut::rows(&mut block.p, BLOCK), false);
+        gemm(to_scores, dout, v, MatrixMut::rows(&mut block.ds, BLOCK), false);
         self.score_gradients(block, head, queries, delta);
         let to_keys = Dims { m: n, n: hd, k: m };
         gemm(to_keys, Matrix::columns(&block.p, BLOCK), dout, MatrixMut::rows(&mut block.dv, hd), true);
@@ -507,7 +503,7 @@ impl Backward<'_> {
         let start = row * width + column;
         // SAFETY: rows of this sequence, columns of this head.
         let dq = unsafe { MatrixMut::tile(dqkv.pointer(start), dqkv.len() - start, width) };
-        let keys = self.qkv.matrix(self.first_row + block.keys.start, self.kv_columns()[0]);
+        let keys = self.qkv.matrix(first, self.kv_columns()[0]);
         gemm(Dims { m, n: hd, k: n }, Matrix::rows(&block.ds, BLOCK), keys, dq, true);
     }
 
