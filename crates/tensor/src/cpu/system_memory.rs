@@ -30,9 +30,9 @@ pub fn keep_freed_memory() {
 /// Makes the heap grow by a block of `bytes`, with what it grows beyond, and asks for huge pages from there to its end.
 #[cfg(all(target_os = "linux", target_env = "gnu"))]
 fn ask_for_huge_pages(bytes: usize) {
-    const HUGE_PAGE: usize = 2 << 20;
+    use crate::buffer::HUGE_PAGE;
     // SAFETY: the block is freed and never written to. Advice changes no contents, and the range, whole pages from the block to
-    // the end of the heap, is the allocator's own; if the block lies elsewhere, the range is empty.
+    // the end of the heap, is the allocator's own; with an allocator whose blocks lie elsewhere it is empty, or too large to be what the heap grew by.
     unsafe {
         let block = libc::malloc(bytes);
         let start = (block as usize).next_multiple_of(HUGE_PAGE);
