@@ -12,6 +12,7 @@ use unisono_train::config::{EvaluationConfig, TrainConfig};
 
 use crate::args::{count, within};
 use crate::bench_collectives::{self, Collectives};
+use crate::bench_exchange::{self, Exchange};
 use crate::bench_local::{self, Layouts, Local};
 use crate::bench_ways::{self, Dispatch, Exactness, Overlap};
 use crate::error::{CliError, DONE};
@@ -36,6 +37,8 @@ pub enum Bench {
     Overlap(Overlap),
     /// Dispatch and combine in the ways a layout may choose: times, and what crosses between nodes
     Dispatch(Dispatch),
+    /// Rows to experts and back alone, each way over sizes next to memory copies; under mpirun also next to MPI_Alltoallv
+    Exchange(Exchange),
     /// What exact sums cost: steps with them next to steps with the MPI library's own; under mpirun
     Exactness(Exactness),
     /// This machine for the planner: `unisono plan CONFIG local` and `unisono train` predict steps from what it finds
@@ -47,7 +50,14 @@ pub enum Bench {
 impl Bench {
     /// Whether ranks can be processes that a launcher has started.
     pub fn can_be_one_of_several(&self) -> bool {
-        matches!(self, Self::Collectives(_) | Self::Overlap(_) | Self::Dispatch(_) | Self::Exactness(_))
+        matches!(
+            self,
+            Self::Collectives(_)
+                | Self::Overlap(_)
+                | Self::Dispatch(_)
+                | Self::Exchange(_)
+                | Self::Exactness(_)
+        )
     }
 }
 
@@ -150,6 +160,7 @@ pub fn run(args: Bench) -> Result<u8, CliError> {
         Bench::Collectives(args) => bench_collectives::run(&args),
         Bench::Overlap(args) => bench_ways::overlap(&args),
         Bench::Dispatch(args) => bench_ways::dispatch(&args),
+        Bench::Exchange(args) => bench_exchange::run(&args),
         Bench::Exactness(args) => bench_ways::exactness(&args),
         Bench::Local(args) => bench_local::local(&args),
         Bench::Layouts(args) => bench_local::layouts(&args),

@@ -1,6 +1,6 @@
 //! `unisono bench collectives`: between threads, or under `mpirun` next to the MPI library's own.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use clap::Args;
 use serde_json::json;
@@ -44,39 +44,48 @@ pub fn run(args: &Collectives) -> Result<u8, CliError> {
 
 fn measure(args: &Collectives, job: &Job) -> Result<u8, CliError> {
     let worlds: Vec<usize> = job.ranks().map_or_else(|| vec![2, 4], |ranks| vec![ranks]);
-    let (native, name): (Option<&(dyn Native + Sync)>, Option<String>) = match &job.place {
-        Place::Threads => (None, None),
-        #[cfg(feature = "mpi")]
-        Place::Mpi(ranks) => (Some(&**ranks), Some(ranks.name())),
-    };
+    let place = &job.place;
     let mut all = Vec::new();
     for ranks in worlds {
-        let body = |comm: Communicator| all_sizes(args, &comm, native);
-        let timed = job.place.run(&ThreadRanks::new(ranks), body).map_err(TrainError::from)?;
+        let body = |comm: Communicator| all_sizes(args, &comm, native_of(place));
+        let timed = place.run(&ThreadRanks::new(ranks), body).map_err(TrainError::from)?;
         all.extend(timed.into_iter().next().unwrap_or_default());
     }
     if job.leads() {
-        show(args, &all, name.as_deref())?;
+        show(args, &all, native_of(place).map(Native::name).as_deref())?;
     }
     Ok(DONE)
+}
+
+/// The MPI library's own collectives, where ranks are its processes.
+pub fn native_of(place: &Place) -> Option<&dyn Native> {
+    match place {
+        Place::Threads => None,
+        #[cfg(feature = "mpi")]
+        Place::Mpi(ranks) => Some(&**ranks),
+    }
+}
+
+/// Writes a plot.
+pub fn write_plot(path: &Path, plot: &str) -> Result<(), CliError> {
+    let error =
+        |error| CliError { code: STORAGE, message: format!("cannot write {}: {error}", path.display()) };
+    std::fs::write(path, plot).map_err(error)
 }
 
 fn all_sizes(
     args: &Collectives,
     comm: &Communicator,
-    native: Option<&(dyn Native + Sync)>,
+    native: Option<&dyn Native>,
 ) -> Result<Vec<Timed>, CommError> {
     let cases =
         Collective::ALL.into_iter().flat_map(|what| args.kib.iter().map(move |kib| (what, kib << 10)));
-    let native = native.map(|native| native as &dyn Native);
     cases.map(|(what, bytes)| time_collective(comm, native, what, bytes, args.rounds)).collect()
 }
 
 fn show(args: &Collectives, all: &[Timed], native: Option<&str>) -> Result<(), CliError> {
     if let Some(path) = &args.plot {
-        let error =
-            |error| CliError { code: STORAGE, message: format!("cannot write {}: {error}", path.display()) };
-        std::fs::write(path, plot(all, native)).map_err(error)?;
+        write_plot(path, &plot(all, native))?;
     }
     if args.json {
         let rate = |timed: &Timed, seconds: f64| timed.bus_bytes_per_s(seconds) / 1e9;

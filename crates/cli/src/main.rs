@@ -3,6 +3,7 @@
 mod args;
 mod bench;
 mod bench_collectives;
+mod bench_exchange;
 mod bench_local;
 mod bench_ways;
 mod checkpoint;

@@ -68,6 +68,13 @@ pub trait Native {
     /// # Errors
     /// If it fails.
     fn run(&self, collective: Collective, send: &[f32], receive: &mut [f32]) -> Result<(), CommError>;
+
+    /// Exchanges values with every rank: those of `from`, as many for each rank as its counts say, in order of ranks; into
+    /// `to` likewise.
+    ///
+    /// # Errors
+    /// If it fails, or buffers are shorter than their counts say.
+    fn exchange(&self, from: (&[f32], &[usize]), to: (&mut [f32], &[usize])) -> Result<(), CommError>;
 }
 
 /// Times of one collective, each the median over rounds of the slowest rank, in seconds.
@@ -137,8 +144,11 @@ pub fn time_collective(
     })
 }
 
-/// The slowest rank of every round, then the median round.
-fn slowest_medians(comm: &Communicator, times: &[Vec<f64>; 3]) -> Result<[f64; 3], CommError> {
+/// The slowest rank of every round, then the median round, of three lists of as many times.
+///
+/// # Errors
+/// If the run fails.
+pub fn slowest_medians(comm: &Communicator, times: &[Vec<f64>; 3]) -> Result<[f64; 3], CommError> {
     let all = comm.all_gather_values(&times.concat())?;
     let rounds = times[0].len();
     let median = |which: usize| {

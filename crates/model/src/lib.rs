@@ -14,6 +14,7 @@ mod transformer;
 
 pub use batch::{Batch, LossScale, SlotLosses};
 pub use decode::{Cache, Decoder};
+pub use dispatch::bench;
 pub use parameters::{
     GradientSink, ParameterSource, UnitGradients, UnitParameters, initialize_expert, initialize_unit,
 };

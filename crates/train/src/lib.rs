@@ -48,6 +48,7 @@ pub use probe::probe;
 pub use rank::{Fault, Progress, RankState, max_over_mean};
 pub use recalibrate::{Recalibrated, recalibrate};
 pub use record::{Event, MemoryRecord, Observer, Started, StepRecord, Summary, ValidationRecord};
-pub use run::{RunOptions, fingerprint, open_dataset, read_extra, train, train_on};
+pub use run::{RunOptions, check_nodes, fingerprint, open_dataset, read_extra, train, train_on};
 pub use survey::{NodeRecord, WorldRecord};
+pub use unisono_model::bench as exchange;
 pub use verify::{reference_folder, verified_folder, verify, verify_on};

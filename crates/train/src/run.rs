@@ -97,7 +97,7 @@ impl RunOptions {
 
 /// # Errors
 /// [`TrainError::Nodes`] unless the pretended nodes, of so many ranks each, hold all ranks.
-pub(crate) fn check_nodes(nodes: &[usize], ranks: usize) -> Result<(), TrainError> {
+pub fn check_nodes(nodes: &[usize], ranks: usize) -> Result<(), TrainError> {
     if nodes.is_empty() || (nodes.iter().sum::<usize>() == ranks && !nodes.contains(&0)) {
         return Ok(());
     }

@@ -239,6 +239,12 @@ fn benchmarks() {
         ("bench collectives --kib 99999999999", "is not in 1..=1048576"),
         ("bench collectives --kib 0", "0 is not in 1..="),
         ("bench collectives --rounds 0", "0 is not in 1..="),
+        (
+            "bench exchange --ranks 3",
+            "3 ranks cannot share 16 experts evenly; set --experts to a multiple of 3",
+        ),
+        ("bench exchange --top-k 17", "a token cannot visit 17 of 16 experts; lower --top-k"),
+        ("bench exchange --ranks 1", "one rank sends nothing; give it at least 2"),
         ("bench dispatch --experts 0", "0 is not in 1..="),
         ("bench dispatch --rounds 0", "0 is not in 1..="),
     ] {
@@ -252,5 +258,21 @@ fn benchmarks() {
         let line = format!("bench dispatch --vocab 64 --rounds 1 --steps 1 --nodes {nodes} {sizes}");
         let out = run(folder.path(), 0, &line.split(' ').collect::<Vec<_>>()).out;
         assert_eq!(out.contains("Uniform routing to 2 nodes"), said, "{out}");
+    }
+    // Ways through nodes are there where there are some; every way of a size has the same volume.
+    for (nodes, ways) in [("4", 4), ("2,2", 7)] {
+        let sizes = "--ranks 4 --tokens 8,16 --d-model 8 --rounds 1 --json --plot ways.svg";
+        let line = format!("bench exchange {sizes} --nodes {nodes}");
+        let out = run(folder.path(), 0, &line.split(' ').collect::<Vec<_>>()).out;
+        let json: serde_json::Value = serde_json::from_str(&out).unwrap();
+        let rows = json["exchanges"].as_array().unwrap();
+        assert_eq!(rows.len(), 2 * ways, "{out}");
+        for row in rows {
+            let same = rows.iter().filter(|other| other["tokens"] == row["tokens"]);
+            assert!(same.clone().count() == ways && same.clone().all(|other| other["bytes"] == row["bytes"]));
+            assert!(row["gb_per_s"].as_f64() > Some(0.0) && row["native_gb_per_s"].is_null());
+        }
+        let plot = std::fs::read_to_string(folder.path().join("ways.svg")).unwrap();
+        assert_eq!(plot.matches("<polyline").count(), 2 * ways, "{plot}");
     }
 }

@@ -60,6 +60,40 @@ impl Native for MpiRanks {
             Err(CommError::Transport(format!("MPI's {} failed", collective.name())))
         }
     }
+
+    fn exchange(&self, from: (&[f32], &[usize]), to: (&mut [f32], &[usize])) -> Result<(), CommError> {
+        let size = self.size();
+        let refuse = || CommError::Transport("the library's exchange has wrong buffers".into());
+        // Counts and places of each rank's values, in the library's numbers.
+        let list = |len: usize, counts: &[usize]| {
+            let ends = counts.iter().scan(0usize, |end, count| {
+                *end = end.checked_add(*count)?;
+                Some(*end)
+            });
+            let ends: Vec<c_int> = ends.map_while(|end| c_int::try_from(end).ok()).collect();
+            let whole = ends.len() == size && counts.len() == size;
+            if !whole || ends.last().is_some_and(|end| *end as usize > len) {
+                return Err(refuse());
+            }
+            let counts: Vec<c_int> = counts.iter().map(|count| *count as c_int).collect();
+            let places: Vec<c_int> = ends.iter().zip(&counts).map(|(end, count)| end - count).collect();
+            Ok((counts, places))
+        };
+        let (sent, send_places) = list(from.0.len(), from.1)?;
+        let (received, receive_places) = list(to.0.len(), to.1)?;
+        let state = self.engine().lock();
+        let comm = state.library.communicator(Channel::Data);
+        // SAFETY: both buffers have the elements that counts and places say, as checked above, and `comm` is valid; the
+        // call is blocking, so no memory is touched after it returns.
+        let code = unsafe {
+            let float = ffi::RSMPI_FLOAT;
+            let (send, receive) = (from.0.as_ptr().cast(), to.0.as_mut_ptr().cast());
+            let (sent, send_places) = (sent.as_ptr(), send_places.as_ptr());
+            let (received, receive_places) = (received.as_ptr(), receive_places.as_ptr());
+            ffi::MPI_Alltoallv(send, sent, send_places, float, receive, received, receive_places, float, comm)
+        };
+        if code == 0 { Ok(()) } else { Err(CommError::Transport("MPI's all-to-all failed".into())) }
+    }
 }
 
 impl NativeSums for Engine {

@@ -4,6 +4,7 @@
 //! exchange or in chunks, straight or through a node, at once or in rounds under a bound, they are computed on and summed
 //! in the same order. A group of one rank takes the same path.
 
+pub mod bench;
 mod chunk;
 mod exchange;
 mod group;
