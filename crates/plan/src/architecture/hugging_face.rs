@@ -1,4 +1,4 @@
-//! Hugging Face's `config.json`: llama, mixtral, qwen3_moe, olmoe, deepseek_v3, GPT-2 style.
+//! Hugging Face's `config.json`: llama, mixtral, qwen3_moe, olmoe, deepseek_v3, GPT-2 style and their kin.
 
 mod fields;
 mod numerics;
@@ -39,7 +39,7 @@ pub enum HuggingFaceError {
 }
 
 /// Families whose files were read and compared.
-const KNOWN: [&str; 19] = [
+const KNOWN: [&str; 21] = [
     "llama",
     "mistral",
     "mixtral",
@@ -58,8 +58,13 @@ const KNOWN: [&str; 19] = [
     "gpt_neo",
     "gpt_neox",
     "gpt_bigcode",
+    "gptj",
     "openai-gpt",
+    "opt",
 ];
+
+/// Families without gates, most of whose heads are their embeddings.
+const CLASSIC: &[&str] = &["gpt2", "gpt_neo", "gpt_neox", "gpt_bigcode", "gptj", "openai-gpt", "opt"];
 
 /// The window of gpt_neo's local layers where the file does not say.
 const NEO_WINDOW: usize = 256;
@@ -68,7 +73,7 @@ const NEO_WINDOW: usize = 256;
 const LAYERS: &[&str] = &["num_hidden_layers", "n_layer", "num_layers"];
 const HIDDEN: &[&str] = &["hidden_size", "n_embd"];
 const HEADS: &[&str] = &["num_attention_heads", "n_head", "num_heads"];
-const WIDTH: &[&str] = &["intermediate_size", "n_inner"];
+const WIDTH: &[&str] = &["intermediate_size", "n_inner", "ffn_dim"];
 const EXPERTS: &[&str] = &["num_experts", "num_local_experts", "n_routed_experts"];
 
 /// A file's fields, and the family that says what they mean.
@@ -108,14 +113,15 @@ impl Config {
     }
 
     fn architecture(&self) -> Result<Architecture, HuggingFaceError> {
-        let classic = self.is(&["gpt2", "gpt_neo", "gpt_neox", "gpt_bigcode", "openai-gpt"]);
+        let classic = self.is(CLASSIC);
         let hidden = self.required(HIDDEN)?;
+        self.check_embedding(hidden)?;
         let layers = self.layers()?;
         Ok(Architecture {
             layers,
             hidden,
             vocab: self.required(&["vocab_size"])?,
-            tied_embeddings: self.flag("tie_word_embeddings")?.unwrap_or(classic),
+            tied_embeddings: self.flag("tie_word_embeddings")?.unwrap_or(classic && self.kind != "gptj"),
             gated: !classic,
             attention: self.attention(hidden)?,
             qk_norm: self.is(&["qwen3", "qwen3_moe", "olmoe"]),
@@ -124,11 +130,25 @@ impl Config {
             moe: self.moe()?,
             state_space: None,
             pattern: self.pattern(layers)?,
-            parallel_blocks: self.kind == "gpt_neox" && self.flag("use_parallel_residual")? != Some(false),
+            parallel_blocks: self.has_parallel_blocks()?,
             mtp_layers: self.count(&["num_nextn_predict_layers"])?.unwrap_or(0),
             expert_biases: self.kind == "gpt_oss",
             name: self.kind.clone(),
         })
+    }
+
+    fn has_parallel_blocks(&self) -> Result<bool, HuggingFaceError> {
+        let neox = self.kind == "gpt_neox" && self.flag("use_parallel_residual")? != Some(false);
+        Ok(neox || self.kind == "gptj")
+    }
+
+    /// Embeddings of another width than the layers' (OPT-350m) are projected, which nothing here has.
+    fn check_embedding(&self, hidden: usize) -> Result<(), HuggingFaceError> {
+        const NAME: &str = "word_embed_proj_dim";
+        match self.at_least_one(&[NAME])?.filter(|width| *width != hidden) {
+            Some(width) => Err(field(NAME, format!("is {width}; must be hidden_size = {hidden}"))),
+            None => Ok(()),
+        }
     }
 
     fn layers(&self) -> Result<usize, HuggingFaceError> {
@@ -411,5 +431,22 @@ mod tests {
         assert_eq!(shared.attention.kv_heads(), 1);
         assert!((shared.parameters() as f64 / 15.5e9 - 1.0).abs() < 0.02, "{}", shared.parameters());
         assert_eq!(code(r#","multi_query":false"#).attention.kv_heads(), 48);
+        let j = r#"{"model_type":"gptj","n_layer":28,"n_embd":4096,"n_head":16,"n_inner":null,"vocab_size":50400,"rotary_dim":64,
+            "tie_word_embeddings":false}"#;
+        let j = Architecture::from_hugging_face(j).unwrap();
+        assert!(j.parallel_blocks && !j.gated && !j.tied_embeddings);
+        assert!((j.parameters() as f64 / 6.05e9 - 1.0).abs() < 0.01, "{}", j.parameters());
+        let opt = |embedding: usize| {
+            let json = format!(
+                r#"{{"model_type":"opt","num_hidden_layers":32,"hidden_size":4096,"num_attention_heads":32,"ffn_dim":16384,
+                "vocab_size":50272,"max_position_embeddings":2048,"word_embed_proj_dim":{embedding}}}"#
+            );
+            Architecture::from_hugging_face(&json)
+        };
+        let whole = opt(4096).unwrap();
+        assert!(whole.tied_embeddings && !whole.parallel_blocks);
+        assert!((whole.parameters() as f64 / 6.66e9 - 1.0).abs() < 0.01, "{}", whole.parameters());
+        let said = opt(512).unwrap_err().to_string();
+        assert_eq!(said, "config.json: word_embed_proj_dim: is 512; must be hidden_size = 4096");
     }
 }
