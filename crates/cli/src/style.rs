@@ -3,6 +3,8 @@
 use std::io::IsTerminal;
 use std::path::Path;
 
+use unisono_plan::Ranged;
+
 /// Columns that output is made for.
 pub const WIDTH: usize = 100;
 
@@ -120,6 +122,11 @@ impl Scale {
         format!("{} {}", self.number(value, self.digits), self.name)
     }
 
+    /// `19.926 s (16.1 to 24.7)`: the number with its unit and its interval.
+    pub fn ranged(self, of: Ranged) -> String {
+        format!("{} ({})", self.write(of.value), self.range(of.interval))
+    }
+
     /// `15.2 to 25.0`, in this unit.
     pub fn range(self, [low, high]: [f64; 2]) -> String {
         let digits = if high < 10.0 * self.size { 2 } else { 1 };
@@ -138,6 +145,27 @@ pub fn duration(seconds: f64) -> String {
         7_200..172_800 => format!("{} h {:02} min", whole / 3_600, whole / 60 % 60),
         _ => format!("{:.1} days", seconds / 86_400.0),
     }
+}
+
+/// An interval relative to its figure: `-19 +24%`.
+pub fn off(of: Ranged) -> String {
+    let [low, high] = of.interval.map(|end| 100.0 * (end / of.value - 1.0));
+    if of.value == 0.0 { "0%".into() } else { format!("{low:+.0} {high:+.0}%") }
+}
+
+/// A number with four digits that matter: `1979`, `43.61`, `0.001234`.
+pub fn figure(number: f64) -> String {
+    let digits = match number.abs() {
+        0.0 => 0.0,
+        size => (3.0 - size.log10().floor()).clamp(0.0, 12.0),
+    };
+    format!("{number:.0$}", digits as usize)
+}
+
+/// A count with its interval: `214,000 (173,000 to 265,000)`.
+pub fn grouped_range(of: Ranged) -> String {
+    let [low, high] = of.interval.map(|end| grouped(end as u64));
+    format!("{} ({low} to {high})", grouped(of.value as u64))
 }
 
 /// A share as `12%`.
@@ -162,6 +190,13 @@ pub fn table(rows: &[Vec<String>], left: usize) -> Vec<String> {
         line.trim_end().to_string()
     };
     rows.iter().map(line).collect()
+}
+
+/// A table without the columns that say nothing but `zero` below their head.
+pub fn without_empty(rows: Vec<Vec<String>>, zero: &str) -> Vec<Vec<String>> {
+    let says = |column: &usize| rows[1..].iter().any(|row| row[*column] != zero);
+    let kept: Vec<usize> = (0..rows[0].len()).filter(says).collect();
+    rows.iter().map(|row| kept.iter().map(|column| row[*column].clone()).collect()).collect()
 }
 
 /// A bar of up to `width` columns for `share` of the whole.
@@ -222,9 +257,22 @@ mod tests {
     }
 
     #[test]
+    fn figures_have_intervals() {
+        let step = Ranged { value: 19.926, interval: [16.08, 24.69] };
+        assert_eq!(Scale::seconds(step.value).ranged(step), "19.926 s (16.1 to 24.7)");
+        assert_eq!(off(step), "-19 +24%");
+        assert_eq!([0.0, 1979.4, 43.606, 0.00123449].map(figure), ["0", "1979", "43.61", "0.001234"]);
+        assert_eq!(off(Ranged { value: 0.0, interval: [0.0; 2] }), "0%");
+        assert_eq!(grouped_range(step.times(1e3)), "19,926 (16,080 to 24,690)");
+    }
+
+    #[test]
     fn columns_line_up() {
         let rows = [["call", "bytes"], ["all_to_all", "7"]].map(|row| row.map(String::from).to_vec());
         assert_eq!(table(&rows, 1), ["  call        bytes", "  all_to_all      7"]);
+        let rows = [["a", "b", "c"], ["0.0", "0.0", "1.0"], ["2.0", "0.0", "0.0"]];
+        let rows = rows.map(|row| row.map(String::from).to_vec()).to_vec();
+        assert_eq!(without_empty(rows, "0.0")[0], ["a", "c"]);
     }
 
     #[test]

@@ -5,6 +5,7 @@ use crate::hardware::Cluster;
 use crate::parallelism::{Parallelism, Recomputation, Routing, Training};
 use crate::precision::Precision;
 use crate::pricing::{Priced, Pricer};
+use crate::ranged::Ranged;
 use crate::schedule::ScheduleKind;
 
 /// Where a change is made.
@@ -26,8 +27,8 @@ pub struct Change {
     /// What, in words.
     pub what: String,
     /// Seconds of a step of as many tokens as before.
-    pub step_s: f64,
-    /// Share of the step that it saves.
+    pub step: Ranged,
+    /// Share of the step that it saves, as predicted.
     pub saves: f64,
     /// Whether it fits the memory.
     pub fits: bool,
@@ -62,8 +63,8 @@ pub fn changes(
 }
 
 fn change(place: Place, what: impl Into<String>, now: &Priced, then: &Priced, batch: f64) -> Change {
-    let step_s = then.step_s / batch;
-    Change { place, what: what.into(), step_s, saves: 1.0 - step_s / now.step_s, fits: then.fits }
+    let step = then.step().times(batch.recip());
+    Change { place, what: what.into(), step, saves: 1.0 - step.value / now.step_s, fits: then.fits }
 }
 
 /// Every degree doubled at the cost of another, other schedules, other recomputation.

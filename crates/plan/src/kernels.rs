@@ -132,6 +132,32 @@ impl AttentionShape {
     }
 }
 
+/// Sizes of a product and what it computes and moves, at least.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Product {
+    /// Rows in all, columns, and length of the sums.
+    pub sizes: [f64; 3],
+    /// Matrices of weights that rows are spread over.
+    pub experts: f64,
+    /// Operations: a multiply-add is two.
+    pub flops: f64,
+    /// Bytes of operands and result.
+    pub bytes: f64,
+}
+
+impl Product {
+    /// `[m, k] x [k, n]` with operands in `precision` and the result in 16 bits.
+    pub fn single(m: f64, n: f64, k: f64, precision: Precision) -> Self {
+        Self::grouped(m, 1.0, n, k, precision)
+    }
+
+    /// `rows` in all, spread evenly over `experts` matrices `[k, n]`.
+    pub fn grouped(rows: f64, experts: f64, n: f64, k: f64, precision: Precision) -> Self {
+        let bytes = precision.bytes() * k * (experts * n + rows) + 2.0 * rows * n;
+        Self { sizes: [rows, n, k], experts, flops: 2.0 * rows * n * k, bytes }
+    }
+}
+
 /// Forward or backward.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Pass {
@@ -232,8 +258,8 @@ impl KernelModel {
     pub fn gemm(&self, m: usize, n: usize, k: usize, precision: Precision) -> f64 {
         let (m, n, k) = (m.max(1) as f64, n.max(1) as f64, k.max(1) as f64);
         let source = &self.gemm[precision as usize];
-        let bytes = precision.bytes() * k * (m + n) + 2.0 * m * n;
-        let roofline = self.roofline(2.0 * m * n * k, bytes, precision);
+        let product = Product::single(m, n, k, precision);
+        let roofline = self.roofline(product.flops, product.bytes, precision);
         let floor = source.grid.facts.first().map_or(LAUNCH_S, |least_us| least_us * 1e-6);
         (roofline / source.efficiency([m, n, k])).max(floor)
     }
@@ -242,8 +268,8 @@ impl KernelModel {
     pub fn grouped_gemm(&self, rows: f64, experts: usize, n: usize, k: usize, precision: Precision) -> f64 {
         let (rows, experts, n, k) = (rows.max(1.0), experts.max(1) as f64, n.max(1) as f64, k.max(1) as f64);
         let source = &self.grouped[precision as usize];
-        let bytes = precision.bytes() * k * (experts * n + rows) + 2.0 * rows * n;
-        let roofline = self.roofline(2.0 * rows * n * k, bytes, precision);
+        let product = Product::grouped(rows, experts, n, k, precision);
+        let roofline = self.roofline(product.flops, product.bytes, precision);
         // The tables hold hidden x expert width; the mean of an MoE layer's two products is sqrt(2) times that.
         let area = n * k * std::f64::consts::FRAC_1_SQRT_2;
         (roofline / source.efficiency([rows / experts, experts, area])).max(LAUNCH_S)

@@ -107,7 +107,7 @@ impl FromStr for Parallelism {
                 schedule = Some(kind);
                 "schedule"
             } else if let Some(what) = word.strip_prefix("recompute=") {
-                layout.recompute = recomputation(what).ok_or_else(|| unknown(word))?;
+                layout.recompute = what.parse().map_err(|_| unknown(word))?;
                 "recompute"
             } else {
                 read_degree(&mut layout, word)?
@@ -130,19 +130,24 @@ impl FromStr for Parallelism {
     }
 }
 
-fn recomputation(name: &str) -> Option<Recomputation> {
-    match name {
-        "none" => Some(Recomputation::None),
-        "selective" => Some(Recomputation::SELECTIVE),
-        "full" => Some(Recomputation::Full),
-        names => {
-            let mut modules = Modules::default();
-            for name in names.split('+') {
-                let at = MODULES.iter().position(|known| *known == name)?;
-                *parts(&mut modules)[at] = true;
-            }
-            Some(Recomputation::Modules(modules))
+impl FromStr for Recomputation {
+    type Err = LayoutNameError;
+
+    /// Reads `none`, `selective`, `full`, or parts of a layer: `moe_act+layernorm`.
+    fn from_str(text: &str) -> Result<Self, LayoutNameError> {
+        let mut modules = Modules::default();
+        match text {
+            "none" => return Ok(Self::None),
+            "selective" => return Ok(Self::SELECTIVE),
+            "full" => return Ok(Self::Full),
+            _ => {}
         }
+        for name in text.split('+') {
+            let at = MODULES.iter().position(|known| *known == name);
+            let expected = || format!("none, selective, full or parts of {}", MODULES.join("+"));
+            *parts(&mut modules)[at.ok_or_else(|| refused(text, expected()))?] = true;
+        }
+        Ok(Self::Modules(modules))
     }
 }
 

@@ -18,6 +18,7 @@ mod outlook;
 mod parallelism;
 mod precision;
 mod pricing;
+mod ranged;
 mod rank_memory;
 pub mod schedule;
 pub mod search;
@@ -34,7 +35,7 @@ pub use architecture::{
     Numerics, Pattern, SizeError, StateSpace, UnknownModel, Window,
 };
 pub use calibration::{Calibration, CommonConstants, Constants, FITTED, GpuConstants, SoftwareConstants};
-pub use dense::Synchronisation;
+pub use dense::{Equal, Synchronisation};
 pub use hardware::{Cluster, ClusterError, Gpu, Level};
 pub use layout::{Init, LayerTensors, Layout, NORM_CHUNK, TensorSpec};
 pub use layout_name::LayoutNameError;
@@ -45,8 +46,12 @@ pub use parallelism::{
     Modules, Optimizer, Parallelism, ParallelismError, Recomputation, Routing, Sharding, Training,
 };
 pub use precision::{Precision, PrecisionError};
-pub use pricing::{Axis, Breakdown, Passes, Priced, Pricer, RoutedStep, SimulatedStep, Traffic, Work, price};
-pub use rank_memory::{Kept, RankMemory};
+pub use pricing::{
+    Axis, Breakdown, ExchangeTerms, IntervalTerms, KernelTerms, OverheadTerms, Passes, Priced, Pricer,
+    RoutedStep, SimulatedStep, Traffic, Work, price,
+};
+pub use ranged::Ranged;
+pub use rank_memory::{Kept, MemoryTerms, RankMemory};
 pub use shards::{Piece, SegmentKind, ShardedSegment, Shards};
 pub use software::{DispatchKind, Habits, Software, Trainable};
 pub use unevenness::Percentiles;

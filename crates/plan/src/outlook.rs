@@ -3,6 +3,7 @@
 use crate::hardware::Cluster;
 use crate::parallelism::{Parallelism, Training};
 use crate::pricing::Priced;
+use crate::ranged::Ranged;
 
 /// Bytes per second at which one GPU's share of a checkpoint is set aside while training waits: from its memory over PCIe into
 /// the host's. Storage then takes it without the GPUs.
@@ -17,15 +18,16 @@ const MOST_OF_FAILURES: f64 = 0.25;
 
 const HOUR_S: f64 = 3600.0;
 
-/// A run of so many tokens, at the predicted seconds of a step.
+/// A run of so many tokens, at the predicted seconds of a step. What follows from these has their interval; checkpoints,
+/// failures and goodput follow from bytes and from a failure rate that is given, not predicted.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Outlook {
     /// Optimizer steps.
     pub steps: f64,
     /// Tokens per second of all GPUs, while they train.
-    pub tokens_per_s: f64,
+    pub tokens_per_s: Ranged,
     /// GPU-hours of training alone, without failures and checkpoints.
-    pub gpu_hours: f64,
+    pub gpu_hours: Ranged,
     /// Seconds that training waits for a checkpoint.
     pub checkpoint_s: f64,
     /// The interval between checkpoints that loses least (Young, 1974): sqrt(2 x time of one x time between failures).
@@ -38,11 +40,11 @@ pub struct Outlook {
     /// Share of the time that trains: the rest goes to checkpoints, work that is lost, and restarts.
     pub goodput: f64,
     /// Days with all of that.
-    pub days: f64,
+    pub days: Ranged,
     /// Dollars with all of that.
-    pub usd: f64,
+    pub usd: Ranged,
     /// Dollars of training alone.
-    pub usd_without_failures: f64,
+    pub usd_without_failures: Ranged,
 }
 
 impl Outlook {
@@ -61,28 +63,29 @@ impl Outlook {
         let goodput = 1.0 / (1.0 + lost);
         let gpu_hours = gpus * train_s / HOUR_S;
         let usd_without_failures = gpu_hours * cluster.price_usd_per_gpu_hour;
+        let step = priced.step();
         Self {
             steps,
-            tokens_per_s: tokens / priced.step_s,
-            gpu_hours,
+            tokens_per_s: step.falling(tokens / priced.step_s),
+            gpu_hours: step.growing(gpu_hours),
             checkpoint_s,
             checkpoint_every_s,
             failure_every_s,
             failures_are_rare: checkpoint_every_s.max(lost_s) <= MOST_OF_FAILURES * failure_every_s,
             goodput,
-            days: train_s / goodput / (24.0 * HOUR_S),
-            usd: usd_without_failures / goodput,
-            usd_without_failures,
+            days: step.growing(train_s / goodput / (24.0 * HOUR_S)),
+            usd: step.growing(usd_without_failures / goodput),
+            usd_without_failures: step.growing(usd_without_failures),
         }
     }
 
     /// GPU-hours of training alone for 10^12 tokens.
-    pub fn gpu_hours_per_trillion(&self, training: &Training) -> f64 {
-        self.gpu_hours / training.tokens * 1e12
+    pub fn gpu_hours_per_trillion(&self, training: &Training) -> Ranged {
+        self.gpu_hours.times(1e12 / training.tokens)
     }
 
     /// Dollars, failures included, for 10^12 tokens.
-    pub fn usd_per_trillion(&self, training: &Training) -> f64 {
-        self.usd / training.tokens * 1e12
+    pub fn usd_per_trillion(&self, training: &Training) -> Ranged {
+        self.usd.times(1e12 / training.tokens)
     }
 }

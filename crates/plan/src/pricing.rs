@@ -8,6 +8,7 @@ mod rates;
 mod simulated;
 mod stages;
 mod states;
+mod terms;
 mod traffic;
 mod work;
 
@@ -16,10 +17,12 @@ use crate::calibration::{Calibration, MEMORY_BAND};
 use crate::hardware::{Cluster, Gpu};
 use crate::kernels::Kernel;
 use crate::parallelism::{Parallelism, ParallelismError, Routing, Training};
+use crate::ranged::Ranged;
 use crate::rank_memory::RankMemory;
 use crate::unevenness::{Percentiles, Unevenness};
 
 pub use simulated::SimulatedStep;
+pub use terms::{ExchangeTerms, IntervalTerms, KernelTerms, OverheadTerms};
 pub use traffic::{Axis, Traffic};
 pub use work::{Passes, Work};
 
@@ -30,7 +33,8 @@ use work::Sizes;
 /// Standard normal quantile of 90%: an 80% interval lies between the negative and the positive.
 const QUANTILE_90: f64 = 1.2816;
 
-/// Seconds of a step on the slowest pipeline rank. They add up to [`Priced::step_s`]; hidden communication does not count.
+/// Seconds of a step on the slowest pipeline rank. They add up to [`Priced::step_s`]; hidden communication does not count. None
+/// has an interval of its own: only whole steps were measured often enough for one.
 #[derive(Debug, Clone, Copy, Default, PartialEq)]
 pub struct Breakdown {
     /// Products.
@@ -59,8 +63,8 @@ pub struct Breakdown {
     pub optimizer_s: f64,
     /// Once a step: data, logging, synchronisation.
     pub overhead_s: f64,
-    /// Communication that runs under computation, not part of the sum.
-    pub hidden_s: f64,
+    /// Communication that runs under computation, not part of the sum, in the order of [`Axis::ALL`].
+    pub hidden_s: [f64; Axis::ALL.len()],
 }
 
 impl Breakdown {
@@ -88,14 +92,30 @@ impl Breakdown {
         self.parts().iter().map(|(_, seconds)| seconds).sum()
     }
 
+    /// Communication that nothing hides, in the order of [`Axis::ALL`].
+    pub fn exposed_s(&self) -> [f64; Axis::ALL.len()] {
+        [self.tensor_s, self.context_s, self.expert_s, self.pipeline_s, self.data_s]
+    }
+
+    /// Communication that runs under computation, of all axes.
+    pub fn all_hidden_s(&self) -> f64 {
+        self.hidden_s.iter().sum()
+    }
+
     /// Makes the parts add up to a step of `step_s`: waiting takes what lacks, and gives what is too much before what the
-    /// schedule may hide.
+    /// schedule may hide, and then does.
     fn settle(&mut self, step_s: f64) {
         let mut lack = step_s - self.total_s();
+        let exposed_s = self.exposed_s();
         for part in [&mut self.bubble_s, &mut self.pipeline_s, &mut self.expert_s, &mut self.host_s] {
             let settled = (*part + lack).max(0.0);
-            lack -= settled - *part;
+            // Only waiting takes more.
+            lack = (lack - (settled - *part)).min(0.0);
             *part = settled;
+        }
+        let settled_s = self.exposed_s();
+        for (axis, hidden_s) in self.hidden_s.iter_mut().enumerate() {
+            *hidden_s += exposed_s[axis] - settled_s[axis];
         }
     }
 }
@@ -118,14 +138,15 @@ pub struct Priced {
 }
 
 impl Priced {
-    /// The 80% interval of what grows with the step: days, GPU-hours, dollars.
-    pub fn interval_of(&self, value: f64) -> [f64; 2] {
-        self.interval_s.map(|seconds| value * seconds / self.step_s)
+    /// Seconds of the step.
+    pub fn step(&self) -> Ranged {
+        Ranged { value: self.step_s, interval: self.interval_s }
     }
 
-    /// The 80% interval of the bytes on the fullest rank.
-    pub fn memory_interval(&self) -> [f64; 2] {
-        [-MEMORY_BAND, MEMORY_BAND].map(|log| self.memory.total() * log.exp())
+    /// Bytes on the fullest rank.
+    pub fn bytes(&self) -> Ranged {
+        let value = self.memory.total();
+        Ranged { value, interval: [-MEMORY_BAND, MEMORY_BAND].map(|log| value * log.exp()) }
     }
 
     /// How likely it is that the bytes on the fullest rank are at most `capacity`: logarithms of measured over predicted peaks as
@@ -223,10 +244,7 @@ impl Pricer {
         layout.check(&self.model, &self.training)?;
         let breakdown = self.breakdown(layout);
         let step_s = breakdown.total_s();
-        let common = &self.rates.calibration.common;
-        let deviation = if self.model.moe.is_some() { common.spread_moe } else { common.spread };
-        let deviation = deviation.hypot(self.borrowed_spread(&breakdown));
-        let spread = (QUANTILE_90 * deviation).exp();
+        let spread = self.interval_terms(&breakdown).spread();
         let (worst_rank, memory) = self.worst_rank(layout);
         Ok(Priced {
             step_s,

@@ -70,7 +70,34 @@ struct KeptBytes {
     captured: bool,
 }
 
+/// What a rank's memory is made of.
+#[derive(Debug, Clone, PartialEq)]
+pub struct MemoryTerms {
+    /// Parameters that the rank holds before any sharding over replicas: all but routed experts, and these.
+    pub parameters: [f64; 2],
+    /// Bytes of a parameter: as weight, as gradient, as master copy and moments.
+    pub widths: [f64; 3],
+    /// Layers of each kind that the rank has, in the order of [`Pricer::kinds`], with the bytes that one keeps of a micro-batch.
+    pub layers: Vec<(u32, f64)>,
+    /// Communicators that it belongs to.
+    pub communicators: usize,
+}
+
+impl MemoryTerms {
+    /// Bytes that all layers of the rank keep of a micro-batch.
+    pub fn kept_bytes(&self) -> f64 {
+        self.layers.iter().map(|(layers, bytes)| f64::from(*layers) * bytes).sum()
+    }
+}
+
 impl RankMemory {
+    /// Bytes that the allocator reserves and cannot use, for each that comes and goes.
+    pub const FRAGMENTATION: f64 = RESERVED - 1.0;
+    /// Bytes of a process on a GPU before it allocates anything.
+    pub const CONTEXT_BYTES: f64 = CONTEXT_BYTES;
+    /// Bytes of a communicator's buffers.
+    pub const COMMUNICATOR_BYTES: f64 = COMMUNICATOR_BYTES;
+
     /// The names and bytes of all parts, in the order in which they are printed.
     pub fn parts(&self) -> [(&'static str, f64); 10] {
         [
@@ -116,6 +143,35 @@ impl Pricer {
     /// What pipeline rank `rank` of a checked layout holds at its peak.
     pub fn rank_memory(&self, layout: &Parallelism, rank: usize) -> RankMemory {
         self.memory_of(layout, rank, &self.kept_bytes(layout))
+    }
+
+    /// What the memory of pipeline rank `rank` of a checked layout is made of.
+    pub fn memory_terms(&self, layout: &Parallelism, rank: usize) -> MemoryTerms {
+        let share = self.stages.share(layout, rank);
+        let held = self.rank_parameters(layout, &share);
+        let kept = self.kept_bytes(layout);
+        let bytes = kept.first.iter().zip(kept.second).map(|(first, second)| first + second);
+        MemoryTerms {
+            parameters: [held.dense, held.experts],
+            widths: self.state_widths(),
+            layers: share.layers.into_iter().zip(bytes).take(self.kinds().len()).collect(),
+            communicators: communicators(layout),
+        }
+    }
+
+    /// Bytes of a parameter: as weight, as gradient, as master copy and moments.
+    fn state_widths(&self) -> [f64; 3] {
+        let optimizer = &self.training.optimizer;
+        // Narrow weights are kept as they are and transposed, and not in 16 bits.
+        let width = match self.training.compute {
+            Precision::F32 => 4.0,
+            narrow if narrow.is_narrow() => 2.0 * narrow.bytes(),
+            _ => 2.0,
+        };
+        // Adapters are small beside what they adapt, which gets neither gradients nor moments.
+        let trained = if self.training.trainable == Trainable::Adapters { 0.0 } else { 1.0 };
+        let states = self.training.master_bytes() + 2.0 * optimizer.moments.bytes();
+        [width, trained * optimizer.gradients.bytes(), trained * states]
     }
 
     /// Tensors that one layer of each kind keeps for a micro-batch's backward, on the fullest rank in one step of twenty, in the order of [`Pricer::kinds`].
@@ -223,22 +279,14 @@ impl Pricer {
             Sharding::Zero2 => (all, owned, owned),
             Sharding::Zero3 => (owned, owned, owned),
         };
-        // Narrow weights are kept as they are and transposed, and not in 16 bits.
-        let width = match self.training.compute {
-            Precision::F32 => 4.0,
-            narrow if narrow.is_narrow() => 2.0 * narrow.bytes(),
-            _ => 2.0,
-        };
+        let [width, gradient, state] = self.state_widths();
         let layers: u32 = share.layers.iter().sum();
         let tables = self.tables(layout, share);
         let layer = (all - tables) / f64::from(layers.max(1));
-        let master = self.training.master_bytes();
-        // Adapters are small beside what they adapt, which gets neither gradients nor moments.
-        let trained = if self.training.trainable == Trainable::Adapters { 0.0 } else { 1.0 };
         RankMemory {
             weights: width * weights,
-            gradients: trained * optimizer.gradients.bytes() * gradients,
-            optimizer: trained * (master + 2.0 * optimizer.moments.bytes()) * states,
+            gradients: gradient * gradients,
+            optimizer: state * states,
             communication: match layout.sharding {
                 // Gathered once and for all micro-batches, and their gradients.
                 Sharding::Zero3 if layout.pipeline > 1 => (width + optimizer.gradients.bytes()) * all,

@@ -8,7 +8,7 @@ mod space;
 
 use crate::architecture::Architecture;
 use crate::hardware::Cluster;
-use crate::parallelism::{Parallelism, Training};
+use crate::parallelism::{Parallelism, Recomputation, Training};
 use crate::pricing::{Priced, Pricer};
 
 pub use front::Found;
@@ -50,6 +50,12 @@ impl Search {
             cluster: cluster.clone(),
             training: training.clone(),
         }
+    }
+
+    /// The same search, of layouts that compute `recompute` again and nothing else.
+    pub fn recomputing(mut self, recompute: Recomputation) -> Self {
+        self.layouts = self.layouts.recomputing(recompute);
+        self
     }
 
     /// The layouts that are priced, in order: those whose parameters, gradients and optimizer states alone would fit.

@@ -115,7 +115,7 @@ fn parts_add_up_and_intervals_hold_the_step() {
     assert!(step.interval_s[0] < step.step_s && step.step_s < step.interval_s[1]);
     assert!(step.breakdown.parts().iter().all(|(_, seconds)| *seconds >= 0.0));
     assert!(step.memory.parts().iter().all(|(_, bytes)| *bytes >= 0.0));
-    let [fewest, most] = step.memory_interval();
+    let [fewest, most] = step.bytes().interval;
     near(step.fit_probability(fewest), 0.1, 1e-3);
     near(step.fit_probability(step.memory.total()), 0.5, 1e-9);
     near(step.fit_probability(most), 0.9, 1e-3);

@@ -2,8 +2,9 @@
 
 use unisono_plan::collectives::places_touched;
 use unisono_plan::{
-    Architecture, Axis, Cluster, DispatchKind, Gpu, Habits, Level, Optimizer, Outlook, Parallelism,
-    Precision, Priced, Pricer, Recomputation, Routing, Software, Trainable, Training, bottleneck, changes,
+    Architecture, Axis, Breakdown, Cluster, DispatchKind, FeedForward, Gpu, Habits, Level, Optimizer,
+    Outlook, Parallelism, Precision, Priced, Pricer, Recomputation, Routing, Software, Trainable, Training,
+    bottleneck, changes,
 };
 
 /// DeepSeek-V3's pre-training: 15,360 sequences of 4,096 tokens a step, 14.8 T tokens.
@@ -31,13 +32,18 @@ fn deepseek_v3_cost_what_its_step_says() {
     let (model, cluster, training, layout) = deepseek();
     let mut priced = Pricer::new(&model, &cluster, &training).price(&layout).unwrap();
     priced.step_s = 19.926;
+    priced.interval_s = [16.0, 25.0];
     let outlook = Outlook::of(&priced, &cluster, &layout, &training);
     // The report: 2.664 M H800 hours, 180 K a trillion tokens, $2 each.
-    assert!((outlook.gpu_hours / 2.664e6 - 1.0).abs() < 0.005, "{}", outlook.gpu_hours);
-    assert!((outlook.gpu_hours_per_trillion(&training) / 180e3 - 1.0).abs() < 0.01);
-    assert!((outlook.usd_without_failures / 5.328e6 - 1.0).abs() < 0.005);
+    assert!((outlook.gpu_hours.value / 2.664e6 - 1.0).abs() < 0.005, "{:?}", outlook.gpu_hours);
+    assert!((outlook.gpu_hours_per_trillion(&training).value / 180e3 - 1.0).abs() < 0.01);
+    assert!((outlook.usd_without_failures.value / 5.328e6 - 1.0).abs() < 0.005);
+    // Whatever takes longer costs as much more; tokens a second fall.
+    let usd = outlook.usd_per_trillion(&training);
+    assert!((usd.interval[1] / usd.value - 25.0 / 19.926).abs() < 1e-12);
+    assert!((outlook.tokens_per_s.interval[0] * 25.0 / (15_360.0 * 4096.0) - 1.0).abs() < 1e-12);
     assert!(outlook.goodput > 0.9 && outlook.goodput < 1.0);
-    assert!((outlook.usd * outlook.goodput / outlook.usd_without_failures - 1.0).abs() < 1e-12);
+    assert!((outlook.usd.value * outlook.goodput / outlook.usd_without_failures.value - 1.0).abs() < 1e-12);
     let young = (2.0 * outlook.checkpoint_s * outlook.failure_every_s).sqrt();
     assert_eq!(outlook.checkpoint_every_s, young);
     assert!(outlook.failures_are_rare);
@@ -113,12 +119,67 @@ fn sharded_gradients_are_reduced_in_every_micro_batch() {
     let (whole, sharded) = (of("dp64 mb1 zero1"), of("dp64 mb1 zero2"));
     // Gradients in 32 bits, parameters in 16: 4 + 2 against 16 x 4 + 2 bytes a parameter.
     assert!((sharded.0 / whole.0 - 66.0 / 6.0).abs() < 1e-9);
-    let traffic_s = |priced: &Priced| priced.breakdown.data_s + priced.breakdown.hidden_s;
+    let traffic_s =
+        |priced: &Priced| priced.breakdown.data_s + priced.breakdown.hidden_s[Axis::Data as usize];
     assert!(traffic_s(&sharded.1) > 10.0 * traffic_s(&whole.1) && sharded.1.step_s >= whole.1.step_s);
     assert!(sharded.1.memory.gradients < 0.02 * whole.1.memory.gradients);
     // Stages of a pipeline gather once a step, in bytes as in seconds.
     let (once, kept) = (of("pp4 dp16 mb1 1f1b zero1"), of("pp4 dp16 mb1 1f1b zero3"));
     assert_eq!((once.0, once.1.step_s), (kept.0, kept.1.step_s));
+}
+
+#[test]
+fn communication_is_exposed_or_hidden_axis_by_axis() {
+    let (model, cluster, training, layout) = deepseek();
+    let pricer = Pricer::new(&model, &cluster, &training);
+    let step = pricer.price(&layout).unwrap().breakdown;
+    let [expert, data] = [Axis::Expert as usize, Axis::Data as usize];
+    assert!(step.hidden_s[expert] > step.exposed_s()[expert] && step.hidden_s[data] > 0.0);
+    assert_eq!([step.hidden_s[Axis::Tensor as usize], step.hidden_s[Axis::Context as usize]], [0.0, 0.0]);
+    assert_eq!(step.all_hidden_s(), step.hidden_s.iter().sum::<f64>());
+    // What a schedule hides more of it exposes less of.
+    let refined = pricer.price_simulated(&layout).unwrap().breakdown;
+    for axis in 0..Axis::ALL.len() {
+        let all = |step: &Breakdown| step.exposed_s()[axis] + step.hidden_s[axis];
+        assert!((all(&refined) - all(&step)).abs() < 1e-9 * all(&step).max(1.0), "{axis}");
+    }
+    let alone = DispatchKind { overlapped: false, ..training.dispatch };
+    let alone = Pricer::new(&model, &cluster, &Training { dispatch: alone, ..training });
+    assert!(alone.price(&layout).unwrap().breakdown.hidden_s[expert].abs() < 1e-9);
+    let traffic = pricer.traffic(&layout);
+    assert_eq!(
+        [Axis::Tensor, Axis::Expert, Axis::Pipeline].map(|axis| traffic.links(axis)),
+        ["", "NVLink + network", "network"]
+    );
+}
+
+#[test]
+fn the_terms_of_a_price_give_the_price() {
+    let (model, cluster, training, layout) = deepseek();
+    let pricer = Pricer::new(&model, &cluster, &training);
+    let priced = pricer.price(&layout).unwrap();
+    let interval = pricer.interval_terms(&priced.breakdown);
+    assert!(interval.borrowed > 0.0, "H800 has no table of its own");
+    assert_eq!(priced.step_s * interval.spread(), priced.interval_s[1]);
+    let overhead = pricer.overhead_terms(&layout);
+    let seconds = overhead.once_s + overhead.straggler * overhead.servers.log2() * overhead.rest_s;
+    assert!((seconds / priced.breakdown.overhead_s - 1.0).abs() < 1e-9);
+    let rank = priced.worst_rank;
+    let (memory, terms) = (pricer.rank_memory(&layout, rank), pricer.memory_terms(&layout, rank));
+    assert_eq!(memory.weights, terms.widths[0] * terms.parameters.iter().sum::<f64>());
+    assert!(memory.optimizer < terms.widths[2] * terms.parameters.iter().sum::<f64>());
+    // Whole micro-batches of both chunks.
+    let in_flight = memory.activations / terms.kept_bytes();
+    assert!((2.0 * in_flight).fract() < 1e-9, "{in_flight}");
+    let layers: f64 =
+        pricer.kinds().iter().zip(pricer.passes_by_kind(&layout)).fold(0.0, |most, (kind, passes)| {
+            if kind.0.ffn == FeedForward::Moe { most.max(passes.forward.grouped_s) } else { most }
+        });
+    let kernel = pricer.kernel_terms(&layout);
+    assert!(kernel.seconds < layers && kernel.seconds > 0.5 * layers, "{kernel:?} of {layers}");
+    assert!((kernel.factor * kernel.roofline_s() / kernel.efficiency / kernel.seconds - 1.0).abs() < 1e-12);
+    let axes: Vec<Axis> = pricer.exchange_terms(&layout).iter().map(|terms| terms.axis).collect();
+    assert_eq!(axes, [Axis::Expert, Axis::Expert, Axis::Pipeline, Axis::Data, Axis::Data]);
 }
 
 #[test]
@@ -190,7 +251,7 @@ fn changes_are_what_repricing_says_and_come_best_first() {
     assert!(found.is_sorted_by(|a, b| a.saves >= b.saves));
     for change in &found {
         assert!(change.fits && change.saves > 0.0, "{}", change.what);
-        assert!((1.0 - change.step_s / priced.step_s - change.saves).abs() < 1e-12);
+        assert!((1.0 - change.step.value / priced.step_s - change.saves).abs() < 1e-12);
     }
     let (what, share) = bottleneck(&priced);
     assert!(priced.breakdown.parts().iter().any(|(name, _)| *name == what) && share > 0.0 && share < 1.0);

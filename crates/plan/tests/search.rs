@@ -4,8 +4,8 @@ use std::collections::HashSet;
 
 use unisono_plan::search::{Plan, Search};
 use unisono_plan::{
-    Architecture, Cluster, DispatchKind, Habits, Optimizer, Parallelism, Precision, Routing, Software,
-    Trainable, Training,
+    Architecture, Cluster, DispatchKind, Habits, Optimizer, Parallelism, Precision, Recomputation, Routing,
+    Software, Trainable, Training,
 };
 
 fn training() -> Training {
@@ -42,6 +42,16 @@ fn layouts_are_distinct_and_feasible() {
         let again = layout.recompute.modules();
         assert!(!again.mla_up_projection && !again.mlp, "{layout}: the model has neither");
     }
+}
+
+#[test]
+fn a_search_can_be_told_what_is_computed_again() {
+    let search = search("h100x32");
+    let recompute = Recomputation::SELECTIVE;
+    let asked: Vec<Parallelism> = search.clone().recomputing(recompute).layouts().collect();
+    // One of the four that are tried otherwise.
+    assert_eq!(4 * asked.len(), search.layouts().count());
+    assert!(asked.iter().all(|layout| layout.recompute == recompute));
 }
 
 #[test]

@@ -5,8 +5,8 @@ use std::time::Duration;
 
 use unisono_plan::search::{Found, Plan, Search};
 use unisono_plan::{
-    Architecture, Change, Cluster, Outlook, Parallelism, Percentiles, Priced, Pricer, RankMemory, RoutedStep,
-    Routing, SimulatedStep, Traffic, Training, changes,
+    Architecture, Change, Cluster, Outlook, Parallelism, Percentiles, Priced, Pricer, Ranged, RankMemory,
+    Recomputation, RoutedStep, Routing, SimulatedStep, Traffic, Training, changes,
 };
 
 use super::GIB;
@@ -45,6 +45,17 @@ pub struct Answer {
     pub memory: Vec<RankMemory>,
     /// What would help most.
     pub changes: Vec<Change>,
+    /// What was asked to be computed again.
+    pub recompute: Option<Recomputation>,
+}
+
+/// Which layouts come into question.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Wanted {
+    /// This one alone.
+    pub layout: Option<Parallelism>,
+    /// Of a search: those that compute this again and nothing else.
+    pub recompute: Option<Recomputation>,
 }
 
 /// What uneven routing makes of the chosen layout, whose price is of the median step and of the memory in a slow one.
@@ -53,11 +64,11 @@ pub struct Uneven {
     /// Rows of the fullest expert-parallel rank over its even share.
     pub rows: Percentiles,
     /// Seconds of a step of which nineteen of twenty are faster.
-    pub slow_step_s: f64,
+    pub slow_step: Ranged,
     /// Seconds of a step if routing were even.
-    pub even_step_s: f64,
+    pub even_step: Ranged,
     /// Bytes on the fullest rank if routing were even.
-    pub even_bytes: f64,
+    pub even_bytes: Ranged,
 }
 
 /// A plan that fits with this probability can be counted on.
@@ -81,14 +92,14 @@ impl Answer {
         model: Architecture,
         cluster: Cluster,
         training: Training,
-        layout: Option<Parallelism>,
+        wanted: Wanted,
     ) -> Result<Self, CliError> {
-        let (found, chosen) = match layout {
+        let (found, chosen) = match wanted.layout {
             Some(layout) => (None, given(&model, &cluster, &training, layout)?),
             None => {
-                let found = search(&model, &cluster, &training);
+                let found = run(&searching(&model, &cluster, &training, wanted.recompute));
                 let best = found.fastest.first().cloned();
-                let best = best.ok_or_else(|| nothing_fits(&model, &cluster, &training))?;
+                let best = best.ok_or_else(|| nothing_fits(&model, &cluster, &training, wanted.recompute))?;
                 (Some(found), best)
             }
         };
@@ -104,6 +115,7 @@ impl Answer {
             training,
             found,
             chosen,
+            recompute: wanted.recompute,
         })
     }
 
@@ -122,8 +134,7 @@ impl Answer {
         let training = Training { routing: Routing::Balanced, ..self.training.clone() };
         let even = Pricer::new(&self.model, &self.cluster, &training).price_simulated(layout).ok()?;
         let slow = pricer.of_step(RoutedStep::Slow).price_simulated(layout).ok()?;
-        let (even_step_s, even_bytes) = (even.step_s, even.memory.total());
-        Some(Uneven { rows, slow_step_s: slow.step_s, even_step_s, even_bytes })
+        Some(Uneven { rows, slow_step: slow.step(), even_step: even.step(), even_bytes: even.bytes() })
     }
 
     /// The chosen layout's price in closed form, as the search pruned with it.
@@ -146,14 +157,14 @@ impl Answer {
     }
 
     /// Operations per second of a GPU that the model needs (causal, recomputation not counted), over its peak in bf16.
-    pub fn model_flops_share(&self) -> f64 {
-        self.flops_per_s_per_gpu() / self.cluster.gpu.bf16_flops
+    pub fn model_flops_share(&self) -> Ranged {
+        self.flops_per_s_per_gpu().times(self.cluster.gpu.bf16_flops.recip())
     }
 
     /// Operations per second of a GPU that the model needs.
-    pub fn flops_per_s_per_gpu(&self) -> f64 {
+    pub fn flops_per_s_per_gpu(&self) -> Ranged {
         let a_token = self.model.train_flops(self.training.sequence, true, true);
-        a_token * self.outlook.tokens_per_s / self.chosen.layout.gpus() as f64
+        self.outlook.tokens_per_s.times(a_token / self.chosen.layout.gpus() as f64)
     }
 }
 
@@ -180,7 +191,7 @@ fn given(
     Ok(Plan {
         number: 0,
         headroom_bytes: cluster.gpu.memory_bytes - priced.memory.total(),
-        run_usd: outlook.usd_without_failures,
+        run_usd: outlook.usd_without_failures.value,
         layout,
         priced,
     })
@@ -227,9 +238,22 @@ const DEGREES: [(&str, fn(&mut Parallelism) -> &mut usize); 4] = [
     ("tp", |layout| &mut layout.tensor),
 ];
 
-/// Searches on every core, then simulates what it found. The result does not depend on the cores.
-pub fn search(model: &Architecture, cluster: &Cluster, training: &Training) -> Found {
+/// The search that is asked for.
+fn searching(
+    model: &Architecture,
+    cluster: &Cluster,
+    training: &Training,
+    recompute: Option<Recomputation>,
+) -> Search {
     let search = Search::new(model, cluster, training);
+    match recompute {
+        Some(recompute) => search.recomputing(recompute),
+        None => search,
+    }
+}
+
+/// Searches on every core, then simulates what it found. The result does not depend on the cores.
+fn run(search: &Search) -> Found {
     let screen = Screen::new(BAR);
     let parts = spread(&screen, PARTS, |part| search.run(part, PARTS));
     let found = parts.into_iter().reduce(Found::merge).unwrap_or_else(|| search.run(0, 1));
@@ -279,8 +303,13 @@ fn watch(screen: &Screen, done: &AtomicUsize, parts: u64, finished: impl Fn() ->
 }
 
 /// No layout fits: says which comes nearest and by how much, and how many GPUs would do.
-fn nothing_fits(model: &Architecture, cluster: &Cluster, training: &Training) -> CliError {
-    let closest = Search::new(model, cluster, training).nearest().map_or_else(
+fn nothing_fits(
+    model: &Architecture,
+    cluster: &Cluster,
+    training: &Training,
+    recompute: Option<Recomputation>,
+) -> CliError {
+    let closest = searching(model, cluster, training, recompute).nearest().map_or_else(
         || "none divides it over all, a half or a quarter of the GPUs".to_string(),
         |plan| {
             format!("the nearest, {}, needs {:.1} GiB more a GPU", plan.layout, -plan.headroom_bytes / GIB)
@@ -288,8 +317,9 @@ fn nothing_fits(model: &Architecture, cluster: &Cluster, training: &Training) ->
     );
     let asked = training.global_batch;
     let larger = if asked < cluster.gpus { 0 } else { 1 };
-    let enough = wider(model, cluster, training, 1, |_| asked)
-        .or_else(|| wider(model, cluster, training, larger, |gpus| asked.max(gpus)))
+    let search = |cluster: &Cluster, training: &Training| searching(model, cluster, training, recompute);
+    let enough = wider(&search, cluster, training, 1, |_| asked)
+        .or_else(|| wider(&search, cluster, training, larger, |gpus| asked.max(gpus)))
         .map(|(gpus, batch)| format!("{gpus} GPUs with a batch of {batch} sequences would do"));
     CliError::usage(format!(
         "no layout of {} ({} parameters) fits {} {} with a batch of {} sequences: {closest}; {}",
@@ -304,7 +334,7 @@ fn nothing_fits(model: &Architecture, cluster: &Cluster, training: &Training) ->
 
 /// The fewest GPUs, of those there are doubled `first` to ten times, on which a batch that may depend on them fits; with the batch.
 fn wider(
-    model: &Architecture,
+    search: impl Fn(&Cluster, &Training) -> Search,
     cluster: &Cluster,
     training: &Training,
     first: u32,
@@ -314,7 +344,7 @@ fn wider(
     counts.filter_map(|gpus| cluster.enlarged(gpus).ok()).find_map(|wider| {
         let batch = batch(wider.gpus);
         let training = Training { global_batch: batch, ..training.clone() };
-        let fits = Search::new(model, &wider, &training).run(0, 1).feasible > 0;
+        let fits = search(&wider, &training).run(0, 1).feasible > 0;
         fits.then_some((wider.gpus, batch))
     })
 }

@@ -1,17 +1,19 @@
 //! `unisono plan compare`
 
+use std::collections::HashSet;
+
 use clap::Args;
 use serde_json::{Value, json};
-use unisono_plan::{Architecture, Cluster, Synchronisation};
+use unisono_plan::{Architecture, Cluster, Equal, Ranged, Synchronisation};
 
 use super::GIB;
-use super::answer::Answer;
+use super::answer::{Answer, Wanted};
 use super::local::LOCAL;
 use super::question::{self, Model, TrainingArgs};
 use super::{json as as_json, show};
 use crate::error::{CliError, DONE};
 use crate::screen::{complain, say};
-use crate::style::{Paint, duration, grouped, percent, table};
+use crate::style::{Paint, Scale, duration, grouped, off, percent, table};
 
 /// `unisono plan compare`
 #[derive(Debug, Args)]
@@ -24,7 +26,7 @@ pub struct Compare {
     clusters: Vec<String>,
     #[command(flatten)]
     training: TrainingArgs,
-    /// Also dense models with all, and with the active, parameters of every sparse one
+    /// Also dense models with all parameters of every sparse one, with those of equal quality by a rule of thumb, and with the active ones
     #[arg(long)]
     dense: bool,
     /// Also how long replicas would take to agree at one place, or through parameter servers
@@ -43,57 +45,87 @@ pub fn run(args: &Compare) -> Result<u8, CliError> {
              here a cluster is a GPU and a count or a TOML file",
         ));
     }
-    let mut models: Vec<Model> = Vec::new();
+    let mut models: Vec<(Model, Option<Equal>)> = Vec::new();
     for name in &args.models {
         let model = question::model(name)?;
         let twins = if args.dense { twins(&model.architecture) } else { Vec::new() };
         let origin = model.origin.clone();
-        models.push(model);
-        models.extend(twins.into_iter().map(|architecture| Model { architecture, origin: origin.clone() }));
+        models.push((model, None));
+        let twin = |(equal, architecture)| (Model { architecture, origin: origin.clone() }, Some(equal));
+        models.extend(twins.into_iter().map(twin));
     }
-    args.training.check_experts(&models)?;
+    args.training.check_experts(models.iter().map(|(model, _)| model))?;
     let clusters =
         args.clusters.iter().map(|name| question::cluster(name)).collect::<Result<Vec<Cluster>, _>>()?;
-    let mut answers = Vec::new();
-    for model in &models {
-        for cluster in &clusters {
+    let wanted = Wanted { recompute: args.training.recompute, ..Wanted::default() };
+    let mut rows = Vec::new();
+    for (model, equal) in &models {
+        for (cluster, name) in clusters.iter().zip(&args.clusters) {
             let training = args.training.training(model, cluster);
-            match training
-                .and_then(|training| Answer::to(model.architecture.clone(), cluster.clone(), training, None))
-            {
-                Ok(answer) => answers.push(answer),
+            let answer = training.and_then(|training| {
+                Answer::to(model.architecture.clone(), cluster.clone(), training, wanted)
+            });
+            match answer {
+                Ok(answer) => rows.push(Row { answer, equal: *equal, cluster: name }),
                 Err(error) if models.len() * clusters.len() == 1 => return Err(error),
                 // One that cannot be says so; the others are compared.
                 Err(error) => complain("warning", &error.message),
             }
         }
     }
-    if answers.is_empty() {
+    if rows.is_empty() {
         return Err(CliError::usage("nothing to compare: no model fits any of the clusters"));
     }
     if args.json {
-        let all: Vec<Value> = answers.iter().map(|answer| object(answer, args.baselines)).collect();
+        let all: Vec<Value> = rows.iter().map(|row| object(row, args.baselines)).collect();
         say(&format!("{}\n", Value::Array(all)));
     } else {
-        print(&answers, args.baselines);
+        print(&rows, args.baselines);
     }
     Ok(DONE)
 }
 
-/// Dense models with all and with the active parameters.
-pub fn twins(model: &Architecture) -> Vec<Architecture> {
-    let sizes = [model.parameters() as f64, model.active_parameters() as f64];
-    sizes.into_iter().filter_map(|parameters| model.dense_twin(parameters)).collect()
+/// A model on a cluster.
+#[derive(Debug)]
+struct Row<'a> {
+    answer: Answer,
+    /// What the model has in common with the sparse one before it, if it is there for that.
+    equal: Option<Equal>,
+    /// The cluster, as it was asked for.
+    cluster: &'a str,
 }
 
-fn object(answer: &Answer, baselines: bool) -> Value {
-    let mut object = as_json::object(answer);
+/// Dense models to hold a sparse one against, with what they have in common with it.
+pub fn twins(model: &Architecture) -> Vec<(Equal, Architecture)> {
+    let twin = |equal: Equal| Some((equal, model.dense_twin(equal.parameters(model))?));
+    Equal::ALL.into_iter().filter_map(twin).collect()
+}
+
+/// What dense models are for, in lines.
+pub const TWINS: [&str; 3] = [
+    "dense models keep attention and depth and widen the feed-forward network: to all parameters, to sqrt(all x active),",
+    "to the active ones. sqrt(all x active) is a rule of thumb of equal quality from Mixtral's time, not fitted by anyone:",
+    "published pairs need 1 to 3 times as many",
+];
+
+fn object(row: &Row, baselines: bool) -> Value {
+    let mut object = as_json::object(&row.answer);
+    object["cluster"]["name"] = json!(row.cluster);
+    object["model"]["dense_of_equal"] = json!(row.equal.map(Equal::name));
     if baselines {
-        let of = synchronisation(answer);
+        let (of, priced) = (synchronisation(&row.answer), &row.answer.chosen.priced);
+        let with = |seconds: f64| of.step_with(priced, seconds);
+        let [one, server] = [with(of.merge_at_one_s), with(of.parameter_server_s)];
         object["synchronisation_s"] = json!({
             "ours": of.ours_s,
             "merge_at_one": of.merge_at_one_s,
             "parameter_server": of.parameter_server_s,
+        });
+        object["step_with_s"] = json!({
+            "merge_at_one": one.value,
+            "merge_at_one_interval_80": one.interval,
+            "parameter_server": server.value,
+            "parameter_server_interval_80": server.interval,
         });
     }
     object
@@ -103,104 +135,125 @@ fn synchronisation(answer: &Answer) -> Synchronisation {
     Synchronisation::of(&answer.chosen.priced, &answer.chosen.layout, &answer.cluster)
 }
 
-fn print(answers: &[Answer], baselines: bool) {
+fn print(rows: &[Row], baselines: bool) {
     let paint = Paint::new(&std::io::stdout());
-    say(&format!("{}\n", paint.strong("The fastest layout that fits, each")));
-    say(&format!("{}\n", rows(answers).join("\n")));
-    say(&format!(
-        "{}\n",
-        paint.faint("hours a T: GPU-hours of training for 10^12 tokens; dollars with failures")
-    ));
-    let rows = uneven(answers);
-    if rows.len() > 1 {
-        say(&format!("\n{}\n", paint.strong("Uneven routing")));
-        say(&format!("{}\n", table(&rows, 2).join("\n")));
-        let note = "fullest rank: rows of the fullest expert-parallel rank over an even share, in the median step and in one of twenty";
-        say(&format!("{}\n", paint.faint(note)));
+    let title = |text: &str| say(&format!("{}\n", paint.strong(text)));
+    let note = |text: &str| say(&format!("  {}\n", paint.faint(text)));
+    title("The fastest layout that fits, each");
+    say(&format!("{}\n", fastest(rows).join("\n")));
+    note("80%: where eight of ten runs lie, for all figures of a row");
+    note("hours a T: GPU-hours of training for 10^12 tokens; dollars with failures");
+    if rows.iter().any(|row| row.equal.is_some()) {
+        TWINS.into_iter().for_each(note);
     }
-    if !baselines {
-        return;
+    let skewed = uneven(rows);
+    if skewed.len() > 1 {
+        title("\nUneven routing");
+        say(&format!("{}\n", table(&skewed, 2).join("\n")));
+        note(
+            "fullest rank: rows of the fullest expert-parallel rank over an even share, in the median step and in one of twenty",
+        );
     }
-    say(&format!("\n{}\n", paint.strong("Replicas agree once a step")));
-    let head = ["model", "cluster", "replicas", "ours", "merged at one place", "parameter servers"];
-    let mut rows = vec![head.map(String::from).to_vec()];
-    rows.extend(answers.iter().map(|answer| {
-        let of = synchronisation(answer);
-        let step = answer.chosen.priced.step_s;
-        let against = |seconds: f64| format!("{} ({:.1} steps)", duration(seconds), seconds / step);
-        let layout = &answer.chosen.layout;
+    if baselines {
+        title("\nReplicas agree once a step");
+        say(&format!("{}\n", table(&agreeing(rows), 2).join("\n")));
+        note(
+            "in brackets: where eight of ten steps would lie; what comes in place of ours is bytes over a network card's rate",
+        );
+    }
+}
+
+/// How replicas agree, with its head.
+fn agreeing(rows: &[Row]) -> Vec<Vec<String>> {
+    let head = ["model", "cluster", "replicas", "ours", "merged at one", "step, s", "servers", "step, s"];
+    let mut table = vec![head.map(String::from).to_vec()];
+    table.extend(rows.iter().map(|row| {
+        let (of, priced) = (synchronisation(&row.answer), &row.answer.chosen.priced);
+        let step = |seconds: f64| {
+            let step: Ranged = of.step_with(priced, seconds);
+            let scale = Scale::seconds(1.0);
+            format!("{} ({})", scale.number(step.value, 1), scale.range(step.interval))
+        };
+        let layout = &row.answer.chosen.layout;
         vec![
-            answer.model.name.clone(),
-            cluster(answer),
+            row.answer.model.name.clone(),
+            row.cluster.to_string(),
             grouped((layout.data * layout.context) as u64),
-            format!("{} ({} of a step)", duration(of.ours_s), percent(of.ours_s / step)),
-            against(of.merge_at_one_s),
-            against(of.parameter_server_s),
+            format!("{} ({})", duration(of.ours_s), percent(of.ours_s / priced.step_s)),
+            duration(of.merge_at_one_s),
+            step(of.merge_at_one_s),
+            duration(of.parameter_server_s),
+            step(of.parameter_server_s),
         ]
     }));
-    say(&format!("{}\n", table(&rows, 2).join("\n")));
+    table
 }
 
 /// What uneven routing makes of each, with its head.
-fn uneven(answers: &[Answer]) -> Vec<Vec<String>> {
+fn uneven(rows: &[Row]) -> Vec<Vec<String>> {
     let head = [
         "model",
         "cluster",
         "fullest rank",
         "even step",
         "median",
-        "one of twenty",
+        "1 of 20",
+        "80%",
         "GiB, even",
         "GiB",
         "free",
     ];
-    let mut rows = vec![head.map(String::from).to_vec()];
-    rows.extend(answers.iter().filter_map(|answer| {
-        let (uneven, priced) = (answer.uneven()?, &answer.chosen.priced);
+    let mut table = vec![head.map(String::from).to_vec()];
+    table.extend(rows.iter().filter_map(|row| {
+        let (uneven, priced) = (row.answer.uneven()?, &row.answer.chosen.priced);
         Some(vec![
-            answer.model.name.clone(),
-            cluster(answer),
+            row.answer.model.name.clone(),
+            row.cluster.to_string(),
             format!("{:.2}, {:.2}", uneven.rows.p50, uneven.rows.p95),
-            duration(uneven.even_step_s),
+            duration(uneven.even_step.value),
             duration(priced.step_s),
-            duration(uneven.slow_step_s),
-            format!("{:.1}", uneven.even_bytes / GIB),
-            format!("{:.1}", priced.memory.total() / GIB),
-            format!("{:.1}", answer.chosen.headroom_bytes / GIB),
+            duration(uneven.slow_step.value),
+            off(uneven.slow_step),
+            format!("{:.1}", uneven.even_bytes.value / GIB),
+            show::gib(priced.bytes()),
+            format!("{:.1}", row.answer.chosen.headroom_bytes / GIB),
         ])
     }));
-    rows
+    table
 }
 
-/// GPUs and what their network gives each when all send.
-fn cluster(answer: &Answer) -> String {
-    let cluster = &answer.cluster;
-    let network = cluster.levels[cluster.levels.len() - 1].shared_bytes_per_s() / 1e9;
-    format!("{} x {}, {network} GB/s", grouped(cluster.gpus as u64), cluster.gpu.name)
-}
-
-/// The table, with its head; above it the training if it is that of all, else a column of it.
-fn rows(answers: &[Answer]) -> Vec<String> {
-    let (days, dollars) = show::scales(answers.iter().map(|answer| &answer.outlook));
-    let head = ["model", "cluster", "layout", "step", "tokens/s", "hours a T", days.name, dollars.name];
-    let mut rows = vec![head.map(String::from).to_vec()];
-    rows.extend(answers.iter().map(|answer| {
-        vec![
-            answer.model.name.clone(),
-            cluster(answer),
-            answer.chosen.layout.to_string(),
+/// The table, with its head; above it the clusters, and the training if it is that of all, else a column of it; below it the layouts.
+fn fastest(rows: &[Row]) -> Vec<String> {
+    let (days, dollars) = show::scales(rows.iter().map(|row| &row.answer.outlook));
+    let head = ["model", "cluster", "step", "tokens/s", "hours a T", days.name, dollars.name, "80%"];
+    let mut cells = vec![head.map(String::from).to_vec()];
+    let mut layouts = vec![["model", "cluster", "layout"].map(String::from).to_vec()];
+    for row in rows {
+        let (answer, outlook) = (&row.answer, &row.answer.outlook);
+        let asked = [answer.model.name.clone(), row.cluster.to_string()];
+        let figures = [
             duration(answer.chosen.priced.step_s),
-            grouped(answer.outlook.tokens_per_s as u64),
-            grouped(answer.outlook.gpu_hours_per_trillion(&answer.training) as u64),
-            days.number(answer.outlook.days, 1),
-            dollars.number(answer.outlook.usd, 2),
-        ]
-    }));
-    let common = show::training(&answers[0]);
-    if answers.iter().all(|answer| show::training(answer) == common) {
-        return [vec![format!("  {common}")], table(&rows, 3)].concat();
+            grouped(outlook.tokens_per_s.value as u64),
+            grouped(outlook.gpu_hours_per_trillion(&answer.training).value as u64),
+            days.number(outlook.days.value, 1),
+            dollars.number(outlook.usd.value, 2),
+            off(answer.chosen.priced.step()),
+        ];
+        cells.push([&asked[..], &figures].concat());
+        layouts.push([&asked[..], &[answer.chosen.layout.to_string()]].concat());
     }
-    rows[0].insert(2, "training".into());
-    rows[1..].iter_mut().zip(answers).for_each(|(row, answer)| row.insert(2, show::batches(answer)));
-    table(&rows, 4)
+    let mut lines: Vec<String> =
+        rows.iter().map(|row| format!("  {}: {}", row.cluster, show::cluster(&row.answer))).collect();
+    let mut seen = HashSet::new();
+    lines.retain(|line| seen.insert(line.clone()));
+    let common = show::training(&rows[0].answer);
+    let mut left = 2;
+    if rows.iter().all(|row| show::training(&row.answer) == common) {
+        lines.push(format!("  {common}"));
+    } else {
+        cells[0].insert(2, "training".into());
+        cells[1..].iter_mut().zip(rows).for_each(|(cell, row)| cell.insert(2, show::batches(&row.answer)));
+        left = 3;
+    }
+    [lines, table(&cells, left), vec![String::new()], table(&layouts, 3)].concat()
 }

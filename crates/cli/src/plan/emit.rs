@@ -1,5 +1,6 @@
 //! The plan as a config that `unisono train` runs.
 
+use unisono_data::Tokenizer;
 use unisono_plan::{
     Attention, ModelConfig, Modules, Optimizer, Parallelism, Pattern, Precision, Pricer, Recomputation,
     Routing, Sharding, Training,
@@ -12,8 +13,17 @@ use super::answer::Answer;
 use super::question::Origin;
 use crate::error::CliError;
 
+/// A config, and what it still needs.
+#[derive(Debug)]
+pub struct Emitted {
+    /// The file.
+    pub text: String,
+    /// Which data, where the built-in text does not do.
+    pub data: Option<String>,
+}
+
 /// The config of the chosen layout. Of a config of ours everything stays that the plan does not decide.
-pub fn config(answer: &Answer, origin: &Origin) -> Result<String, CliError> {
+pub fn config(answer: &Answer, origin: &Origin) -> Result<Emitted, CliError> {
     let of_model = missing_of_model(answer, origin);
     let of_layout = missing_of_layout(answer);
     let missing: Vec<String> = of_layout.iter().chain(&of_model).map(|what| format!("  - {what}")).collect();
@@ -40,11 +50,25 @@ pub fn config(answer: &Answer, origin: &Origin) -> Result<String, CliError> {
     let toml = config.to_toml().map_err(|error| CliError::usage(error.to_string()))?;
     // What is written must read back as a config that can be trained.
     RunConfig::load(&toml, &[]).map_err(|error| CliError::usage(format!("--emit: {error}")))?;
-    Ok(head(answer, origin) + &toml)
+    let data = data(&config)?;
+    let mut text = head(answer, origin, data.is_some());
+    text.extend(data.iter().map(|data| format!("# {data}.\n")));
+    Ok(Emitted { text: text + "\n" + &toml, data })
+}
+
+/// Which data the config needs where it names none and the built-in text has tokens that its vocabulary has not.
+fn data(config: &RunConfig) -> Result<Option<String>, CliError> {
+    let (vocabulary, built_in) = (config.model.vocab_size, Tokenizer::builtin()?.vocab_size() as usize);
+    Ok((config.data.path.is_none() && vocabulary < built_in).then(|| {
+        format!(
+            "data.path must name a dataset whose tokenizer has at most model.vocab_size = {vocabulary} tokens \
+             (`unisono data prepare --tokenizer`): the built-in one has {built_in}"
+        )
+    }))
 }
 
 /// Where the config is from, and what in it nobody has chosen.
-fn head(answer: &Answer, origin: &Origin) -> String {
+fn head(answer: &Answer, origin: &Origin, needs_data: bool) -> String {
     let layout = &answer.chosen.layout;
     let rest = match origin {
         Origin::Config(_) => "What a plan does not decide is as in that config.",
@@ -56,8 +80,9 @@ fn head(answer: &Answer, origin: &Origin) -> String {
              does not know them."
         }
     };
+    let data = if needs_data { " --set data.path=DATASET" } else { "" };
     format!(
-        "# unisono plan: {} on {} {}, {layout}; predicted step {:.3} s.\n# {rest}\n# mpirun -n {} unisono train THIS_FILE\n\n",
+        "# unisono plan: {} on {} {}, {layout}; predicted step {:.3} s.\n# {rest}\n# mpirun -n {} unisono train THIS_FILE{data}\n",
         answer.model.name,
         answer.cluster.gpus,
         answer.cluster.gpu.name,

@@ -2,49 +2,159 @@
 
 use std::iter::once;
 
-use unisono_plan::Work;
+use serde_json::{Map, Value, json};
 use unisono_plan::collectives::places_touched;
 use unisono_plan::schedule::ScheduleKind;
 use unisono_plan::simulate::{StepParts, step_parts};
+use unisono_plan::{ExchangeTerms, IntervalTerms, LayerKind, RankMemory, Sharding, Work};
 
 use super::answer::Answer;
-use super::show;
+use super::{GIB, show};
 use crate::screen::say;
-use crate::style::{Paint, Scale, counted, grouped, table};
+use crate::style::{Paint, Scale, counted, figure, grouped, short, table, without_empty};
+
+/// A heading and its lines; no lines where there is nothing to say.
+type Section = (&'static str, Vec<String>);
+
+fn sections(answer: &Answer) -> [Section; 11] {
+    [
+        ("parameters", parameters(answer)),
+        ("operations", operations(answer)),
+        ("a kernel", kernel(answer)),
+        ("a layer of each kind, milliseconds a micro-batch", layers(answer)),
+        ("exchanges, as if nothing hid them", exchanges(answer)),
+        ("dispatch", dispatch(answer)),
+        ("pipeline", pipeline(answer)),
+        ("overhead", overhead(answer)),
+        ("interval", interval(answer)),
+        ("memory of the fullest rank, GiB", memory(answer)),
+        ("checkpoints and money", money(answer)),
+    ]
+}
 
 /// Prints how the figures come about.
 pub fn print(answer: &Answer) {
     let paint = Paint::new(&std::io::stdout());
-    let sections = [
-        ("How: operations and parameters", counts(answer)),
-        ("How: a layer of each kind, milliseconds a micro-batch", layers(answer)),
-        ("How: pipeline", pipeline(answer)),
-        ("How: dispatch", dispatch(answer)),
-        ("How: checkpoints and money", money(answer)),
-    ];
-    for (title, lines) in sections {
+    for (title, lines) in sections(answer) {
         if !lines.is_empty() {
-            say(&format!("\n{}\n{}\n", paint.strong(title), lines.join("\n")));
+            say(&format!("\n{}\n{}\n", paint.strong(&format!("How: {title}")), lines.join("\n")));
         }
     }
 }
 
-fn counts(answer: &Answer) -> Vec<String> {
+/// The same as lists of lines, by heading.
+pub fn object(answer: &Answer) -> Value {
+    let filled = sections(answer).into_iter().filter(|(_, lines)| !lines.is_empty());
+    let trimmed = |lines: Vec<String>| lines.iter().map(|line| json!(line.trim())).collect::<Vec<_>>();
+    Value::Object(
+        filled.map(|(title, lines)| (title.to_string(), json!(trimmed(lines)))).collect::<Map<_, _>>(),
+    )
+}
+
+/// Layers of each kind, and their parameters.
+fn parameters(answer: &Answer) -> Vec<String> {
+    let model = &answer.model;
+    let mut kinds: Vec<(LayerKind, usize)> = Vec::new();
+    for layer in 0..model.layers {
+        let kind = model.kind(layer);
+        match kinds.iter_mut().find(|(known, _)| *known == kind) {
+            Some((_, layers)) => *layers += 1,
+            None => kinds.push((kind, 1)),
+        }
+    }
+    let mut lines = Vec::new();
+    for (kind, layers) in &kinds {
+        let of = model.layer_parameters(*kind);
+        let parts = [
+            ("mixer", of.mixer + of.mixer_replicated),
+            ("dense network", of.ffn),
+            ("experts", of.experts),
+            ("router", of.router),
+            ("norms", of.norms),
+        ];
+        let written = parts.iter().filter(|(_, count)| *count > 0);
+        let written: Vec<String> =
+            written.map(|(name, count)| format!("{name} {}", short(*count as u64))).collect();
+        let all = short((layers * of.total()) as u64);
+        lines.push(format!(
+            "  {} of {} x ({}) = {all}",
+            counted(*layers as u64, "layer"),
+            name(*kind),
+            written.join(" + ")
+        ));
+    }
+    let tables = if model.tied_embeddings { 1 } else { 2 };
+    lines.push(format!(
+        "  with {} of {} x {}: {}",
+        counted(tables, "table"),
+        grouped(model.vocab as u64),
+        grouped(model.hidden as u64),
+        short(model.parameters() as u64)
+    ));
+    if let Some(moe) = &model.moe {
+        lines.push(format!(
+            "  active: {} of {} routed experts, {}",
+            moe.top_k,
+            moe.experts,
+            short(model.active_parameters() as u64)
+        ));
+    }
+    lines
+}
+
+/// `attention and dense`
+fn name(kind: LayerKind) -> String {
+    format!("{:?} + {:?}", kind.mixer, kind.ffn)
+}
+
+fn operations(answer: &Answer) -> Vec<String> {
     let (model, training) = (&answer.model, &answer.training);
-    let flops = |causal, mtp| model.train_flops(training.sequence, causal, mtp) / 1e9;
-    let (gpus, tokens) = (answer.chosen.layout.gpus() as f64, answer.outlook.tokens_per_s);
+    let flops = |causal, mtp| figure(model.train_flops(training.sequence, causal, mtp) / 1e9);
+    let without = match model.mtp_layers {
+        0 => String::new(),
+        _ => format!(", without multi-token prediction {}", flops(true, false)),
+    };
+    let (gpus, rate) = (answer.chosen.layout.gpus(), answer.outlook.tokens_per_s.value);
     vec![
         format!(
-            "  GFLOP a token, forward and backward: causal {:.1}, without multi-token prediction {:.1}, all pairs {:.1}",
+            "  GFLOP a token, forward and backward: causal {}{without}, all pairs {}",
             flops(true, true),
-            flops(true, false),
             flops(false, true)
         ),
         format!(
-            "  TFLOP/s a GPU = {:.1} GFLOP x {} tokens/s / {gpus} GPUs = {:.0}",
+            "  TFLOP/s a GPU = {} GFLOP x {} tokens/s / {gpus} GPUs = {}",
             flops(true, true),
-            grouped(tokens as u64),
-            flops(true, true) * tokens / gpus / 1e3
+            grouped(rate as u64),
+            figure(answer.flops_per_s_per_gpu().value / 1e12)
+        ),
+    ]
+}
+
+/// A product: the roofline, the efficiency of the tables, what training does to it.
+fn kernel(answer: &Answer) -> Vec<String> {
+    let terms = answer.pricer().kernel_terms(&answer.chosen.layout);
+    let [m, n, k] = terms.product.sizes;
+    let weights = match terms.product.experts > 1.0 {
+        true => format!(" over {} experts of {n:.0} x {k:.0}", terms.product.experts),
+        false => format!(" by {n:.0} x {k:.0}"),
+    };
+    let (flops, bytes) = (figure(terms.product.flops / 1e9), figure(terms.product.bytes / 1e6));
+    vec![
+        format!(
+            "  {}, {}: {m:.0} rows{weights}, {flops} GFLOP, {bytes} MB",
+            terms.name, answer.training.compute
+        ),
+        format!(
+            "  roofline max({flops} GFLOP / {} TFLOP/s, {bytes} MB / {} TB/s) = {} ms",
+            figure(terms.peak_flops / 1e12),
+            figure(terms.peak_bytes_per_s / 1e12),
+            figure(1e3 * terms.roofline_s())
+        ),
+        format!(
+            "  / {} (efficiency in the tables) x {} (calibrated) = {} ms",
+            figure(terms.efficiency),
+            figure(terms.factor),
+            figure(1e3 * terms.seconds)
         ),
     ]
 }
@@ -67,10 +177,143 @@ fn layers(answer: &Answer) -> Vec<String> {
     for ((kind, windowed), passes) in pricer.kinds().iter().zip(pricer.passes_by_kind(&answer.chosen.layout))
     {
         let window = if *windowed { ", windowed" } else { "" };
-        let name = format!("{:?} + {:?}{window}", kind.mixer, kind.ffn);
+        let name = format!("{}{window}", name(*kind));
         let works = [("forward", passes.forward), ("input", passes.input), ("weights", passes.weight)];
         rows.extend(works.into_iter().map(|(pass, work)| row(&name, pass, &work)));
     }
+    table(&without_empty(rows, "0.000"), 2)
+}
+
+fn exchanges(answer: &Answer) -> Vec<String> {
+    let terms = answer.pricer().exchange_terms(&answer.chosen.layout);
+    if terms.is_empty() {
+        return Vec::new();
+    }
+    let mut rows =
+        vec![["axis", "what", "ranks x apart", "MB", "over", "GB/s", "ms"].map(String::from).to_vec()];
+    rows.extend(terms.iter().map(|terms| exchange(answer, terms)));
+    table(&rows, 2)
+}
+
+fn exchange(answer: &Answer, terms: &ExchangeTerms) -> Vec<String> {
+    let bytes: f64 = terms.bytes.iter().sum();
+    let levels = answer.traffic.levels.iter().zip(&terms.bytes).filter(|(_, bytes)| **bytes > 0.0);
+    let over: Vec<String> = levels.map(|(level, bytes)| format!("{level} {}", figure(bytes / 1e6))).collect();
+    vec![
+        terms.axis.name().to_string(),
+        terms.what.to_string(),
+        format!("{} x {}", terms.ranks, terms.stride),
+        figure(bytes / 1e6),
+        over.join(", "),
+        figure(bytes / terms.seconds / 1e9),
+        figure(1e3 * terms.seconds),
+    ]
+}
+
+fn overhead(answer: &Answer) -> Vec<String> {
+    let terms = answer.pricer().overhead_terms(&answer.chosen.layout);
+    let overhead_s = answer.chosen.priced.breakdown.overhead_s;
+    vec![format!(
+        "  {:.3} s once + {:.4} x log2({}) x {} s of the rest in closed form = {} s",
+        terms.once_s,
+        terms.straggler,
+        counted(terms.servers as u64, "server"),
+        figure(terms.rest_s),
+        figure(overhead_s)
+    )]
+}
+
+fn interval(answer: &Answer) -> Vec<String> {
+    let priced = &answer.chosen.priced;
+    let terms = answer.pricer().interval_terms(&priced.breakdown);
+    let bytes = priced.bytes();
+    let band = (bytes.interval[1] / bytes.value).ln();
+    vec![
+        format!(
+            "  step x or / exp({:.4} x sqrt({:.3}^2 of families left out + {:.3}^2 of borrowed kernels)) = {:.3}: {} to {} s",
+            IntervalTerms::QUANTILE,
+            terms.fit,
+            terms.borrowed,
+            terms.spread(),
+            figure(priced.interval_s[0]),
+            figure(priced.interval_s[1])
+        ),
+        format!("  memory x or / exp({band:.3}): {} GiB", show::gib(bytes)),
+    ]
+}
+
+/// The terms of the fullest rank's memory.
+fn memory(answer: &Answer) -> Vec<String> {
+    let (priced, layout) = (&answer.chosen.priced, &answer.chosen.layout);
+    let (memory, pricer) = (&priced.memory, answer.pricer());
+    let terms = pricer.memory_terms(layout, priced.worst_rank);
+    let state = |bytes: f64, width: f64| match width > 0.0 {
+        true => format!("{width} B x {}", short((bytes / width) as u64)),
+        false => "none".into(),
+    };
+    let [weight, gradient, optimizer] = terms.widths;
+    let [dense, experts] = terms.parameters.map(|count| short(count as u64));
+    let held = match answer.model.moe {
+        Some(_) => format!("{dense} and {experts} in experts"),
+        None => dense,
+    };
+    let sharded = match layout.sharding {
+        Sharding::None => "not sharded",
+        Sharding::Zero1 => "optimizer sharded",
+        Sharding::Zero2 => "optimizer and gradients sharded",
+        Sharding::Zero3 => "all sharded",
+    };
+    let kept: Vec<String> = terms
+        .layers
+        .iter()
+        .filter(|(layers, _)| *layers > 0)
+        .map(|(layers, bytes)| format!("{layers} x {}", figure(bytes / GIB)))
+        .collect();
+    let in_flight = match terms.kept_bytes() > 0.0 {
+        true => memory.activations / terms.kept_bytes(),
+        false => 0.0,
+    };
+    let rows = [
+        (
+            "weights",
+            memory.weights,
+            format!("{}; the rank holds {held}; {sharded}", state(memory.weights, weight)),
+        ),
+        ("gradients", memory.gradients, state(memory.gradients, gradient)),
+        ("optimizer", memory.optimizer, state(memory.optimizer, optimizer)),
+        (
+            "activations",
+            memory.activations,
+            format!("{in_flight:.2} micro-batches in flight x ({})", kept.join(" + ")),
+        ),
+        ("temporary", memory.temporary, "of the layer that needs most".into()),
+        ("logits", memory.logits, "gone before temporary: the larger counts".into()),
+        ("communication", memory.communication, "parameters gathered, gradients on their way".into()),
+        ("workspace", memory.workspace, "libraries of products".into()),
+        (
+            "fragmentation",
+            memory.fragmentation,
+            format!(
+                "{:.2} x (activations + max(temporary, logits) + communication)",
+                RankMemory::FRAGMENTATION
+            ),
+        ),
+        (
+            "outside",
+            memory.outside,
+            format!(
+                "{} + {} x {}",
+                RankMemory::CONTEXT_BYTES / GIB,
+                counted(terms.communicators as u64, "communicator"),
+                RankMemory::COMMUNICATOR_BYTES / GIB
+            ),
+        ),
+    ];
+    let filled = rows.into_iter().filter(|(_, bytes, _)| *bytes > 0.0);
+    let mut rows: Vec<Vec<String>> =
+        filled.map(|(name, bytes, how)| vec![name.into(), how, figure(bytes / GIB)]).collect();
+    let at = format!("pipeline rank {}", priced.worst_rank);
+    rows.push(vec!["all".into(), at, figure(memory.total() / GIB)]);
     table(&rows, 2)
 }
 
@@ -150,21 +393,25 @@ fn dispatch(answer: &Answer) -> Vec<String> {
     let ranks = places_touched(moe.experts, moe.top_k, layout.expert);
     let experts = moe.experts * limit / servers;
     let away = places_touched(experts, moe.top_k, limit) * (servers - 1) as f64 / servers as f64;
-    vec![
-        format!(
-            "  copies of a row: {} to one rank each = {:.2} that leave; once a rank R(1 - C(E-E/R,k)/C(E,k)) = {ranks:.2} (E {}, k {}, R {})",
-            moe.top_k,
-            moe.top_k as f64 * (layout.expert - 1) as f64 / layout.expert as f64,
-            moe.experts,
-            moe.top_k,
-            layout.expert,
-        ),
-        format!("  once a server, {limit} of {servers} servers at most: {away:.2} over the network"),
-    ]
+    let mut lines = vec![format!(
+        "  copies of a row: {} to one rank each = {:.2} that leave; once a rank R(1 - C(E-E/R,k)/C(E,k)) = {ranks:.2} (E {}, k {}, R {})",
+        moe.top_k,
+        moe.top_k as f64 * (layout.expert - 1) as f64 / layout.expert as f64,
+        moe.experts,
+        moe.top_k,
+        layout.expert,
+    )];
+    if servers > 1 {
+        lines.push(format!(
+            "  once a server, {limit} of {servers} servers at most: {away:.2} over the network"
+        ));
+    }
+    lines
 }
 
 fn money(answer: &Answer) -> Vec<String> {
     let outlook = &answer.outlook;
+    let dollars = Scale::dollars(outlook.usd.value);
     vec![
         format!(
             "  checkpoint interval (Young) sqrt(2 x {:.1} s x {:.0} s) = {:.0} s",
@@ -172,10 +419,10 @@ fn money(answer: &Answer) -> Vec<String> {
         ),
         format!(
             "  {} GPU-hours x ${:.2} / {:.3} of the time that trains = {}",
-            show::hours(outlook.gpu_hours),
+            show::whole_hours(outlook.gpu_hours.value),
             answer.cluster.price_usd_per_gpu_hour,
             outlook.goodput,
-            Scale::dollars(outlook.usd).write(outlook.usd)
+            dollars.write(outlook.usd.value)
         ),
     ]
 }

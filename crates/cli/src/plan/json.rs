@@ -4,9 +4,10 @@ use serde_json::{Map, Value, json};
 use unisono_plan::kernels::{Kernel, KernelModel};
 use unisono_plan::search::Plan;
 use unisono_plan::simulate::{StepParts, step_parts};
-use unisono_plan::{Axis, Outlook, RankMemory, bottleneck};
+use unisono_plan::{Axis, Cluster, Level, Outlook, RankMemory, bottleneck};
 
 use super::answer::Answer;
+use super::show;
 
 /// One object.
 pub fn object(answer: &Answer) -> Value {
@@ -23,11 +24,7 @@ pub fn object(answer: &Answer) -> Value {
             "parameters": answer.model.parameters(),
             "active_parameters": answer.model.active_parameters(),
         },
-        "cluster": {
-            "gpu": answer.cluster.gpu.name,
-            "gpus": answer.cluster.gpus,
-            "usd_per_gpu_hour": answer.cluster.price_usd_per_gpu_hour,
-        },
+        "cluster": cluster(&answer.cluster),
         "training": answer.training,
         "measured": {
             "products": origin(Kernel::Gemm),
@@ -40,29 +37,73 @@ pub fn object(answer: &Answer) -> Value {
             "front": found.front.iter().map(|found| plan(answer, found)).collect::<Vec<_>>(),
         })),
         "chosen": plan(answer, &answer.chosen),
-        "tflops_per_gpu": answer.flops_per_s_per_gpu() / 1e12,
+        "tflops_per_gpu": answer.flops_per_s_per_gpu().value / 1e12,
+        "tflops_per_gpu_interval_80": answer.flops_per_s_per_gpu().times(1e-12).interval,
+        "share_of_bf16_peak": answer.model_flops_share().value,
+        "share_of_bf16_peak_interval_80": answer.model_flops_share().interval,
         "routing": answer.uneven().map(|uneven| json!({
             "fullest_rank_p50": uneven.rows.p50,
             "fullest_rank_p95": uneven.rows.p95,
-            "step_even_s": uneven.even_step_s,
+            "step_even_s": uneven.even_step.value,
+            "step_even_interval_80_s": uneven.even_step.interval,
             "step_p50_s": answer.chosen.priced.step_s,
-            "step_p95_s": uneven.slow_step_s,
-            "memory_even_bytes": uneven.even_bytes,
-            "memory_p95_bytes": answer.chosen.priced.memory.total(),
+            "step_p50_interval_80_s": answer.chosen.priced.interval_s,
+            "step_p95_s": uneven.slow_step.value,
+            "step_p95_interval_80_s": uneven.slow_step.interval,
+            "memory_even_bytes": uneven.even_bytes.value,
+            "memory_even_interval_80_bytes": uneven.even_bytes.interval,
+            "memory_p95_bytes": answer.chosen.priced.bytes().value,
+            "memory_p95_interval_80_bytes": answer.chosen.priced.bytes().interval,
         })),
         "breakdown_s": parts(&answer.chosen.priced.breakdown.parts()),
         "simulated": simulated(answer),
-        "hidden_communication_s": answer.chosen.priced.breakdown.hidden_s,
+        "hidden_communication_s": answer.chosen.priced.breakdown.all_hidden_s(),
+        "communication": communication(answer),
         "memory_bytes_by_pipeline_rank": answer.memory.iter().map(memory).collect::<Vec<_>>(),
         "sent_bytes_per_gpu": traffic(answer),
         "run": run(answer),
         "limit": {"what": what, "share": share},
         "changes": answer.changes.iter().map(|change| json!({
             "what": change.what,
-            "step_s": change.step_s,
+            "step_s": change.step.value,
+            "step_interval_80_s": change.step.interval,
             "saves": change.saves,
         })).collect::<Vec<_>>(),
     })
+}
+
+/// GPUs and every level of their network, innermost first.
+fn cluster(cluster: &Cluster) -> Value {
+    let level = |level: &Level| {
+        json!({
+            "name": level.name,
+            "width": level.width,
+            "bytes_per_s": level.bytes_per_s,
+            "latency_s": level.latency_s,
+            "oversubscription": level.oversubscription,
+        })
+    };
+    json!({
+        "gpu": cluster.gpu.name,
+        "gpus": cluster.gpus,
+        "per_server": cluster.per_server,
+        "nvlink_domain": cluster.nvlink_domain(),
+        "levels": cluster.levels.iter().map(level).collect::<Vec<_>>(),
+        "usd_per_gpu_hour": cluster.price_usd_per_gpu_hour,
+        "failures_per_gpu_hour": cluster.failures_per_gpu_hour,
+    })
+}
+
+/// What each axis crosses and takes: on the slowest pipeline rank, as far as nothing hides it and under kernels.
+fn communication(answer: &Answer) -> Value {
+    let axes = show::communication(answer).into_iter().map(|(axis, [exposed_s, hidden_s])| {
+        let levels = answer.traffic.levels.iter().zip(&answer.traffic.bytes[axis as usize]);
+        let crosses: Vec<&String> =
+            levels.filter(|(_, bytes)| **bytes > 0.0).map(|(level, _)| level).collect();
+        let of = json!({"crosses": crosses, "exposed_s": exposed_s, "hidden_s": hidden_s});
+        (axis.name().to_string(), of)
+    });
+    Value::Object(axes.collect())
 }
 
 fn parts(parts: &[(&'static str, f64)]) -> Value {
@@ -86,13 +127,16 @@ pub fn plan(answer: &Answer, plan: &Plan) -> Value {
         "gpus": plan.layout.gpus(),
         "step_s": plan.priced.step_s,
         "interval_80_s": plan.priced.interval_s,
-        "memory_bytes": plan.priced.memory.total(),
-        "memory_interval_80_bytes": plan.priced.memory_interval(),
+        "memory_bytes": plan.priced.bytes().value,
+        "memory_interval_80_bytes": plan.priced.bytes().interval,
         "free_bytes": plan.headroom_bytes,
+        "free_interval_80_bytes": show::free(answer, plan.priced.bytes()).interval,
         "fits": plan.priced.fits,
         "fit_probability": answer.fit_probability(plan),
-        "days": outlook.days,
-        "usd": outlook.usd,
+        "days": outlook.days.value,
+        "days_interval_80": outlook.days.interval,
+        "usd": outlook.usd.value,
+        "usd_interval_80": outlook.usd.interval,
     })
 }
 
@@ -112,25 +156,27 @@ fn traffic(answer: &Answer) -> Value {
 }
 
 fn run(answer: &Answer) -> Value {
-    let (outlook, priced) = (&answer.outlook, &answer.chosen.priced);
-    let [fast, slow] = priced.interval_of(1.0).map(|times| outlook.tokens_per_s / times);
-    json!({
-        "tokens_per_s_interval_80": [slow, fast],
-        "gpu_hours_interval_80": priced.interval_of(outlook.gpu_hours),
-        "days_interval_80": priced.interval_of(outlook.days),
-        "usd_interval_80": priced.interval_of(outlook.usd),
+    let (outlook, training) = (&answer.outlook, &answer.training);
+    let mut object = json!({
         "steps": outlook.steps,
-        "tokens_per_s": outlook.tokens_per_s,
-        "gpu_hours": outlook.gpu_hours,
-        "gpu_hours_per_trillion_tokens": outlook.gpu_hours_per_trillion(&answer.training),
         "failure_every_s": outlook.failure_every_s,
         "checkpoint_s": outlook.checkpoint_s,
         "checkpoint_every_s": outlook.checkpoint_every_s,
         "failures_are_rare": outlook.failures_are_rare,
         "goodput": outlook.goodput,
-        "days": outlook.days,
-        "usd": outlook.usd,
-        "usd_without_failures": outlook.usd_without_failures,
-        "usd_per_trillion_tokens": outlook.usd_per_trillion(&answer.training),
-    })
+    });
+    let ranged = [
+        ("tokens_per_s", outlook.tokens_per_s),
+        ("gpu_hours", outlook.gpu_hours),
+        ("gpu_hours_per_trillion_tokens", outlook.gpu_hours_per_trillion(training)),
+        ("days", outlook.days),
+        ("usd", outlook.usd),
+        ("usd_without_failures", outlook.usd_without_failures),
+        ("usd_per_trillion_tokens", outlook.usd_per_trillion(training)),
+    ];
+    for (name, of) in ranged {
+        object[name] = json!(of.value);
+        object[format!("{name}_interval_80")] = json!(of.interval);
+    }
+    object
 }

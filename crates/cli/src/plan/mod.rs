@@ -19,8 +19,8 @@ use unisono_plan::simulate::svg;
 use unisono_plan::{Architecture, Gpu, Parallelism};
 
 use crate::error::{CliError, DONE, STORAGE};
-use crate::screen::say;
-use answer::Answer;
+use crate::screen::{complain, say};
+use answer::{Answer, Wanted};
 use question::TrainingArgs;
 
 /// Bytes of a GiB.
@@ -119,11 +119,21 @@ fn ask(args: &Ask) -> Result<u8, CliError> {
     let text = |value: &Option<String>| value.clone().unwrap_or_default();
     let model = question::model(&text(&args.model))?;
     let cluster = question::cluster(&text(&args.cluster))?;
-    args.training.check_experts(std::slice::from_ref(&model))?;
+    args.training.check_experts(std::iter::once(&model))?;
     let training = args.training.training(&model, &cluster)?;
-    let answer = Answer::to(model.architecture, cluster, training, args.layout)?;
+    let wanted = Wanted { layout: args.layout, recompute: args.training.recompute };
+    if wanted.layout.is_some() && wanted.recompute.is_some() {
+        return Err(CliError::usage(
+            "--recompute is for a search; a --layout says it itself: \"... recompute=full\"",
+        ));
+    }
+    let answer = Answer::to(model.architecture, cluster, training, wanted)?;
     if let Some(path) = &args.emit {
-        write(path, &emit::config(&answer, &model.origin)?)?;
+        let emitted = emit::config(&answer, &model.origin)?;
+        write(path, &emitted.text)?;
+        if let Some(lacking) = emitted.data {
+            complain("warning", &lacking);
+        }
     }
     if let Some(path) = &args.trace {
         write(path, &trace::chrome(&answer)?)?;
@@ -138,7 +148,11 @@ fn ask(args: &Ask) -> Result<u8, CliError> {
         write(path, &report::page(&answer)?)?;
     }
     if args.json {
-        say(&format!("{}\n", json::object(&answer)));
+        let mut object = json::object(&answer);
+        if args.explain {
+            object["explain"] = explain::object(&answer);
+        }
+        say(&format!("{object}\n"));
         return Ok(DONE);
     }
     show::print(&answer, args.rows);

@@ -6,8 +6,8 @@ use std::path::{Path, PathBuf};
 
 use clap::{Args, ValueEnum};
 use unisono_plan::{
-    Architecture, Cluster, ClusterError, DispatchKind, Habits, Numerics, Optimizer, Precision, Routing,
-    Software, Trainable, Training,
+    Architecture, Cluster, ClusterError, DispatchKind, Habits, Numerics, Optimizer, Precision, Recomputation,
+    Routing, Software, Trainable, Training,
 };
 use unisono_train::RunConfig;
 use unisono_train::config::WireConfig;
@@ -35,7 +35,7 @@ pub struct TrainingArgs {
     /// Sequences of an optimizer step [default: a config's own, else 4 M tokens of them, and at least one a GPU]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=16_777_216))]
     batch: Option<u32>,
-    /// Format of products: f32, bf16, fp8, mxfp8, nvfp4 [default: bf16]
+    /// Format of products: f32, bf16, fp8, mxfp8, nvfp4 [default: f32 of a config of unisono, as it trains, else bf16]
     #[arg(long, value_name = "FORMAT")]
     precision: Option<Precision>,
     /// Format in which rows travel to experts [default: a config's own, else bf16]
@@ -56,6 +56,10 @@ pub struct TrainingArgs {
     /// Optimizer: what it keeps of a parameter [default: adam]
     #[arg(long, value_enum)]
     optimizer: Option<OptimizerKind>,
+    /// What the layouts of a search compute again: none, selective (the core of attention), full, or parts such as moe_act+layernorm
+    /// [default: whatever is best]
+    #[arg(long, value_name = "PARTS")]
+    pub recompute: Option<Recomputation>,
 }
 
 /// Formats of optimizer states.
@@ -92,6 +96,7 @@ impl TrainingArgs {
             ("--batch", self.batch.is_some()),
             ("--precision", self.precision.is_some()),
             ("--optimizer", self.optimizer.is_some()),
+            ("--recompute", self.recompute.is_some()),
         ];
         let general = all.into_iter().filter(|(_, given)| *given).map(|(name, _)| name);
         general.chain(self.given_of_experts()).collect()
@@ -110,7 +115,8 @@ impl TrainingArgs {
     }
 
     /// Refuses what says how rows travel to experts where none of the models has any.
-    pub fn check_experts(&self, models: &[Model]) -> Result<(), CliError> {
+    pub fn check_experts<'a>(&self, models: impl Iterator<Item = &'a Model>) -> Result<(), CliError> {
+        let models: Vec<&Model> = models.collect();
         let sparse = models.iter().any(|model| model.architecture.moe.is_some());
         match self.given_of_experts().next().filter(|_| !sparse) {
             None => Ok(()),
@@ -127,7 +133,9 @@ impl TrainingArgs {
     /// The training of a model on this cluster.
     pub fn training(&self, model: &Model, cluster: &Cluster) -> Result<Training, CliError> {
         let config = model.config();
-        let precision = self.precision.unwrap_or(Precision::Bf16);
+        // What unisono's engine trains in.
+        let usual = if config.is_some() { Precision::F32 } else { Precision::Bf16 };
+        let precision = self.precision.unwrap_or(usual);
         check_units(precision, cluster)?;
         let sequence = match (self.sequence, config) {
             (Some(sequence), _) => sequence as usize,

@@ -4,13 +4,13 @@ mod charts;
 
 use std::fmt::Write as _;
 
+use unisono_plan::bottleneck;
 use unisono_plan::simulate::svg;
-use unisono_plan::{Axis, bottleneck};
 
-use super::answer::Answer;
+use super::answer::{Answer, Wanted};
 use super::{GIB, compare, show};
 use crate::error::CliError;
-use crate::style::{Scale, duration, grouped, percent};
+use crate::style::{Scale, grouped, grouped_range, percent};
 
 const STYLE: &str = include_str!("report/style.css");
 
@@ -62,6 +62,8 @@ pub fn page(answer: &Answer) -> Result<String, CliError> {
     if !answer.outlook.failures_are_rare {
         let _ = writeln!(body, "<p>The run: {}.</p>", escape(show::TOO_MANY_FAILURES));
     }
+    let note = "Seconds of a step on the slowest pipeline rank, by why something is sent: what nothing hides, and what runs under kernels.";
+    section(&mut body, "Communication", note, &charts::communication(answer));
     section(
         &mut body,
         "Bytes over links",
@@ -69,9 +71,11 @@ pub fn page(answer: &Answer) -> Result<String, CliError> {
         &charts::traffic(answer),
     );
     if let Some(table) = dense(answer) {
-        let note = "The same tokens on the same cluster, the fastest layout that fits each. The dense models keep attention and \
-                    depth and widen the feed-forward network.";
-        section(&mut body, "Dense against MoE", note, &table);
+        let note = format!(
+            "The same tokens on the same cluster, the fastest layout that fits each, in brackets where 80% of runs lie; {}.",
+            compare::TWINS.join(" ")
+        );
+        section(&mut body, "Dense against MoE", &note, &table);
     }
     section(&mut body, "What would help most", "Changes tried one at a time.", &changes(answer));
     Ok(format!(
@@ -95,11 +99,11 @@ fn figures(answer: &Answer) -> String {
     let (priced, outlook) = (&answer.chosen.priced, &answer.outlook);
     let seconds = Scale::seconds(priced.step_s);
     let (days, dollars) = show::scales([outlook]);
-    let [fewest, most] = priced.memory_interval();
     let safer = answer.safer().map(|plan| {
         let step = seconds.write(plan.priced.step_s);
         format!(" ({}: {} in {step})", percent(answer.fit_probability(plan)), plan.layout)
     });
+    let flops = answer.flops_per_s_per_gpu().times(1e-12);
     let figures = [
         (
             "layout",
@@ -113,33 +117,36 @@ fn figures(answer: &Answer) -> String {
         ),
         (
             "throughput",
-            format!("{} tokens/s", grouped(outlook.tokens_per_s as u64)),
+            format!("{} tokens/s", grouped(outlook.tokens_per_s.value as u64)),
             format!(
-                "{:.0} TFLOP/s a GPU, {} of peak",
-                answer.flops_per_s_per_gpu() / 1e12,
-                percent(answer.model_flops_share())
+                "80% of runs: {} to {}; {:.0} ({:.0} to {:.0}) TFLOP/s a GPU, {} of peak",
+                grouped(outlook.tokens_per_s.interval[0] as u64),
+                grouped(outlook.tokens_per_s.interval[1] as u64),
+                flops.value,
+                flops.interval[0],
+                flops.interval[1],
+                percent(answer.model_flops_share().value)
             ),
         ),
         (
             "memory",
             format!("{:.1} GiB", priced.memory.total() / GIB),
             format!(
-                "{:.1} GiB free on the fullest GPU, fits with a probability of {}{}; 80% of runs: {:.0} to {:.0} GiB",
-                answer.chosen.headroom_bytes / GIB,
+                "{} GiB free on the fullest GPU, fits with a probability of {}{}; 80% of runs: {} GiB",
+                show::gib(show::free(answer, priced.bytes())),
                 percent(answer.fit_probability(&answer.chosen)),
                 safer.unwrap_or_default(),
-                fewest / GIB,
-                most / GIB
+                show::gib(priced.bytes())
             ),
         ),
         (
             "run",
-            format!("{}, {}", days.write(outlook.days), dollars.write(outlook.usd)),
+            format!("{}, {}", days.write(outlook.days.value), dollars.write(outlook.usd.value)),
             format!(
                 "80% of runs: {} {}, {} {}; {} GPU-hours of training, {} goodput",
-                days.range(priced.interval_of(outlook.days)),
+                days.range(outlook.days.interval),
                 days.name,
-                dollars.range(priced.interval_of(outlook.usd)),
+                dollars.range(outlook.usd.interval),
                 dollars.name,
                 show::hours(outlook.gpu_hours),
                 percent(outlook.goodput)
@@ -149,7 +156,8 @@ fn figures(answer: &Answer) -> String {
     let cards = figures.map(|(name, value, note)| {
         format!(
             "<div class=\"card\"><div class=\"name\">{name}</div><div class=\"value\">{}</div><div class=\"note\">{}</div></div>",
-            escape(&value),
+            // A layout may be broken between what is computed again.
+            escape(&value).replace('+', "+<wbr>"),
             escape(&note)
         )
     });
@@ -159,25 +167,27 @@ fn figures(answer: &Answer) -> String {
 fn breakdown_note(answer: &Answer) -> String {
     let (what, share) = bottleneck(&answer.chosen.priced);
     format!(
-        "On the slowest pipeline rank. The largest part is {what}, {}. {} of communication is hidden under kernels.",
+        "On the slowest pipeline rank. The largest part is {what}, {}. {}{}.",
         percent(share),
-        duration(answer.chosen.priced.breakdown.hidden_s)
+        show::PARTS[..1].to_uppercase(),
+        &show::PARTS[1..],
     )
 }
 
 fn changes(answer: &Answer) -> String {
     let rows = answer.changes.iter().map(|change| {
-        let step = Scale::seconds(answer.chosen.priced.step_s).write(change.step_s);
+        let step = Scale::seconds(answer.chosen.priced.step_s).ranged(change.step);
         vec![change.what.clone(), step, format!("-{:.1}%", 100.0 * change.saves)]
     });
-    html_table(&["change", "step", "saves"], &rows.collect::<Vec<_>>())
+    html_table(&["change", "step (80% of runs)", "saves"], &rows.collect::<Vec<_>>())
 }
 
 /// The model beside its dense twins, where it has any and they fit.
 fn dense(answer: &Answer) -> Option<String> {
     let mut rows = vec![compared(answer)];
-    for twin in compare::twins(&answer.model) {
-        let other = Answer::to(twin.clone(), answer.cluster.clone(), answer.training.clone(), None);
+    let wanted = Wanted { recompute: answer.recompute, ..Wanted::default() };
+    for (_, twin) in compare::twins(&answer.model) {
+        let other = Answer::to(twin.clone(), answer.cluster.clone(), answer.training.clone(), wanted);
         rows.push(
             other.map_or_else(|_| vec![twin.name, "no layout fits".into()], |answer| compared(&answer)),
         );
@@ -192,10 +202,10 @@ fn compared(answer: &Answer) -> Vec<String> {
     vec![
         answer.model.name.clone(),
         answer.chosen.layout.to_string(),
-        duration(answer.chosen.priced.step_s),
-        grouped(outlook.gpu_hours_per_trillion(&answer.training) as u64),
-        days.write(outlook.days),
-        dollars.write(outlook.usd),
+        Scale::seconds(answer.chosen.priced.step_s).ranged(answer.chosen.priced.step()),
+        grouped_range(outlook.gpu_hours_per_trillion(&answer.training)),
+        days.ranged(outlook.days),
+        dollars.ranged(outlook.usd),
     ]
 }
 
@@ -207,10 +217,4 @@ fn html_table(head: &[&str], rows: &[Vec<String>]) -> String {
     let head = cells("th", head.iter().map(ToString::to_string).collect());
     let rows: String = rows.iter().map(|row| cells("td", row.clone())).collect();
     format!("<div class=\"scroll\"><table>\n{head}{rows}</table></div>")
-}
-
-/// The axes that send anything.
-fn sending(answer: &Answer) -> Vec<Axis> {
-    let sent = |axis: &Axis| answer.traffic.bytes[*axis as usize].iter().sum::<f64>() > 0.0;
-    Axis::ALL.into_iter().filter(sent).collect()
 }

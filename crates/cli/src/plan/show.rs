@@ -2,12 +2,21 @@
 
 use unisono_plan::kernels::{Kernel, KernelModel};
 use unisono_plan::search::Plan;
-use unisono_plan::{Axis, Outlook, Place, bottleneck};
+use unisono_plan::{Axis, Level, Outlook, Place, Ranged, bottleneck};
 
 use super::GIB;
 use super::answer::{Answer, SAFE};
 use crate::screen::say;
-use crate::style::{Paint, Scale, bar, counted, duration, grouped, percent, short, table};
+use crate::style::{
+    Paint, Scale, bar, counted, duration, grouped, grouped_range, off, percent, short, table, without_empty,
+};
+
+/// What is said of the column of [`off`].
+pub const OFF: &str = "80%: where eight of ten runs lie, for step, days and dollars";
+
+/// How sure the parts of a step and of memory are.
+pub const PARTS: &str =
+    "parts have no intervals of their own: only whole steps and peaks were measured often enough";
 
 /// Everything about the chosen layout, after a table of the best.
 pub fn print(answer: &Answer, rows: usize) {
@@ -20,20 +29,26 @@ pub fn print(answer: &Answer, rows: usize) {
         heading("Best layouts: no other is better in time, headroom and cost at once");
         lines(plans(answer, &found.front[..rows.min(found.front.len())]));
         let (fit, all) = (grouped(found.feasible as u64), grouped(found.priced as u64));
-        say(&format!("  {}\n", paint.faint(&format!("{fit} of {all} layouts fit"))));
+        say(&format!("  {}\n", paint.faint(&format!("{fit} of {all} layouts fit; {OFF}"))));
     }
     heading(&format!("Chosen: {}; 80% intervals in brackets", answer.chosen.layout));
     lines(step(answer));
     heading("The step, on the slowest pipeline rank");
     lines(breakdown(answer));
+    say(&format!("  {}\n", paint.faint(PARTS)));
     heading("Memory by pipeline rank, GiB");
     lines(memory(answer));
-    heading("Bytes that a GPU sends in a step, GB");
+    heading(
+        "Communication in a step: time on the slowest rank, as far as nothing hides it and under kernels; GB that a GPU sends",
+    );
     lines(traffic(answer));
     heading("The run");
     lines(run(answer));
     let (what, share) = bottleneck(&answer.chosen.priced);
-    heading(&format!("What limits it: {what}, {} of the step", percent(share)));
+    heading(&format!(
+        "What limits it: {what}, {} of the step. Tried one at a time, a step would take",
+        percent(share)
+    ));
     lines(advice(answer));
     if !answer.chosen.priced.fits {
         say(&format!("\n{}\n", paint.red(&does_not_fit(answer))));
@@ -42,27 +57,34 @@ pub fn print(answer: &Answer, rows: usize) {
 
 /// Model, cluster and training in two lines.
 pub fn header(answer: &Answer) -> String {
-    let (model, cluster) = (&answer.model, &answer.cluster);
-    let network = match &cluster.levels[1..] {
-        [] => String::new(),
-        [.., outer] => {
-            let rate = format!(", {} GB/s {}", (outer.bytes_per_s / 1e9).round(), outer.name);
-            let shared = outer.oversubscription > 1.0;
-            if shared { format!("{rate} shared by {}", outer.oversubscription) } else { rate }
-        }
-    };
+    let model = &answer.model;
     format!(
-        "{}: {} parameters, {} active. {} {}, {} GB/s {} within {}{network}.\n{}",
+        "{}: {} parameters, {} active. {}.\n{}",
         model.name,
         short(model.parameters() as u64),
         short(model.active_parameters() as u64),
-        grouped(cluster.gpus as u64),
-        cluster.gpu.name,
-        (cluster.levels[0].bytes_per_s / 1e9).round(),
-        cluster.levels[0].name,
-        cluster.nvlink_domain(),
-        training(answer),
+        cluster(answer),
+        match model.moe {
+            Some(_) => training(answer),
+            None => format!("{}, products in {}.", batches(answer), answer.training.compute),
+        },
     )
+}
+
+/// GPUs and every level of their network.
+pub fn cluster(answer: &Answer) -> String {
+    let cluster = &answer.cluster;
+    let inner = cluster.levels.len() - 1;
+    let level = |(at, level): (usize, &Level)| {
+        let within = if at < inner || at == 0 { format!(" within {}", level.width) } else { String::new() };
+        let shared = match level.oversubscription > 1.0 {
+            true => format!(" shared by {}", level.oversubscription),
+            false => String::new(),
+        };
+        format!(", {} GB/s {}{within}{shared}", round(level.bytes_per_s / 1e9), level.name)
+    };
+    let levels: String = cluster.levels.iter().enumerate().map(level).collect();
+    format!("{} {}{levels}", grouped(cluster.gpus as u64), cluster.gpu.name)
 }
 
 /// The training in a line.
@@ -82,11 +104,14 @@ pub fn batches(answer: &Answer) -> String {
 pub fn origin(answer: &Answer) -> String {
     let kernels = KernelModel::of(&answer.cluster.gpu);
     let precision = answer.training.compute;
+    let experts = match answer.model.moe {
+        Some(_) => format!("; experts {}", kernels.origin(Kernel::GroupedGemm, precision)),
+        None => String::new(),
+    };
     format!(
-        "products {}; attention {}; experts {}",
+        "products {}; attention {}{experts}",
         kernels.origin(Kernel::Gemm, precision),
         kernels.origin(Kernel::Attention, precision.wide()),
-        kernels.origin(Kernel::GroupedGemm, precision)
     )
 }
 
@@ -103,33 +128,54 @@ fn plans(answer: &Answer, plans: &[Plan]) -> Vec<String> {
     let outlook = |plan: &Plan| Outlook::of(&plan.priced, &answer.cluster, &plan.layout, &answer.training);
     let outlooks: Vec<Outlook> = plans.iter().map(outlook).collect();
     let (days, dollars) = scales(&outlooks);
-    let head = ["layout", "GPUs", "step", "80% interval", "free GiB", "fits", days.name, dollars.name];
+    let head = ["layout", "GPUs", "step", days.name, dollars.name, "80%", "free GiB", "fits"];
     let mut rows = vec![head.map(String::from).to_vec()];
+    let mut again = Vec::new();
     rows.extend(plans.iter().zip(&outlooks).map(|(plan, outlook)| {
         vec![
-            plan.layout.to_string(),
+            shortened(&plan.layout.to_string(), &mut again),
             grouped(plan.layout.gpus() as u64),
             duration(plan.priced.step_s),
-            interval(plan.priced.interval_s),
-            format!("{:.1}", plan.headroom_bytes / GIB),
+            days.number(outlook.days.value, 1),
+            dollars.number(outlook.usd.value, 2),
+            off(plan.priced.step()),
+            gib(free(answer, plan.priced.bytes())),
             percent(answer.fit_probability(plan)),
-            days.number(outlook.days, 1),
-            dollars.number(outlook.usd, 2),
         ]
     }));
-    table(&rows, 1)
+    let notes = again.iter().enumerate().map(|(at, again)| format!("  [{}] {again}", at + 1));
+    table(&rows, 1).into_iter().chain(notes).collect()
+}
+
+/// The layout with a number in place of the parts that are computed again, where there are many; they join `again`.
+fn shortened(layout: &str, again: &mut Vec<String>) -> String {
+    let Some((rest, parts)) = layout.split_once("recompute=").filter(|(_, parts)| parts.contains('+')) else {
+        return layout.to_string();
+    };
+    let at = again.iter().position(|known| known == parts).unwrap_or_else(|| {
+        again.push(parts.to_string());
+        again.len() - 1
+    });
+    format!("{rest}recompute=[{}]", at + 1)
 }
 
 /// The units of a table's days and dollars.
 pub fn scales<'a>(outlooks: impl IntoIterator<Item = &'a Outlook>) -> (Scale, Scale) {
     let most = outlooks
         .into_iter()
-        .fold([0.0f64; 2], |[days, usd], outlook| [days.max(outlook.days), usd.max(outlook.usd)]);
+        .fold([0.0f64; 2], |[days, usd], outlook| [days.max(outlook.days.value), usd.max(outlook.usd.value)]);
     (Scale::days(most[0]), Scale::dollars(most[1]))
 }
 
-fn interval([low, high]: [f64; 2]) -> String {
-    format!("{} to {}", duration(low), duration(high))
+/// What is left of a GPU's memory.
+pub fn free(answer: &Answer, used: Ranged) -> Ranged {
+    used.left_of(answer.cluster.gpu.memory_bytes)
+}
+
+/// GiB with their interval.
+pub fn gib(bytes: Ranged) -> String {
+    let [value, low, high] = [bytes.value, bytes.interval[0], bytes.interval[1]].map(|bytes| bytes / GIB);
+    format!("{value:.1} ({low:.1} to {high:.1})")
 }
 
 /// The unit of the chosen step and of what it consists of.
@@ -137,53 +183,49 @@ fn seconds(answer: &Answer) -> Scale {
     Scale::seconds(answer.chosen.priced.step_s)
 }
 
-/// The 80% interval of tokens per second.
-fn rates(answer: &Answer) -> String {
-    let [fast, slow] = answer.chosen.priced.interval_of(1.0).map(|times| answer.outlook.tokens_per_s / times);
-    format!("{} to {}", grouped(slow as u64), grouped(fast as u64))
-}
-
 fn step(answer: &Answer) -> Vec<String> {
     let (priced, scale) = (&answer.chosen.priced, seconds(answer));
-    let [least, most] = priced.memory_interval().map(|bytes| bytes / GIB);
+    let (flops, share) = (answer.flops_per_s_per_gpu().times(1e-12), answer.model_flops_share().times(100.0));
     let mut lines = vec![
-        format!("  step {} ({})", scale.write(priced.step_s), scale.range(priced.interval_s)),
+        format!("  step {}", scale.ranged(priced.step())),
+        format!("  {} tokens/s", grouped_range(answer.outlook.tokens_per_s)),
         format!(
-            "  {} tokens/s ({}), {:.0} TFLOP/s a GPU (causal, recomputation not counted), {} of the bf16 peak",
-            grouped(answer.outlook.tokens_per_s as u64),
-            rates(answer),
-            answer.flops_per_s_per_gpu() / 1e12,
-            percent(answer.model_flops_share())
+            "  {:.0} ({:.0} to {:.0}) TFLOP/s a GPU (causal, recomputation not counted), {:.0}% ({:.0} to {:.0}%) of the bf16 peak",
+            flops.value,
+            flops.interval[0],
+            flops.interval[1],
+            share.value,
+            share.interval[0],
+            share.interval[1]
         ),
         format!(
-            "  {:.1} ({least:.1} to {most:.1}) of {:.1} GiB on the fullest GPU (pipeline rank {}), {:.1} GiB free: fits with a \
-             probability of {}",
-            priced.memory.total() / GIB,
+            "  {} of {:.1} GiB on the fullest GPU (pipeline rank {}), {} free: fits with a probability of {}",
+            gib(priced.bytes()),
             answer.cluster.gpu.memory_bytes / GIB,
             priced.worst_rank,
-            answer.chosen.headroom_bytes / GIB,
+            gib(free(answer, priced.bytes())),
             percent(answer.fit_probability(&answer.chosen))
         ),
     ];
     if let Some(safer) = answer.safer() {
         lines.push(format!(
-            "  the fastest that fits with a probability of {} or more: {}, {}, {:.1} GiB free",
+            "  the fastest that fits with a probability of {} or more: {}, {}, {} GiB free",
             percent(SAFE),
             safer.layout,
-            scale.write(safer.priced.step_s),
-            safer.headroom_bytes / GIB
+            scale.ranged(safer.priced.step()),
+            gib(free(answer, safer.priced.bytes()))
         ));
     }
     if let Some(uneven) = answer.uneven() {
         lines.push(format!(
             "  uneven routing: the fullest of {} expert-parallel ranks gets {:.2} times its share in the median step, {:.2} times in one \
-             of twenty, which takes {}; memory is for the latter; evenly, {} and {:.1} GiB",
+             of twenty,\n  which takes {}; memory is for the latter; evenly, {} and {} GiB",
             answer.chosen.layout.expert,
             uneven.rows.p50,
             uneven.rows.p95,
-            scale.write(uneven.slow_step_s),
-            scale.write(uneven.even_step_s),
-            uneven.even_bytes / GIB
+            scale.ranged(uneven.slow_step),
+            scale.ranged(uneven.even_step),
+            gib(uneven.even_bytes)
         ));
     }
     lines
@@ -191,7 +233,7 @@ fn step(answer: &Answer) -> Vec<String> {
 
 fn breakdown(answer: &Answer) -> Vec<String> {
     let (priced, scale) = (&answer.chosen.priced, seconds(answer));
-    let mut rows: Vec<Vec<String>> = priced
+    let rows: Vec<Vec<String>> = priced
         .breakdown
         .parts()
         .into_iter()
@@ -201,8 +243,6 @@ fn breakdown(answer: &Answer) -> Vec<String> {
             vec![name.into(), bar(share, 30), scale.write(seconds), format!("{:.1}%", 100.0 * share)]
         })
         .collect();
-    let hidden = scale.write(priced.breakdown.hidden_s);
-    rows.push(vec!["hidden communication".into(), "under kernels".into(), hidden, String::new()]);
     table(&rows, 2)
 }
 
@@ -219,7 +259,7 @@ fn memory(answer: &Answer) -> Vec<String> {
         row.push(format!("{:.1}", (answer.cluster.gpu.memory_bytes - memory.total()) / GIB));
         rows.push(row);
     }
-    table(&rows, 1)
+    table(&without_empty(rows, "0.0"), 1)
 }
 
 /// All ranks of a short pipeline; of a long one the ends and the fullest.
@@ -232,23 +272,36 @@ fn shown_ranks(answer: &Answer) -> Vec<usize> {
         .collect()
 }
 
+/// Communication by axis and class of links.
 fn traffic(answer: &Answer) -> Vec<String> {
-    let traffic = &answer.traffic;
-    let mut head = vec!["axis".to_string()];
-    head.extend(traffic.levels.iter().cloned());
+    let (traffic, scale) = (&answer.traffic, seconds(answer));
+    let mut head = ["axis", "crosses", "exposed", "hidden"].map(String::from).to_vec();
+    head.extend(traffic.levels.iter().map(|level| format!("GB over {level}")));
     let mut rows = vec![head];
-    for axis in Axis::ALL {
-        let bytes = &traffic.bytes[axis as usize];
-        if bytes.iter().sum::<f64>() > 0.0 {
-            let mut row = vec![axis.name().to_string()];
-            row.extend(bytes.iter().map(|bytes| format!("{:.2}", bytes / 1e9)));
-            rows.push(row);
-        }
+    let row = |name: &str, links: String, seconds: [f64; 2], bytes: Vec<f64>| {
+        let mut row = vec![name.to_string(), links];
+        row.extend(seconds.map(|seconds| scale.write(seconds)));
+        row.extend(bytes.iter().map(|bytes| format!("{:.2}", bytes / 1e9)));
+        row
+    };
+    let mut sums = [0.0; 2];
+    for (axis, [exposed_s, hidden_s]) in communication(answer) {
+        sums = [sums[0] + exposed_s, sums[1] + hidden_s];
+        let bytes = traffic.bytes[axis as usize].clone();
+        rows.push(row(axis.name(), traffic.links(axis), [exposed_s, hidden_s], bytes));
     }
-    let mut sum = vec!["all".to_string()];
-    sum.extend((0..traffic.levels.len()).map(|level| format!("{:.2}", traffic.of_level(level) / 1e9)));
-    rows.push(sum);
-    table(&rows, 1)
+    let bytes = (0..traffic.levels.len()).map(|level| traffic.of_level(level)).collect();
+    rows.push(row("all", String::new(), sums, bytes));
+    table(&rows, 2)
+}
+
+/// The axes that send anything, with the seconds that nothing hides and those under kernels.
+pub fn communication(answer: &Answer) -> Vec<(Axis, [f64; 2])> {
+    let step = &answer.chosen.priced.breakdown;
+    let seconds = step.exposed_s().into_iter().zip(step.hidden_s);
+    let all =
+        Axis::ALL.into_iter().zip(seconds).map(|(axis, (exposed_s, hidden_s))| (axis, [exposed_s, hidden_s]));
+    all.filter(|(axis, _)| !answer.traffic.links(*axis).is_empty()).collect()
 }
 
 /// What is said where checkpoints, days and dollars mean little.
@@ -256,14 +309,14 @@ pub const TOO_MANY_FAILURES: &str = "failures come so often that a restart or th
                                      time between them: Young's formula does not hold, days and dollars are guesses";
 
 fn run(answer: &Answer) -> Vec<String> {
-    let (outlook, training, priced) = (&answer.outlook, &answer.training, &answer.chosen.priced);
+    let (outlook, training) = (&answer.outlook, &answer.training);
     let (days, dollars) = scales([outlook]);
     let mut lines = vec![
         format!(
             "  {}, {} GPU-hours of training, {} a trillion tokens",
             counted(outlook.steps as u64, "step"),
             hours(outlook.gpu_hours),
-            grouped(outlook.gpu_hours_per_trillion(training) as u64)
+            grouped_range(outlook.gpu_hours_per_trillion(training))
         ),
         format!(
             "  a failure every {}, a checkpoint every {} ({} each): {} of the time trains",
@@ -273,15 +326,13 @@ fn run(answer: &Answer) -> Vec<String> {
             percent(outlook.goodput)
         ),
         format!(
-            "  {} ({}) and {} ({}) at ${:.2} a GPU-hour ({} of it trains), ${} a trillion tokens",
-            days.write(outlook.days),
-            days.range(priced.interval_of(outlook.days)),
-            dollars.write(outlook.usd),
-            dollars.range(priced.interval_of(outlook.usd)),
+            "  {} and {} at ${:.2} a GPU-hour ({} of it trains)",
+            days.ranged(outlook.days),
+            dollars.ranged(outlook.usd),
             answer.cluster.price_usd_per_gpu_hour,
-            dollars.write(outlook.usd_without_failures),
-            grouped(outlook.usd_per_trillion(training) as u64)
+            dollars.write(outlook.usd_without_failures.value),
         ),
+        format!("  ${} a trillion tokens", grouped_range(outlook.usd_per_trillion(training))),
     ];
     if !outlook.failures_are_rare {
         lines.push(format!("  {TOO_MANY_FAILURES}"));
@@ -290,8 +341,14 @@ fn run(answer: &Answer) -> Vec<String> {
 }
 
 /// GPU-hours, whole where there are many.
-pub fn hours(hours: f64) -> String {
+pub fn whole_hours(hours: f64) -> String {
     if hours < 10.0 { format!("{hours:.2}") } else { grouped(hours as u64) }
+}
+
+/// The same with their interval.
+pub fn hours(hours: Ranged) -> String {
+    let [low, high] = hours.interval.map(whole_hours);
+    format!("{} ({low} to {high})", whole_hours(hours.value))
 }
 
 fn advice(answer: &Answer) -> Vec<String> {
@@ -310,7 +367,7 @@ fn advice(answer: &Answer) -> Vec<String> {
             vec![
                 place.into(),
                 change.what.clone(),
-                seconds(answer).write(change.step_s),
+                seconds(answer).ranged(change.step),
                 format!("-{:.1}%", 100.0 * change.saves),
             ]
         })

@@ -187,7 +187,7 @@ fn uneven_routing_costs_time_and_memory() {
         assert!(sizes.contains(batch), "{sizes}");
     }
     assert_eq!(
-        lines.filter(|line| line.contains("64 x H100")).count(),
+        lines.filter(|line| line.contains("h100x64")).count(),
         1,
         "dense models route nothing: {compared}"
     );
@@ -272,6 +272,115 @@ fn what_the_engine_lacks_is_named_and_nothing_is_written() {
 }
 
 #[test]
+fn clusters_that_differ_in_their_network_are_told_apart() {
+    let folder = tempdir().unwrap();
+    let folder = folder.path();
+    fs::write(folder.join("narrow.toml"), "gpu = \"gb200\"\ngpus = 144\nnvlink_domain = 8\n").unwrap();
+    let ask =
+        ["plan", "compare", "--model", "Qwen3-30B-A3B", "--cluster", "gb200x144", "--cluster", "narrow.toml"];
+    let more = ["--dense", "--baselines", "--recompute", "full"];
+    let text = run(folder, 0, &[&ask[..], &more].concat()).out;
+    for line in [
+        "gb200x144: 144 GB200, 900 GB/s NVLink within 72, ",
+        "narrow.toml: 144 GB200, 900 GB/s NVLink within 8, ",
+    ] {
+        assert!(text.contains(line), "{text}");
+    }
+    assert!(text.contains("rule of thumb"), "{text}");
+    let json: Value =
+        serde_json::from_str(&run(folder, 0, &[&ask[..], &more, &["--json"]].concat()).out).unwrap();
+    let rows = json.as_array().unwrap();
+    let of = |row: &Value| (row["model"]["dense_of_equal"].clone(), row["cluster"]["nvlink_domain"].clone());
+    let kinds: Vec<(Value, Value)> = rows.iter().map(of).collect();
+    let equal = [Value::Null, "total".into(), "quality".into(), "active".into()];
+    let expected = equal.into_iter().flat_map(|equal| [72, 8].map(|domain| (equal.clone(), domain.into())));
+    assert_eq!(kinds, expected.collect::<Vec<_>>());
+    let number = |value: &Value| value.as_f64().unwrap();
+    let parameters = |row: usize| number(&rows[row]["model"]["parameters"]);
+    assert!((parameters(4).powi(2) / (parameters(2) * parameters(6)) - 1.0).abs() < 0.05);
+    for row in rows {
+        let layout = row["chosen"]["layout"].as_str().unwrap();
+        assert!(layout.ends_with("recompute=full"), "{layout}");
+        let step = number(&row["chosen"]["step_s"]);
+        let high =
+            |name: &str| number(&row["run"][format!("{name}_interval_80")][1]) / number(&row["run"][name]);
+        let relative = number(&row["chosen"]["interval_80_s"][1]) / step;
+        for name in ["gpu_hours", "gpu_hours_per_trillion_tokens", "days", "usd", "usd_per_trillion_tokens"] {
+            assert!((high(name) / relative - 1.0).abs() < 1e-9, "{name}");
+        }
+        // Our exchange gives way to theirs, and is no longer uncertain.
+        let theirs = number(&row["synchronisation_s"]["merge_at_one"]);
+        let with = number(&row["step_with_s"]["merge_at_one"]);
+        assert!((with - theirs + number(&row["synchronisation_s"]["ours"]) - step).abs() < 1e-9 * with);
+        assert!(number(&row["step_with_s"]["merge_at_one_interval_80"][1]) < relative * with);
+    }
+}
+
+#[test]
+fn formulas_are_data_too_and_none_is_empty() {
+    let folder = tempdir().unwrap();
+    let explain = |model: &str, layout: &str| -> Value {
+        let ask = ["plan", model, "h100x64", "--layout", layout, "--explain", "--json"];
+        let plan: Value = serde_json::from_str(&run(folder.path(), 0, &ask).out).unwrap();
+        plan["explain"].clone()
+    };
+    let lines = |of: &Value, heading: &str| of[heading].as_array().map_or(0, Vec::len);
+    let sparse = explain("Qwen3-30B-A3B", "ep8 dp64 mb2 zero1");
+    assert_eq!((lines(&sparse, "dispatch"), lines(&sparse, "pipeline")), (1, 0));
+    let dense = explain("Llama-3.1-8B", "dp64");
+    for heading in
+        ["parameters", "operations", "a kernel", "overhead", "interval", "memory of the fullest rank, GiB"]
+    {
+        assert!(lines(&dense, heading) > 0 && lines(&sparse, heading) > 0, "{heading}: {dense}");
+    }
+    let text = dense.to_string();
+    for empty in
+        ["expert", "multi-token", "dispatch", " 0.000 ms", "GFLOP a token, forward and backward: causal 0.0,"]
+    {
+        assert!(!text.contains(empty), "{empty}: {text}");
+    }
+    let tiny = explain(TINY, "dp4");
+    assert!(!tiny["operations"].to_string().contains(" = 0.0\""), "{tiny}");
+    let shown =
+        run(folder.path(), 0, &["plan", "Llama-3.1-8B", "h100x64", "--layout", "dp64", "--explain"]).out;
+    assert!(shown.contains(dense["interval"][0].as_str().unwrap()), "{shown}");
+}
+
+#[test]
+fn a_config_is_planned_in_what_it_trains_in() {
+    let folder = tempdir().unwrap();
+    let folder = folder.path();
+    let ask = ["plan", TINY, "h100x2", "--layout", "ep2 dp2"];
+    run(folder, 0, &[&ask[..], &["--emit", "plan.toml"]].concat());
+    let said = run(folder, 2, &[&ask[..], &["--precision", "bf16", "--emit", "no.toml"]].concat()).err;
+    assert!(said.contains("products in bf16"), "{said}");
+    let said = run(folder, 2, &[&ask[..], &["--recompute", "full"]].concat()).err;
+    assert!(said.contains("--recompute is for a search"), "{said}");
+    let said = run(folder, 2, &["plan", TINY, "h100x2", "--recompute", "mlp+nothing"]).err;
+    assert!(said.contains("must be none, selective, full or parts of core_attn+"), "{said}");
+}
+
+#[test]
+fn a_vocabulary_that_the_built_in_text_exceeds_needs_other_data() {
+    let folder = tempdir().unwrap();
+    let folder = folder.path();
+    write_qwen(folder, "small-qwen", "");
+    let ask =
+        ["plan", "small-qwen", "h100x2", "--precision", "f32", "--layout", "ep2 dp2", "--emit", "plan.toml"];
+    let said = run(folder, 0, &ask).err;
+    assert!(
+        said.contains("data.path must name a dataset") && said.contains("model.vocab_size = 512"),
+        "{said}"
+    );
+    let text = fs::read_to_string(folder.join("plan.toml")).unwrap();
+    assert!(text.contains("--set data.path=DATASET") && text.contains("the built-in one has 4096"), "{text}");
+    // With data of its own nothing is said; nor where the vocabulary is large enough.
+    write_qwen(folder, "large-qwen", r#","vocab_size":4096"#);
+    let ask = [&["plan", "large-qwen"], &ask[2..]].concat();
+    assert_eq!(run(folder, 0, &ask).err, "");
+}
+
+#[test]
 fn a_config_brings_its_own_sequence_batch_and_tokens() {
     let folder = tempdir().unwrap();
     let ask = ["plan", TINY, "h100x2", "--layout", "dp2", "--json"];
@@ -318,7 +427,8 @@ fn what_would_have_no_effect_is_refused() {
     let both =
         run(folder, 0, &[&compare[..], &["h100x8", "--cluster", "a100x8", "--precision", "fp8"]].concat());
     assert!(
-        both.err.contains("A100 has no units") && both.out.contains("8 x H100"),
+        both.err.contains("A100 has no units")
+            && both.out.contains("  h100x8: 8 H100, 450 GB/s NVLink within 8\n"),
         "{}{}",
         both.err,
         both.out

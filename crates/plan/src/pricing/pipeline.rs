@@ -5,7 +5,7 @@ use crate::schedule::ScheduleKind;
 
 use super::stages::{MOST_KINDS, Share};
 use super::work::{Passes, Work};
-use super::{Breakdown, Pricer};
+use super::{Axis, Breakdown, Pricer};
 
 /// Seconds of a micro-batch's passes on one rank, communication that nothing hides included.
 #[derive(Debug, Clone, Copy, Default)]
@@ -14,6 +14,16 @@ pub(super) struct RankTime {
     pub forward_s: f64,
     pub input_s: f64,
     pub weight_s: f64,
+}
+
+/// The pipeline rank that has most to do.
+#[derive(Debug, Clone, Copy, Default)]
+pub(super) struct Slowest {
+    rank: usize,
+    time: RankTime,
+    pub share: Share,
+    /// Seconds of a micro-batch on all ranks together.
+    through_s: f64,
 }
 
 impl RankTime {
@@ -26,23 +36,28 @@ impl Pricer {
     /// The step of a checked layout.
     pub(super) fn breakdown(&self, layout: &Parallelism) -> Breakdown {
         let kinds = self.kind_passes(layout);
-        let mut slowest = (0, RankTime::default(), Share::default());
-        let mut through_s = 0.0;
-        for rank in 0..layout.pipeline {
-            let share = self.stages.share(layout, rank);
-            let time = self.rank_time(layout, &kinds, &share);
-            through_s += time.total_s();
-            if time.total_s() > slowest.1.total_s() {
-                slowest = (rank, time, share);
-            }
-        }
-        let (rank, time, share) = slowest;
+        let Slowest { rank, time, share, through_s } = self.slowest(layout, &kinds);
         let idle_s = through_s - time.total_s();
         let starved_s = match layout.schedule {
             ScheduleKind::Interleaved => self.starved_s(layout, &kinds, rank),
             _ => 0.0,
         };
         self.assemble(layout, &time, &share, idle_s, starved_s)
+    }
+
+    /// The pipeline rank that has most to do.
+    pub(super) fn slowest(&self, layout: &Parallelism, kinds: &[Passes]) -> Slowest {
+        let mut slowest = Slowest::default();
+        let mut through_s = 0.0;
+        for rank in 0..layout.pipeline {
+            let share = self.stages.share(layout, rank);
+            let time = self.rank_time(layout, kinds, &share);
+            through_s += time.total_s();
+            if time.total_s() > slowest.time.total_s() {
+                slowest = Slowest { rank, time, share, through_s };
+            }
+        }
+        Slowest { through_s, ..slowest }
     }
 
     /// Seconds of a micro-batch in which rank `slowest` of an interleaved pipeline waits though it has most to do: all ranks
@@ -161,15 +176,19 @@ impl Pricer {
             expert_s: micro_batches * expert_s,
             ..Breakdown::default()
         };
-        let exposed =
-            of.software.tensor_exposed * all.tensor_s + of.common.context_exposed * all.context_s + expert_s;
         step.host_s = micro_batches * (self.rank_kernels_s(rank) - all.compute_s());
-        step.hidden_s = micro_batches * (all.tensor_s + all.context_s + all.expert_s - exposed);
+        step.hidden_s[Axis::Tensor as usize] = micro_batches * all.tensor_s - step.tensor_s;
+        step.hidden_s[Axis::Context as usize] = micro_batches * all.context_s - step.context_s;
+        step.hidden_s[Axis::Expert as usize] = micro_batches * all.expert_s - step.expert_s;
         self.pipeline(layout, rank, idle_s, starved_s, &mut step);
         self.states(layout, share, rank.total_s(), &mut step);
-        let servers = (layout.gpus() as f64 / self.rates.cluster.per_server as f64).max(1.0);
-        step.overhead_s = of.common.step_s + of.common.straggler * servers.log2() * step.total_s();
+        step.overhead_s =
+            of.common.step_s + of.common.straggler * self.servers(layout).log2() * step.total_s();
         step
+    }
+
+    pub(super) fn servers(&self, layout: &Parallelism) -> f64 {
+        (layout.gpus() as f64 / self.rates.cluster.per_server as f64).max(1.0)
     }
 
     fn rank_kernels_s(&self, rank: &RankTime) -> f64 {
@@ -194,7 +213,9 @@ impl Pricer {
         let message_s = self.message_s(layout);
         let exposed = self.rates.calibration.common.message_exposed;
         let micro_batches = layout.micro_batches(&self.training) as f64;
-        step.pipeline_s = (2.0 * (ranks - 1.0) + 2.0 * exposed * stages * micro_batches) * message_s;
+        let messages = 2.0 * stages * micro_batches;
+        step.pipeline_s = (2.0 * (ranks - 1.0) + exposed * messages) * message_s;
+        step.hidden_s[Axis::Pipeline as usize] = (1.0 - exposed) * messages * message_s;
         // Uneven ranks keep the formulas' form: what all other ranks take, less what the schedule fills.
         step.bubble_s = match layout.schedule {
             ScheduleKind::OneForwardOneBackward => idle_s,

@@ -61,6 +61,11 @@ impl Rates {
         self.collectives.seconds(Collective::AllGather, bytes, group) * self.distance(size, stride)
     }
 
+    /// Bytes that a rank sends in it over each level.
+    pub fn gathered_bytes(&self, bytes: f64, size: usize, stride: usize) -> Vec<f64> {
+        self.collectives.bytes_by_level(Collective::AllGather, bytes, Group { size, stride })
+    }
+
     /// The slowest message between neighbours of `ranks` ranks, `stride` apart.
     pub fn message(&self, bytes: f64, ranks: usize, stride: usize) -> f64 {
         // Where some neighbours lie in different groups of a level, those set the pace.

@@ -4,7 +4,7 @@ use crate::parallelism::{Parallelism, Sharding};
 use crate::software::Trainable;
 
 use super::stages::Share;
-use super::{Breakdown, Pricer};
+use super::{Axis, Breakdown, Pricer};
 
 /// Parameters that one rank holds, before any sharding over replicas.
 #[derive(Debug, Clone, Copy, Default, PartialEq)]
@@ -71,7 +71,7 @@ impl Pricer {
         // What happens once hides under the first or the last micro-batch.
         let under = if times.gradients > 1.0 { micro_batches * micro_batch_s } else { micro_batch_s };
         step.data_s = (exposed * traffic).max(traffic - under);
-        step.hidden_s += traffic - step.data_s;
+        step.hidden_s[Axis::Data as usize] = traffic - step.data_s;
         step.optimizer_s = self.optimizer_s(layout, held.dense, held.experts);
     }
 

@@ -60,6 +60,14 @@ impl Traffic {
     }
 }
 
+impl Traffic {
+    /// The classes of links that an axis crosses, innermost first: `NVLink + network`; empty where it sends nothing.
+    pub fn links(&self, axis: Axis) -> String {
+        let crossed = self.levels.iter().zip(&self.bytes[axis as usize]).filter(|(_, bytes)| **bytes > 0.0);
+        crossed.map(|(level, _)| level.as_str()).collect::<Vec<_>>().join(" + ")
+    }
+}
+
 impl Pricer {
     /// What a GPU sends in a step of a checked layout.
     pub fn traffic(&self, layout: &Parallelism) -> Traffic {
@@ -125,35 +133,41 @@ impl Pricer {
         again: f64,
         traffic: &mut Traffic,
     ) {
-        let Some(moe) = &self.model.moe else { return };
-        let group = Group { size: layout.expert, stride: layout.expert_tensor };
-        let tokens = self.sizes(layout).tokens() / layout.tensor as f64;
-        let row = self.model.dispatch_width() as f64;
-        let sent = |element_bytes: f64| {
-            let row_bytes = element_bytes * row;
-            if !self.training.dispatch.deduplicated {
-                let bytes = tokens * moe.top_k as f64 * row_bytes;
-                return model.bytes_by_level(Collective::AllToAll, bytes, group);
-            }
-            let exchange = Exchange {
-                tokens,
-                row_bytes,
-                top_k: moe.top_k,
-                experts: moe.experts,
-                group,
-                max_servers: (moe.groups > 1).then_some(moe.top_groups),
-                multiprocessors: 0,
-            };
-            let moved = model.exchange_bytes(&exchange);
-            let mut by_level = vec![0.0; traffic.levels.len()];
-            by_level[0] = moved.inner_bytes;
-            let outer = self.rates.cluster.level_of(group.size, group.stride);
-            by_level[outer] += moved.network_bytes;
-            by_level
-        };
-        let [out, back] = self.training.wire_bytes().map(sent);
+        let [out, back] = self.training.wire_bytes().map(|bytes| self.expert_bytes(layout, model, bytes));
         traffic.add(Axis::Expert, &out, times * (1.0 + again));
         traffic.add(Axis::Expert, &back, times * (3.0 + again));
+    }
+
+    /// Bytes over each level of one exchange of a micro-batch's rows with experts, an element of `element_bytes`.
+    pub(super) fn expert_bytes(
+        &self,
+        layout: &Parallelism,
+        model: &CollectiveModel,
+        element_bytes: f64,
+    ) -> Vec<f64> {
+        let cluster = &self.rates.cluster;
+        let mut by_level = vec![0.0; cluster.levels.len()];
+        let Some(moe) = &self.model.moe else { return by_level };
+        let group = Group { size: layout.expert, stride: layout.expert_tensor };
+        let tokens = self.sizes(layout).tokens() / layout.tensor as f64;
+        let row_bytes = element_bytes * self.model.dispatch_width() as f64;
+        if !self.training.dispatch.deduplicated {
+            let bytes = tokens * moe.top_k as f64 * row_bytes;
+            return model.bytes_by_level(Collective::AllToAll, bytes, group);
+        }
+        let exchange = Exchange {
+            tokens,
+            row_bytes,
+            top_k: moe.top_k,
+            experts: moe.experts,
+            group,
+            max_servers: (moe.groups > 1).then_some(moe.top_groups),
+            multiprocessors: 0,
+        };
+        let moved = model.exchange_bytes(&exchange);
+        by_level[0] = moved.inner_bytes;
+        by_level[cluster.level_of(group.size, group.stride)] += moved.network_bytes;
+        by_level
     }
 
     /// Each chunk's activations go to the rank of the next one, and their gradients back.

@@ -233,7 +233,6 @@ impl Sizes<'_> {
     /// Attention itself: a rank's queries against all keys, which context-parallel ranks hand around.
     fn core(&self, passes: &mut Passes, windowed: bool) {
         let attention = &self.model.attention;
-        let (t, c) = (self.layout.tensor as f64, self.layout.context as f64);
         let shape = AttentionShape {
             batch: self.layout.micro_batch,
             queries: (self.training.sequence / self.layout.context).max(1),
@@ -252,14 +251,19 @@ impl Sizes<'_> {
         passes.forward.attention_s += forward;
         passes.input.attention_s += backward;
         self.count(passes, 2.0);
-        if c > 1.0 {
-            let kv = (attention.kv_heads() as f64 / t).max(1.0);
-            let widths = (attention.qk_dim() + attention.v_dim()) as f64;
-            let bytes = self.training.element_bytes() * self.tokens() * c * kv * widths;
-            let once = self.rates.gather(bytes, self.layout.context, self.layout.tensor);
+        if self.layout.context > 1 {
+            let once = self.rates.gather(self.key_bytes(), self.layout.context, self.layout.tensor);
             passes.forward.context_s += once;
             passes.input.context_s += 2.0 * once;
         }
+    }
+
+    /// Bytes of a layer's keys and values of all context-parallel ranks.
+    pub fn key_bytes(&self) -> f64 {
+        let attention = &self.model.attention;
+        let kv = (attention.kv_heads() as f64 / self.layout.tensor as f64).max(1.0);
+        let widths = (attention.qk_dim() + attention.v_dim()) as f64;
+        self.training.element_bytes() * self.tokens() * self.layout.context as f64 * kv * widths
     }
 
     /// Attention before it was fused: all scores are computed, written, masked, normalised, dropped out and read again:
@@ -393,16 +397,23 @@ impl Sizes<'_> {
         }
     }
 
+    /// Seconds of rows on their way to experts, and of results on their way back.
+    pub fn exchange_s(&self, moe: &MoeShape) -> [f64; 2] {
+        let tokens = self.tokens() / self.layout.tensor as f64;
+        let dispatched = self.model.dispatch_width() as f64;
+        let [sent, back] = self.training.wire_bytes().map(|bytes| bytes * dispatched);
+        let once = self.training.dispatch.deduplicated;
+        // An exchange takes as long as the rank that receives, or sends back, most.
+        let exchange =
+            |way, bytes| self.uneven * self.rates.dispatch(way, tokens, bytes, moe, self.layout, once);
+        [exchange(Way::Dispatch, sent), exchange(Way::Combine, back)]
+    }
+
     /// Dispatch and combine, and the tensor-parallel gather within an expert.
     fn exchange(&self, passes: &mut Passes, moe: &MoeShape, dispatched: f64) {
         let tokens = self.tokens() / self.layout.tensor as f64;
         if self.layout.expert > 1 {
-            let [sent, back] = self.training.wire_bytes().map(|bytes| bytes * dispatched);
-            let once = self.training.dispatch.deduplicated;
-            // An exchange takes as long as the rank that receives, or sends back, most.
-            let exchange =
-                |way, bytes| self.uneven * self.rates.dispatch(way, tokens, bytes, moe, self.layout, once);
-            let (there, home) = (exchange(Way::Dispatch, sent), exchange(Way::Combine, back));
+            let [there, home] = self.exchange_s(moe);
             passes.forward.expert_s += there + home;
             passes.input.expert_s += 2.0 * home;
             self.count(passes, 4.0);

@@ -37,6 +37,7 @@ fn recomputations(model: &Architecture) -> [Recomputation; 4] {
 pub struct Layouts {
     model: Architecture,
     training: Training,
+    recompute: Vec<Recomputation>,
     degrees: std::vec::IntoIter<Parallelism>,
 }
 
@@ -47,25 +48,31 @@ impl Layouts {
         for gpus in counts(cluster.gpus) {
             dense_degrees(model, cluster, training, gpus, &mut degrees);
         }
-        Self { model: model.clone(), training: training.clone(), degrees: degrees.into_iter() }
+        let recompute = recomputations(model).to_vec();
+        Self { model: model.clone(), training: training.clone(), recompute, degrees: degrees.into_iter() }
+    }
+
+    /// The same with nothing but `recompute` computed again.
+    pub fn recomputing(mut self, recompute: Recomputation) -> Self {
+        self.recompute = vec![recompute];
+        self
     }
 
     /// The layouts that differ from `degrees` in micro-batch, schedule and recomputation.
     pub fn variants(&self, degrees: Parallelism) -> impl Iterator<Item = Parallelism> {
         let sequences = self.training.global_batch / degrees.data;
         let schedules = schedules(&self.model, degrees.pipeline);
-        let recompute = recomputations(&self.model);
         let micro_batches = powers(MOST_MICRO_BATCH).filter(move |size| sequences.is_multiple_of(*size));
         micro_batches.flat_map(move |micro_batch| {
             let allowed = schedules.clone().into_iter().filter(move |(schedule, virtual_stages)| {
                 schedule.check_sizes(degrees.pipeline, *virtual_stages, sequences / micro_batch).is_ok()
             });
             allowed.flat_map(move |(schedule, virtual_stages)| {
-                recompute.into_iter().map(move |recompute| Parallelism {
+                self.recompute.iter().map(move |recompute| Parallelism {
                     micro_batch,
                     schedule,
                     virtual_stages,
-                    recompute,
+                    recompute: *recompute,
                     ..degrees
                 })
             })

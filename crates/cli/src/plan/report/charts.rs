@@ -2,11 +2,13 @@
 
 use std::fmt::Write as _;
 
+use unisono_plan::Axis;
 use unisono_plan::search::Plan;
 
 use super::super::GIB;
 use super::super::answer::{Answer, Uneven};
-use super::{escape, sending};
+use super::super::show;
+use super::escape;
 use crate::style::{Scale, percent};
 
 const WIDTH: f64 = 1080.0;
@@ -51,10 +53,12 @@ fn line(svg: &mut String, class: &str, [x1, y1, x2, y2]: [f64; 4]) {
 }
 
 fn legend(names: &[String]) -> String {
-    let entry = |(at, name): (usize, &String)| {
-        format!("<span><i style=\"background:var(--c{})\"></i>{}</span>", at % COLOURS, escape(name))
-    };
-    format!("<div class=\"legend\">{}</div>", names.iter().enumerate().map(entry).collect::<String>())
+    let entries: String = names.iter().enumerate().map(|(at, name)| entry(at, name)).collect();
+    format!("<div class=\"legend\">{entries}</div>")
+}
+
+fn entry(colour: usize, name: &str) -> String {
+    format!("<span><i style=\"background:var(--c{})\"></i>{}</span>", colour % COLOURS, escape(name))
 }
 
 /// The parts of the step, one bar each.
@@ -79,22 +83,22 @@ pub fn breakdown(answer: &Answer) -> String {
 pub fn routing(answer: &Answer, uneven: &Uneven) -> String {
     let priced = &answer.chosen.priced;
     let steps = [
-        ("even", 1.0, uneven.even_step_s, Some(uneven.even_bytes)),
-        ("median", uneven.rows.p50, priced.step_s, None),
-        ("one of twenty", uneven.rows.p95, uneven.slow_step_s, Some(priced.memory.total())),
+        ("even", 1.0, uneven.even_step, Some(uneven.even_bytes.value)),
+        ("median", uneven.rows.p50, priced.step(), None),
+        ("one of twenty", uneven.rows.p95, uneven.slow_step, Some(priced.memory.total())),
     ];
     let scale = Scale::seconds(priced.step_s);
     let mut svg = open(ROW * steps.len() as f64 + 4.0);
-    for (at, (name, rows, seconds, bytes)) in steps.into_iter().enumerate() {
+    for (at, (name, rows, step, bytes)) in steps.into_iter().enumerate() {
         let y = ROW * at as f64;
-        let width = (WIDTH - LABEL - 430.0) * seconds / uneven.slow_step_s;
+        let width = (WIDTH - LABEL - 500.0) * step.value / uneven.slow_step.value;
         text(&mut svg, "chart-soft", "start", 0.0, y + 17.0, name);
         block(&mut svg, 0, [LABEL, y + 4.0, width, ROW - 9.0], name);
         let memory = bytes.map_or_else(String::new, |bytes| {
             let free = answer.cluster.gpu.memory_bytes - bytes;
             format!(", {:.1} GiB held, {:.1} free", bytes / GIB, free / GIB)
         });
-        let label = format!("{}, {rows:.2} times its rows{memory}", scale.write(seconds));
+        let label = format!("{}, {rows:.2} times its rows{memory}", scale.ranged(step));
         text(&mut svg, "chart-text", "start", LABEL + 8.0 + width, y + 17.0, &label);
     }
     svg + END
@@ -158,12 +162,12 @@ pub fn front(answer: &Answer, plans: &[Plan]) -> String {
         let chosen = plan.layout == answer.chosen.layout;
         let radius = 3.0 + 7.0 * (plan.run_usd / dearest.max(f64::MIN_POSITIVE)).sqrt();
         let title = format!(
-            "{}: {}, {:.1} GiB free (fits with a probability of {}), {}",
+            "{}: {}, {} GiB free (fits with a probability of {}), {}",
             plan.layout,
-            scale.write(plan.priced.step_s),
-            plan.headroom_bytes / GIB,
+            scale.ranged(plan.priced.step()),
+            show::gib(show::free(answer, plan.priced.bytes())),
             percent(answer.fit_probability(plan)),
-            Scale::dollars(plan.run_usd).write(plan.run_usd)
+            Scale::dollars(plan.run_usd).ranged(plan.priced.step().growing(plan.run_usd))
         );
         let _ = writeln!(
             svg,
@@ -180,9 +184,43 @@ pub fn front(answer: &Answer, plans: &[Plan]) -> String {
     svg + END
 }
 
+/// Bars by axis: what nothing hides, and what runs under kernels.
+pub fn communication(answer: &Answer) -> String {
+    let axes = show::communication(answer);
+    let most = axes.iter().map(|(_, seconds)| seconds.iter().sum()).fold(f64::MIN_POSITIVE, f64::max);
+    let scale = Scale::seconds(answer.chosen.priced.step_s);
+    let mut svg = open(ROW * axes.len().max(1) as f64 + 4.0);
+    for (row, (axis, seconds)) in axes.iter().enumerate() {
+        let y = ROW * row as f64;
+        let name = format!("{}: {}", axis.name(), answer.traffic.links(*axis));
+        text(&mut svg, "chart-soft", "start", 0.0, y + 17.0, &name);
+        let mut x = LABEL + 30.0;
+        for (part, seconds) in seconds.iter().enumerate() {
+            let width = (WIDTH - LABEL - 330.0) * seconds / most;
+            let title = format!("{}: {}", COMMUNICATION[part], scale.write(*seconds));
+            block(&mut svg, [4, 6][part], [x, y + 4.0, width, ROW - 9.0], &title);
+            x += width;
+        }
+        let [exposed, hidden] = seconds.map(|seconds| scale.write(seconds));
+        text(
+            &mut svg,
+            "chart-text",
+            "start",
+            x + 8.0,
+            y + 17.0,
+            &format!("{exposed} exposed, {hidden} hidden"),
+        );
+    }
+    let legend = [(4, COMMUNICATION[0]), (6, COMMUNICATION[1])].map(|(colour, name)| entry(colour, name));
+    svg + END + &format!("<div class=\"legend\">{}</div>", legend.concat())
+}
+
+/// The halves of [`communication`].
+const COMMUNICATION: [&str; 2] = ["exposed", "hidden under kernels"];
+
 /// Bars by axis, stacked by level of the network.
 pub fn traffic(answer: &Answer) -> String {
-    let axes = sending(answer);
+    let axes: Vec<Axis> = show::communication(answer).into_iter().map(|(axis, _)| axis).collect();
     let total = |axis: usize| answer.traffic.bytes[axis].iter().sum::<f64>();
     let most = axes.iter().map(|axis| total(*axis as usize)).fold(f64::MIN_POSITIVE, f64::max);
     let scale = (WIDTH - LABEL - 170.0) / most;
