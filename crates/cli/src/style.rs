@@ -258,12 +258,12 @@ mod tests {
 
     #[test]
     fn figures_have_intervals() {
-        let step = Ranged { value: 19.926, interval: [16.08, 24.69] };
-        assert_eq!(Scale::seconds(step.value).ranged(step), "19.926 s (16.1 to 24.7)");
-        assert_eq!(off(step), "-19 +24%");
+        let step = Ranged { value: 19.926, interval: [16.5, 24.5] };
+        assert_eq!(Scale::seconds(step.value).ranged(step), "19.926 s (16.5 to 24.5)");
+        assert_eq!(off(step), "-17 +23%");
         assert_eq!([0.0, 1979.4, 43.606, 0.00123449].map(figure), ["0", "1979", "43.61", "0.001234"]);
         assert_eq!(off(Ranged { value: 0.0, interval: [0.0; 2] }), "0%");
-        assert_eq!(grouped_range(step.times(1e3)), "19,926 (16,080 to 24,690)");
+        assert_eq!(grouped_range(step.times(1e3)), "19,926 (16,500 to 24,500)");
     }
 
     #[test]

@@ -146,6 +146,8 @@ fn print(rows: &[Row], baselines: bool) {
     if rows.iter().any(|row| row.equal.is_some()) {
         TWINS.into_iter().for_each(note);
     }
+    title("\nTheir layouts");
+    say(&format!("{}\n", table(&layouts(rows), 3).join("\n")));
     let skewed = uneven(rows);
     if skewed.len() > 1 {
         title("\nUneven routing");
@@ -222,12 +224,11 @@ fn uneven(rows: &[Row]) -> Vec<Vec<String>> {
     table
 }
 
-/// The table, with its head; above it the clusters, and the training if it is that of all, else a column of it; below it the layouts.
+/// The table, with its head; above it the clusters, and the training if it is that of all, else a column of it.
 fn fastest(rows: &[Row]) -> Vec<String> {
     let (days, dollars) = show::scales(rows.iter().map(|row| &row.answer.outlook));
     let head = ["model", "cluster", "step", "tokens/s", "hours a T", days.name, dollars.name, "80%"];
     let mut cells = vec![head.map(String::from).to_vec()];
-    let mut layouts = vec![["model", "cluster", "layout"].map(String::from).to_vec()];
     for row in rows {
         let (answer, outlook) = (&row.answer, &row.answer.outlook);
         let asked = [answer.model.name.clone(), row.cluster.to_string()];
@@ -240,7 +241,6 @@ fn fastest(rows: &[Row]) -> Vec<String> {
             off(answer.chosen.priced.step()),
         ];
         cells.push([&asked[..], &figures].concat());
-        layouts.push([&asked[..], &[answer.chosen.layout.to_string()]].concat());
     }
     let mut lines: Vec<String> =
         rows.iter().map(|row| format!("  {}: {}", row.cluster, show::cluster(&row.answer))).collect();
@@ -255,5 +255,15 @@ fn fastest(rows: &[Row]) -> Vec<String> {
         cells[1..].iter_mut().zip(rows).for_each(|(cell, row)| cell.insert(2, show::batches(&row.answer)));
         left = 3;
     }
-    [lines, table(&cells, left), vec![String::new()], table(&layouts, 3)].concat()
+    [lines, table(&cells, left)].concat()
+}
+
+/// The layouts, with their head.
+fn layouts(rows: &[Row]) -> Vec<Vec<String>> {
+    let mut table = vec![["model", "cluster", "layout"].map(String::from).to_vec()];
+    table.extend(rows.iter().map(|row| {
+        let (answer, cluster) = (&row.answer, row.cluster.to_string());
+        vec![answer.model.name.clone(), cluster, answer.chosen.layout.to_string()]
+    }));
+    table
 }

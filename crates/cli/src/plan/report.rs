@@ -157,7 +157,7 @@ fn figures(answer: &Answer) -> String {
         format!(
             "<div class=\"card\"><div class=\"name\">{name}</div><div class=\"value\">{}</div><div class=\"note\">{}</div></div>",
             // A layout may be broken between what is computed again.
-            escape(&value).replace('+', "+<wbr>"),
+            escape(&value).replace('=', "=<wbr>").replace('+', "+<wbr>"),
             escape(&note)
         )
     });
