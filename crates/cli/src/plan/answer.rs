@@ -318,8 +318,8 @@ fn nothing_fits(
     let asked = training.global_batch;
     let larger = if asked < cluster.gpus { 0 } else { 1 };
     let search = |cluster: &Cluster, training: &Training| searching(model, cluster, training, recompute);
-    let enough = wider(&search, cluster, training, 1, |_| asked)
-        .or_else(|| wider(&search, cluster, training, larger, |gpus| asked.max(gpus)))
+    let enough = wider(search, cluster, training, 1, |_| asked)
+        .or_else(|| wider(search, cluster, training, larger, |gpus| asked.max(gpus)))
         .map(|(gpus, batch)| format!("{gpus} GPUs with a batch of {batch} sequences would do"));
     CliError::usage(format!(
         "no layout of {} ({} parameters) fits {} {} with a batch of {} sequences: {closest}; {}",
