@@ -166,7 +166,7 @@ mod tests {
         assert_eq!(Architecture::built_in("deepseek_v3").unwrap().name, "DeepSeek-V3");
         let error = Architecture::built_in("deepsek-v4").unwrap_err();
         assert_eq!(error.to_string(), "model \"deepsek-v4\" is not known; nearest: DeepSeek-V3");
-        assert_eq!(Architecture::all_built_in().len(), 43);
+        assert_eq!(Architecture::all_built_in().len(), 59);
     }
 
     #[test]
