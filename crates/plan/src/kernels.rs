@@ -7,6 +7,7 @@ mod imbalance;
 use std::fmt;
 use std::sync::LazyLock;
 
+use crate::calibration::BORROWED_SPREAD;
 use crate::hardware::Gpu;
 use crate::precision::Precision;
 use grid::Grid;
@@ -41,12 +42,6 @@ const SIBLINGS: [(&str, &str, f64); 5] = [
 
 /// Pairs of GPUs with nearly the same die.
 const SAME_DIE: [&str; 1] = ["H800"];
-
-/// Standard deviations of the logarithm of an efficiency that is borrowed from a GPU of the same die, and from another: a little above
-/// the root mean square of the ratio of two GPUs' measured efficiencies over products of at least 1,024 rows in bf16, which
-/// `borrowing_costs_what_the_tables_say` prints (H100 and H200, B200 and GB200, B300 and GB300: 0.06 to 0.10; A100, Hopper and
-/// Blackwell among each other: 0.13 to 0.25).
-const BORROWED_SPREAD: [f64; 2] = [0.09, 0.19];
 
 /// The GPU whose measurements stand for `gpu`'s, and the factor on its efficiency.
 pub(crate) fn sibling(gpu: &str) -> (&str, f64) {

@@ -31,7 +31,7 @@ pub(crate) use stages::{MOST_KINDS, Share, Stages};
 use work::Sizes;
 
 /// Standard normal quantile of 90%: an 80% interval lies between the negative and the positive.
-const QUANTILE_90: f64 = 1.2816;
+pub(crate) const QUANTILE_90: f64 = 1.2816;
 
 /// Seconds of a step on the slowest pipeline rank. They add up to [`Priced::step_s`]; hidden communication does not count. None
 /// has an interval of its own: only whole steps were measured often enough for one.

@@ -2,7 +2,7 @@
 
 mod activations;
 
-use crate::calibration::Constants;
+use crate::calibration::{BASE_BYTES, Constants, RESERVED};
 use crate::parallelism::{Parallelism, Recomputation, Sharding};
 use crate::precision::Precision;
 use crate::pricing::{MOST_KINDS, Pricer, Share};
@@ -37,18 +37,11 @@ pub struct RankMemory {
     pub outside: f64,
 }
 
-/// Bytes that PyTorch's allocator reserves for each that is allocated at the peak, as torchtitan reports both.
-pub(crate) const RESERVED: f64 = 1.12;
-
 /// A process on a GPU before it allocates anything.
 const CONTEXT_BYTES: f64 = 512.0 * MIB;
 
 /// Buffers of a communicator: 32 channels, 4 MiB (`NCCL_BUFFSIZE`) to send and to receive.
 const COMMUNICATOR_BYTES: f64 = 32.0 * 2.0 * 4.0 * MIB;
-
-/// Bytes that are set aside on a GPU whatever runs: the intercept of peaks that Megatron's tests record on A100, over their layers,
-/// without workspaces.
-const BASE_BYTES: f64 = 36e6;
 
 /// Workspaces of products: PyTorch's own and Transformer Engine's. Grouped products use as many more of the latter as streams.
 const WORKSPACES_AMPERE: [f64; 2] = [8.1 * MIB, 4.0 * MIB];

@@ -43,27 +43,93 @@ impl<'a> Row<'a> {
         at.and_then(|at| self.table.rows[self.index].get(*at)).map_or("", |text| text.trim())
     }
 
-    /// The first whole number in the column: `1 (2)` is 1, `1,024` is 1024, `n/a` is nothing.
+    /// The whole number that the column begins with: `1 (2)` is 1, `1,024` is 1024, `8k` is 8192, `2x8` is 16. What is no whole number
+    /// (`n/a`, `2.5`), a range (`8-16`) or counts something else (`16 nodes`) is nothing.
     pub(crate) fn count(&self, column: &str) -> Option<u64> {
-        let number = number(self.text(column))?;
-        (1.0..9e15).contains(&number).then_some(number as u64)
+        count(self.text(column))
     }
 
-    /// The first positive number in the column.
-    pub(crate) fn positive(&self, column: &str) -> Option<f64> {
-        number(self.text(column)).filter(|value| *value > 0.0)
+    /// The positive number that the column begins with, times what its unit stands for in `units`; nothing when the unit is another.
+    /// No unit stands for 1.
+    pub(crate) fn quantity(&self, column: &str, units: &[(&str, f64)]) -> Option<f64> {
+        let (value, rest) = number(self.text(column))?;
+        let unit = unit(rest);
+        let times = units.iter().find(|(name, _)| *name == unit).map(|(_, times)| *times);
+        let times = if unit.is_empty() && !rest.starts_with('%') { Some(1.0) } else { times };
+        times.map(|times| value * times).filter(|value| *value > 0.0 && value.is_finite())
     }
 }
 
-/// The first number in a text that starts with it; thousands may be set off by commas.
-fn number(text: &str) -> Option<f64> {
+/// Words after a number that make it the count of something else.
+const OTHER_THINGS: [&str; 12] =
+    ["node", "nodes", "server", "servers", "host", "hosts", "tokens", "tok", "m", "b", "gb", "gib"];
+
+/// [`Row::count`] of a text.
+pub(crate) fn count(text: &str) -> Option<u64> {
+    let (value, rest) = number(text)?;
+    let unit = unit(rest);
+    let times = match unit.as_str() {
+        "k" => 1024.0,
+        "x" => product(rest)?,
+        _ => 1.0,
+    };
+    let said = rest.split('(').next().unwrap_or("").to_ascii_lowercase();
+    if OTHER_THINGS.contains(&unit.as_str()) || said.contains(" node") {
+        return None;
+    }
+    let value = value * times;
+    ((1.0..9e15).contains(&value) && value.fract() == 0.0).then_some(value as u64)
+}
+
+/// Tokens that a text counts: `4M tokens`, whose M is 2 to the power of 20, or `4194304 tokens`; nothing when it does not say that it
+/// counts tokens.
+pub(crate) fn tokens(text: &str) -> Option<u64> {
+    let (value, rest) = number(text)?;
+    let unit = unit(rest);
+    let times = match unit.as_str() {
+        "k" => 1024.0,
+        "m" => 1_048_576.0,
+        _ => 1.0,
+    };
+    let counts = unit == "m" || rest.to_ascii_lowercase().contains("tok");
+    let value = value * times;
+    (counts && (1.0..9e15).contains(&value) && value.fract() == 0.0).then_some(value as u64)
+}
+
+/// The letters that follow a number.
+fn unit(rest: &str) -> String {
+    let letters = rest.trim_start().chars().take_while(char::is_ascii_alphabetic);
+    letters.map(|c| c.to_ascii_lowercase()).collect()
+}
+
+/// The factor of `2x8`; 1 of `4x`, nothing of `2x8x4`.
+fn product(rest: &str) -> Option<f64> {
+    let factor = rest.trim_start().trim_start_matches(['x', 'X']).trim_start();
+    match number(factor) {
+        None => Some(1.0),
+        Some((value, rest)) => (unit(rest) != "x").then_some(value),
+    }
+}
+
+/// The number that a text starts with, and what follows it; thousands may be set off by commas. A range is no number.
+fn number(text: &str) -> Option<(f64, &str)> {
     let text = text.trim_start_matches(['~', '<', '>', '=', ' ']);
     let end = text
         .char_indices()
         .find(|(at, c)| !(c.is_ascii_digit() || matches!(c, '.' | ',') || exponent(text, *at)))
         .map_or(text.len(), |(at, _)| at);
-    let value: f64 = text[..end].replace(',', "").trim_end_matches(['e', 'E', '.']).parse().ok()?;
-    value.is_finite().then_some(value)
+    let (digits, rest) = text.split_at(end);
+    let digits = digits.trim_end_matches(['e', 'E', '.', ',']);
+    let mut thousands = digits.split('.').next().unwrap_or("").split(',').skip(1);
+    let after = rest.trim_start();
+    let continues = after
+        .trim_start_matches(['-', '\u{2013}', '/', '|', '~', ' '])
+        .starts_with(|c: char| c.is_ascii_digit());
+    if !thousands.all(|group| group.len() == 3) || continues {
+        return None;
+    }
+    let value: f64 = digits.replace(',', "").parse().ok()?;
+    value.is_finite().then_some((value, rest))
 }
 
 /// Whether the character at `at` belongs to an exponent: `1e-3`.
@@ -113,7 +179,7 @@ mod tests {
 
     #[test]
     fn odd_fields_read_as_what_they_say_or_as_nothing() {
-        let cases: [(&str, Option<u64>); 14] = [
+        let cases: [(&str, Option<u64>); 31] = [
             ("8", Some(8)),
             ("1 (2)", Some(1)),
             ("\"1,024\"", Some(1024)),
@@ -128,6 +194,23 @@ mod tests {
             ("0", None),
             ("", None),
             ("99999999999999999999999", None),
+            ("8k", Some(8192)),
+            ("128K tokens", Some(131_072)),
+            ("1.5k", Some(1536)),
+            ("8.1k", None),
+            ("2x8", Some(16)),
+            ("2x8x4", None),
+            ("64 GPUs", Some(64)),
+            ("16 nodes", None),
+            ("16 DGX nodes", None),
+            ("16 (2 nodes)", Some(16)),
+            ("8-GPU", Some(8)),
+            ("8-16", None),
+            ("8 / 16", None),
+            ("8 192", None),
+            ("2.5", None),
+            ("\"12,5\"", None),
+            ("4M", None),
         ];
         for (text, expected) in cases {
             let table = Table::parse(&format!("a,b\nx,{text}\n"));
@@ -135,6 +218,31 @@ mod tests {
             assert_eq!(row.count("b"), expected, "{text}");
             assert_eq!(row.text("absent"), "");
         }
+    }
+
+    #[test]
+    fn quantities_are_read_in_their_units_or_not_at_all() {
+        let units = [("s", 1.0), ("ms", 1e-3)];
+        let cases: [(&str, Option<f64>); 12] = [
+            ("5", Some(5.0)),
+            ("5000ms", Some(5.0)),
+            ("5000 ms/step", Some(5.0)),
+            ("5.0 s", Some(5.0)),
+            ("5 (median)", Some(5.0)),
+            ("5 +- 0.1", Some(5.0)),
+            ("\"5,000.5\"", Some(5000.5)),
+            ("5 fortnights", None),
+            ("5%", None),
+            ("5-6", None),
+            ("\"5,2\"", None),
+            ("-5", None),
+        ];
+        for (text, expected) in cases {
+            let table = Table::parse(&format!("b,c\n{text},x\n"));
+            assert_eq!(table.rows().next().expect("one row").quantity("b", &units), expected, "{text}");
+        }
+        let said = ["4M tokens", "16m", "4194304 tokens", "512", "4.2M tokens"].map(tokens);
+        assert_eq!(said, [Some(4_194_304), Some(16_777_216), Some(4_194_304), None, None]);
     }
 
     #[test]

@@ -2,7 +2,7 @@
 
 use proptest::prelude::*;
 use unisono_plan::validate::{
-    Prediction, PricePath, Validation, check_cases, check_models, validate, validate_with,
+    MemoryKind, Prediction, PricePath, Validation, check_cases, check_models, validate, validate_with,
 };
 
 const HEADER: &str = "id,file,source,kind,model_key,model_as_printed,custom_arch,gpu,n_gpus,precision,seq,gbs,mbs,tp,pp,vpp,cp,ep,etp,dp,\
@@ -45,7 +45,7 @@ fn families_weigh_the_same_and_a_complete_row_that_is_skipped_counts_as_wrong() 
     near(qwen.plain.map(|figures| figures.bias), 0.25);
     near(qwen.plain.map(|figures| figures.coverage), 1.0);
     near(qwen.plain.map(|figures| figures.width), 0.4);
-    near(qwen.memory_bias, 0.1);
+    near(qwen.memory.map(|figures| figures.bias), 0.1);
     assert_eq!(found.skipped.len(), 1);
     assert!(found.skipped[0].0.contains("A-model-of-tomorrow"), "{:?}", found.skipped);
 }
@@ -112,6 +112,138 @@ fn the_planner_prices_what_sources_leave_open() {
     }
     assert!(found.rows[0].plan.starts_with("tp1 pp1x1"), "{}", found.rows[0].plan);
     assert!(found.rows[2].plan.starts_with("tp1 pp4x2 cp1 ep8x1"), "{}", found.rows[2].plan);
+}
+
+/// The fields of a row that a source may spell as it likes: file, model, GPU, precision, sharding, framework.
+fn spelt(id: usize, [model, gpu, precision, sharding, framework]: [&str; 5]) -> String {
+    format!(
+        "{id},f{id},,e2e,{model},,,{gpu},64,{precision},4096,256,1,2,2,2,1,8,,,{sharding},none,{framework},,9,,,,40,yes"
+    )
+}
+
+#[test]
+fn every_spelling_of_a_name_is_priced_alike() {
+    let same: [&[[&str; 5]]; 6] = [
+        &[
+            ["Qwen3-30B-A3B", "H100", "BF16", "ZeRO-1", "Megatron-Bridge"],
+            ["qwen3_30b_a3b", "h100", "bf16", "zero 1", "megatron-bridge"],
+            ["Qwen3-30B", "H100-80GB SXM", "bfloat16", "dist-opt", "Megatron-Bridge"],
+            ["Qwen3 30B A3B", "NVIDIA H100", "amp_bf16", "ZeRO-1", "Megatron-Bridge"],
+            ["Qwen3-30B-A3B", "DGX H100", "bf16-mixed", "ZeRO-1", "Megatron-Bridge"],
+            ["Qwen3-30B-A3B", "H100_80GB", "Bf16", "distributed optimizer", "Megatron-Bridge"],
+            ["Qwen3-30B-A3B", "H100SXM", "BF16", "ZeRO-1", "Megatron-Bridge"],
+        ],
+        &[
+            ["DeepSeek-V3", "GB300", "MXFP8", "", "Megatron-Bridge"],
+            ["DeepSeek-R1", "GB300NVL72", "FP8-MX", "", "Megatron-Bridge"],
+            ["deepseekv3", "gb300 (NVL72)", "mx-fp8", "", "Megatron-Bridge"],
+        ],
+        &[
+            ["Llama-3.1-8B", "A100", "FP16", "ZeRO-1", "Megatron-LM"],
+            ["Llama-3-8B", "A100/80GB", "float16", "zero1", "Megatron-LM"],
+            ["llama3 8b", "A100(40GB)", "half", "ZeRO stage 1", "megatron-lm"],
+        ],
+        &[
+            ["Llama-3.1-70B", "H200", "FP8", "FSDP", "x"],
+            ["Llama-3.3-70B", "H200-141GB SXM", "float8", "HSDP", "x"],
+            ["llama-3-70b", "hgx h200", "E4M3", "zero3", "x"],
+        ],
+        &[
+            ["Moonlight-16B-A3B", "MI325X", "BF16", "DDP", "x"],
+            ["Moonlight", "AMD MI325", "bf16", "no_shard", "x"],
+        ],
+        &[
+            ["Nemotron-3-Nano-30B", "B200", "NVFP4", "", "NeMo"],
+            ["Nemotron-3-Nano", "HGX B200", "fp4", "", "NEMO"],
+        ],
+    ];
+    for rows in same {
+        let rows: Vec<String> = rows.iter().enumerate().map(|(id, names)| spelt(id, *names)).collect();
+        let found = validate(&format!("{HEADER}\n{}\n", rows.join("\n")), None).rows;
+        let priced = found[0].time.expect("a time").predicted_s;
+        for row in &found {
+            assert_eq!(row.time.map(|time| time.predicted_s), Some(priced), "{row:?}");
+            assert_eq!((&row.plan, row.memory), (&found[0].plan, found[0].memory));
+            assert_eq!(
+                (&row.model, &row.gpu, &row.precision),
+                (&found[0].model, &found[0].gpu, &found[0].precision)
+            );
+        }
+    }
+}
+
+#[test]
+fn the_nearest_gpu_stands_in_with_a_wider_interval_and_none_is_made_up() {
+    let row = |id: usize, gpu: &str| spelt(id, ["Llama-3.1-8B", gpu, "BF16", "", "Megatron-LM"]);
+    let rows = [row(0, "A100"), row(1, "A800"), row(2, "V100"), row(3, "L40S"), row(4, "GH200")];
+    let found = validate(&format!("{HEADER}\n{}\n", rows.join("\n")), None).rows;
+    let width = |at: usize| {
+        let [low, high] = found[at].time.expect("a time").interval_s;
+        high / low
+    };
+    assert!(width(1) > 1.2 * width(0) && width(4) > 1.2 * width(0), "{} {}", width(1), width(0));
+    let times = [0, 1].map(|at| found[at].time.expect("a time").predicted_s);
+    assert!(times[0] < times[1], "less NVLink is not faster: {times:?}");
+    assert_eq!(found[1].gpu, "A800");
+    for at in [2, 3] {
+        assert!(found[at].skipped.as_ref().is_some_and(|reason| reason.contains("is not known")));
+        assert!(found[at].complete);
+    }
+}
+
+#[test]
+fn impossible_stages_and_micro_batches_are_left_out_before_the_row_is() {
+    let text = [
+        "1,a,,e2e,Llama-3.1-8B,,,H100,16,BF16,4096,32,1,1,2,33,1,1,,,,none,x,,9,,,,,yes",
+        "2,a,,e2e,Llama-3.1-8B,,,H100,16,BF16,4096,32,1000,1,2,,1,1,,,,none,x,,9,,,,,yes",
+        "3,a,,e2e,Llama-3.1-8B,,,H100,16,BF16,4096,,1,1,2,,1,1,,,,none,x,,9,,,,,yes",
+        "4,a,,e2e,,mine,L32 h4096,H100,16,BF16,4096,32,1,1,2,,1,1,,,,none,x,,9,,,,,yes",
+    ];
+    let found = validate(&format!("{HEADER}\n{}\n", text.join("\n")), None).rows;
+    assert!(found[0].time.is_some() && found[1].time.is_some(), "{found:?}");
+    assert_eq!(found[2].skipped.as_deref(), Some("a step time is printed, but no batch"));
+    assert!(found[3].time.is_some(), "heads of 128: {:?}", found[3].skipped);
+}
+
+#[test]
+fn golden_values_are_apart_from_skipped_rows_and_kinds_of_memory_are_named() {
+    let golden = "1,f,,ci_golden,,gpt3_mcore tp1_pp2,L12 h512 a8,A100,8,BF16,1024,32,4,1,2,,1,1,,,,,Megatron-Core CI,,,,,,2,yes";
+    let titan = "2,f,,e2e,Llama-3.1-8B,,,H100,8,BF16,4096,16,2,1,1,,1,1,,,FSDP,none,torchtitan,,9,,,,40,yes";
+    let bare = "3,f,,e2e,Llama-3.1-8B,,,H100,8,BF16,4096,16,2,1,1,,1,1,,,FSDP,none,x,,9,,,,40,yes";
+    let lost = row(4, "A-model-of-tomorrow", "8", "1", "3");
+    let text = format!("{HEADER}\n{golden}\n{titan}\n{bare}\n{lost}\n");
+    let found = validate_with(&text, None, &|_, _, _, _, _| {
+        let bytes = 20.0 * (1u64 << 30) as f64;
+        Some(Prediction {
+            step_s: 9.0,
+            interval_s: [8.0, 10.0],
+            memory_bytes: 2.0 * bytes,
+            last_rank_bytes: bytes,
+        })
+    });
+    let kinds: Vec<_> = found.rows.iter().map(|row| row.memory.map(|memory| memory.kind)).collect();
+    let named = [MemoryKind::AllocatedLast, MemoryKind::ReservedFullest, MemoryKind::AllocatedFullest];
+    assert_eq!(kinds, [Some(named[0]), Some(named[1]), Some(named[2]), None]);
+    assert_eq!((found.golden, found.all.golden, found.all.skipped, found.all.lost), (1, 1, 1, 1));
+    assert_eq!(found.all.reasons[0].0, "model ... is not known and custom_arch gives no width");
+    assert_eq!(found.memory_kinds.len(), 3);
+    let exact = found.memory_kinds.iter().find(|group| group.kind == MemoryKind::AllocatedFullest);
+    let figures = exact.expect("a kind").figures;
+    assert!((figures.mape, figures.coverage) == (0.0, 1.0) && figures.width > 0.0);
+}
+
+#[test]
+fn the_trivial_baseline_does_not_know_the_row_it_predicts() {
+    let rows: Vec<String> =
+        ["8", "10", "40"].iter().enumerate().map(|(id, s)| row(id, "Qwen3-30B-A3B", "8", "1", s)).collect();
+    let found = ten_seconds(&rows);
+    // The median rate of the others: of 10 and 40 s, 8 and 40 s, 8 and 10 s.
+    let rate = |a: f64, b: f64| 2.0 / (1.0 / a + 1.0 / b);
+    for (row, expected) in found.rows.iter().zip([rate(10.0, 40.0), rate(8.0, 40.0), rate(8.0, 10.0)]) {
+        near(row.time.and_then(|time| time.baseline_s), expected);
+    }
+    assert!(ten_seconds(&rows[..1]).rows[0].time.expect("a time").baseline_s.is_none());
+    near(Some(found.published_baseline_mape), 0.24);
 }
 
 #[test]

@@ -39,8 +39,9 @@ fn print(validation: &Validation) {
                 )
             })
         };
-        let memory = group.memory_mape.map_or(String::new(), |error| {
-            format!("memory {:5.1} {:+5.1}", 100.0 * error, 100.0 * group.memory_bias.unwrap_or(0.0))
+        let memory = group.memory.map_or(String::new(), |of| {
+            let [error, bias, inside] = [of.mape, of.bias, of.coverage].map(|share| 100.0 * share);
+            format!("memory {error:5.1} {bias:+5.1} cover {inside:3.0} width {:.2}", of.width)
         });
         let tau = group.tau.map_or(String::new(), |tau| format!("tau {tau:.2}"));
         println!(
@@ -83,7 +84,18 @@ fn cross_validate(cases: &Cases, folds: usize, rounds: usize, shown: Option<&Str
             println!("{name} {what} release factor: a spread of {spread:.3} covers 80%");
         }
     }
-    println!("memory: a band of {:.3} covers 80%", memory_band(&validation.rows));
+    let of = |which: &dyn Fn(&Outcome) -> bool| memory_band(validation.rows.iter().filter(|row| which(row)));
+    println!("memory: a band of {:.3} covers 80%", of(&|_| true));
+    println!(
+        "memory of tests: a band of {:.3} covers 80%, of runs {:.3}",
+        of(&|row| row.golden),
+        of(&|row| !row.golden)
+    );
+    for group in &validation.memory_kinds {
+        let kind = group.kind;
+        let band = of(&|row| row.memory.is_some_and(|memory| memory.kind == kind));
+        println!("memory {} ({} rows): a band of {band:.3} covers 80%", kind.name(), group.rows);
+    }
 }
 
 /// The standard deviation of logarithms whose 80% interval holds that share of rows, every family weighing the same.
@@ -97,11 +109,8 @@ fn covering(rows: &[Outcome], sparse: bool, released: bool) -> f64 {
 }
 
 /// The logarithm within which four of five measured peaks lie.
-fn memory_band(rows: &[Outcome]) -> f64 {
-    band(
-        rows.iter()
-            .filter_map(|row| Some((row.family(), row.memory?.predicted_gib / row.memory?.measured_gib))),
-    )
+fn memory_band<'a>(rows: impl Iterator<Item = &'a Outcome>) -> f64 {
+    band(rows.filter_map(|row| Some((row.family(), row.memory?.predicted_gib / row.memory?.measured_gib))))
 }
 
 /// The absolute logarithm that holds 80% of ratios, every family weighing the same.

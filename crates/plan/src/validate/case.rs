@@ -1,10 +1,45 @@
-//! A row as its source wrote it: every column read, nothing inferred.
+//! A row as its source wrote it: every column read, nothing inferred but the usual spelling of a name.
 
 use crate::parallelism::{Parallelism, Sharding};
-use crate::rank_memory::RESERVED;
-use crate::table::Row;
+use crate::table::{self, Row};
 
-use super::{GIB, golden};
+use super::memory::MemoryKind;
+use super::model::Models;
+use super::{GIB, golden, names};
+
+/// What a step's seconds are counted in.
+const SECONDS: [(&str, f64); 11] = [
+    ("s", 1.0),
+    ("sec", 1.0),
+    ("secs", 1.0),
+    ("second", 1.0),
+    ("seconds", 1.0),
+    ("ms", 1e-3),
+    ("msec", 1e-3),
+    ("milliseconds", 1e-3),
+    ("min", 60.0),
+    ("minute", 60.0),
+    ("minutes", 60.0),
+];
+
+/// What tokens per second are counted in.
+const TOKENS: [(&str, f64); 5] = [("tok", 1.0), ("token", 1.0), ("tokens", 1.0), ("k", 1e3), ("m", 1e6)];
+
+/// What 10^12 operations per second are counted in.
+const TERAFLOPS: [(&str, f64); 9] = [
+    ("t", 1.0),
+    ("tf", 1.0),
+    ("tflop", 1.0),
+    ("tflops", 1.0),
+    ("teraflops", 1.0),
+    ("gflops", 1e-3),
+    ("pf", 1e3),
+    ("pflop", 1e3),
+    ("pflops", 1e3),
+];
+
+/// What GiB are counted in. GB is not here: it stands for either, which differ by more than predictions may.
+const GIBIBYTES: [(&str, f64); 3] = [("gib", 1.0), ("mib", 1.0 / 1024.0), ("tib", 1024.0)];
 
 /// GPUs at most, hence degrees too: a larger number is as one that cannot be read, and no product of them overflows.
 const MOST_GPUS: u64 = 1 << 20;
@@ -27,17 +62,22 @@ pub(super) struct Case {
     pub file: String,
     pub source: String,
     pub kind: Kind,
+    /// As [`Models::canonical`] spells it.
     pub model_key: String,
     pub printed: String,
     pub custom: String,
     pub shape: Shape,
+    /// As [`names::gpu`] spells it.
     pub gpu: String,
     pub gpus: Option<u64>,
+    /// As [`names::precision_label`] spells it.
     pub precision: String,
     pub sequence: Option<u64>,
     pub global_batch: Option<u64>,
     pub degrees: Degrees,
-    pub sharding: String,
+    pub sharding: Option<Sharding>,
+    /// As the source writes it.
+    pub sharding_text: String,
     pub recompute: String,
     pub framework: String,
     /// Release of the software where the source names one, such as 26.04 or 26.04.01: year, month and patch, two digits each.
@@ -80,28 +120,30 @@ pub(super) struct Shape {
 }
 
 impl Case {
-    pub(super) fn read(row: Row<'_>) -> Self {
+    /// Reads a row whose model may be one of `models`.
+    pub(super) fn read(row: Row<'_>, models: &Models) -> Self {
         let text = |column: &str| row.text(column).to_string();
         let degree = |column: &str| row.count(column).filter(|degree| *degree <= MOST_GPUS);
-        let kind = match row.text("kind") {
+        let kind = match row.text("kind").to_ascii_lowercase().as_str() {
             "ci_golden" => Kind::Golden,
             "oom" => Kind::OutOfMemory,
             _ => Kind::Run,
         };
+        let batch_tokens = table::tokens(row.text("gbs"));
         let mut case = Self {
             id: text("id"),
             file: text("file"),
             source: text("source"),
             kind,
-            model_key: text("model_key"),
+            model_key: models.canonical(row.text("model_key")),
             printed: text("model_as_printed"),
             custom: text("custom_arch"),
             shape: Shape::read(row.text("custom_arch")),
-            gpu: text("gpu"),
+            gpu: names::gpu(row.text("gpu")),
             gpus: degree("n_gpus"),
-            precision: text("precision"),
+            precision: names::precision_label(row.text("precision")),
             sequence: row.count("seq"),
-            global_batch: row.count("gbs"),
+            global_batch: row.count("gbs").filter(|_| batch_tokens.is_none()),
             degrees: Degrees {
                 micro_batch: degree("mbs"),
                 tensor: degree("tp"),
@@ -112,19 +154,23 @@ impl Case {
                 expert_tensor: degree("etp"),
                 data: degree("dp"),
             },
-            sharding: text("sharding"),
+            sharding: names::sharding(row.text("sharding")),
+            sharding_text: text("sharding"),
             recompute: text("recompute"),
             framework: text("framework"),
             release: release(row.text("source")),
             routing: text("routing"),
-            step_s: row.positive("step_time_s"),
-            tokens_per_s_per_gpu: row.positive("tokens_per_s_per_gpu"),
-            tflops_per_gpu: row.positive("tflops_per_gpu"),
+            step_s: row.quantity("step_time_s", &SECONDS),
+            tokens_per_s_per_gpu: row.quantity("tokens_per_s_per_gpu", &TOKENS),
+            tflops_per_gpu: row.quantity("tflops_per_gpu", &TERAFLOPS),
             convention: text("tflops_convention"),
-            not_interleaved: matches!(row.text("vpp"), "n/a" | "-"),
-            memory_gib: row.positive("mem_max_gib"),
+            not_interleaved: matches!(row.text("vpp"), "n/a" | "N/A" | "-"),
+            memory_gib: row.quantity("mem_max_gib", &GIBIBYTES),
         };
         case.read_names();
+        // A batch of so many tokens, where they are whole sequences.
+        let batch = batch_tokens.zip(case.sequence).filter(|(tokens, of)| tokens.is_multiple_of(*of));
+        case.global_batch = case.global_batch.or(batch.map(|(tokens, of)| tokens / of));
         // A test sets what it does not leave at 1.
         case.not_interleaved |= case.kind == Kind::Golden && case.degrees.virtual_stages.is_none();
         let interleaved = case.mentions("interleaved") || case.mentions("vpp");
@@ -176,14 +222,16 @@ impl Case {
         sizes.iter().all(Option::is_none)
     }
 
-    /// The kind of memory that the row gives, of the peaks on the fullest and on the last rank. Software that is built on Megatron
-    /// prints what the last rank, which knows the loss and writes the log, has allocated; torchtitan what is reserved.
-    pub(super) fn memory_bytes(&self, fullest: f64, last: f64) -> f64 {
+    /// The kind of memory that the row gives. Software that is built on Megatron prints what the last rank, which knows the loss and
+    /// writes the log, has allocated; torchtitan what is reserved.
+    pub(super) fn memory_kind(&self) -> MemoryKind {
         match self.kind {
-            Kind::Golden if !self.printed.contains("memory") => last,
-            _ if ["primus", "nemo", "megatron-bridge"].iter().any(|name| self.mentions(name)) => last,
-            _ if self.mentions("torchtitan") => RESERVED * fullest,
-            _ => fullest,
+            Kind::Golden if !self.printed.contains("memory") => MemoryKind::AllocatedLast,
+            _ if ["primus", "nemo", "megatron-bridge"].iter().any(|name| self.mentions(name)) => {
+                MemoryKind::AllocatedLast
+            }
+            _ if self.mentions("torchtitan") => MemoryKind::ReservedFullest,
+            _ => MemoryKind::AllocatedFullest,
         }
     }
 
@@ -195,7 +243,7 @@ impl Case {
 
     /// Whether any name of the row contains `word`, in any case.
     pub(super) fn mentions(&self, word: &str) -> bool {
-        [&self.printed, &self.framework, &self.recompute, &self.routing, &self.sharding]
+        [&self.printed, &self.framework, &self.recompute, &self.routing, &self.sharding_text]
             .iter()
             .any(|text| text.to_lowercase().contains(word))
     }
@@ -233,7 +281,7 @@ impl Shape {
                 "v" | "vocab" => &mut shape.vocab,
                 _ => continue,
             };
-            *field = value.parse().ok().filter(|value| *value > 0);
+            *field = table::count(value);
         }
         shape
     }
@@ -251,7 +299,7 @@ fn release(text: &str) -> Option<u64> {
     })
 }
 
-/// The number that follows `key` as a word of its own in `text`: `TP4`, `tp=4`, `tp4_pp2`, `PP 8`.
+/// The number that follows `key` as a word of its own in `text`: `TP4`, `tp=4`, `tp4_pp2`, `PP 8`, `seq8k`.
 fn spelled(text: &str, key: &str) -> Option<u64> {
     let text = text.to_lowercase();
     text.match_indices(key).find_map(|(at, _)| {
@@ -260,8 +308,13 @@ fn spelled(text: &str, key: &str) -> Option<u64> {
             return None;
         }
         let after = text[at + key.len()..].trim_start_matches(['=', ' ']);
-        let digits: String = after.chars().take_while(char::is_ascii_digit).collect();
-        digits.parse().ok().filter(|value| *value > 0)
+        let digits = after.find(|c: char| !c.is_ascii_digit()).unwrap_or(after.len());
+        let times = match after[digits..].strip_prefix('k') {
+            Some(rest) if !rest.starts_with(|c: char| c.is_alphanumeric()) => 1024,
+            _ => 1,
+        };
+        let value: u64 = after[..digits].parse().ok()?;
+        value.checked_mul(times).filter(|value| *value > 0)
     })
 }
 
@@ -276,6 +329,7 @@ mod tests {
         assert_eq!((shape.layers, shape.hidden, shape.ffn), (Some(14), Some(7168), Some(18432)));
         assert_eq!((shape.heads, shape.kv_heads, shape.vocab), (Some(128), None, None));
         assert_eq!((shape.experts, shape.top_k, shape.expert_ffn), (Some(64), Some(8), Some(2048)));
+        assert_eq!(Shape::read("L32 h4096 v128k").vocab, Some(131_072));
         assert_eq!(Shape::read("layers=4").layers, Some(4));
         assert_eq!(Shape::read("what? L"), Shape::default());
     }
@@ -289,9 +343,27 @@ mod tests {
     #[test]
     fn names_fill_blank_columns_only() {
         let text = "tp,pp,model_as_printed,framework\n2,,x tp4_pp8,Primus TP1 PP4 VPP2 EP8 mbs2 seq8192\n";
-        let case = Case::read(Table::parse(text).rows().next().expect("one row"));
+        let case = Case::read(Table::parse(text).rows().next().expect("one row"), &Models::default());
         let degrees = case.degrees;
         assert_eq!((degrees.tensor, degrees.pipeline, degrees.virtual_stages), (Some(2), Some(8), Some(2)));
         assert_eq!((degrees.expert, degrees.micro_batch, case.sequence), (Some(8), Some(2), Some(8192)));
+    }
+
+    #[test]
+    fn units_are_read() {
+        let text = "gpu,seq,gbs,step_time_s,tokens_per_s_per_gpu,tflops_per_gpu,mem_max_gib\n\
+                    dgx h100,8k,4M tokens,5000ms,1.2k tok/s,0.4 PFLOPS,61440 MiB\n\
+                    H100,,4M tokens,1e1,,45%,61 GB\n";
+        let table = Table::parse(text);
+        let read: Vec<Case> = table.rows().map(|row| Case::read(row, &Models::default())).collect();
+        assert_eq!(
+            (read[0].gpu.as_str(), read[0].sequence, read[0].global_batch),
+            ("H100", Some(8192), Some(512))
+        );
+        let rates = (read[0].step_s, read[0].tokens_per_s_per_gpu, read[0].tflops_per_gpu);
+        assert_eq!(rates, (Some(5.0), Some(1200.0), Some(400.0)));
+        assert_eq!((read[0].memory_gib, read[1].memory_gib), (Some(60.0), None));
+        assert_eq!((read[1].global_batch, read[1].step_s, read[1].tflops_per_gpu), (None, Some(10.0), None));
+        assert_eq!(spelled("x seq8k y", "seq"), Some(8192));
     }
 }

@@ -9,10 +9,6 @@ use super::case::{Case, Kind};
 /// whose heads have its widths.
 const NARROWEST_HEAD: u64 = 64;
 
-/// The exponent of the power law by which tests spread tokens over experts, whose routers are new: at it the memory of tests with
-/// experts has no bias. Runs that are measured for speed are balanced by force.
-pub(super) const SKEW: f64 = 0.3;
-
 /// Layers of a stage where a pipeline is laid out by hand.
 const LAYERS_A_STAGE: u64 = 2;
 

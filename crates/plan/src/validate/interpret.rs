@@ -2,7 +2,8 @@
 //! that fits: whoever published a number had looked for it.
 
 use crate::architecture::{Architecture, Attention};
-use crate::hardware::{Cluster, Gpu};
+use crate::calibration::TEST_SKEW;
+use crate::hardware::Cluster;
 use crate::parallelism::{Modules, Optimizer, Parallelism, Recomputation, Routing, Sharding, Training};
 use crate::precision::Precision;
 use crate::schedule::ScheduleKind;
@@ -10,6 +11,8 @@ use crate::software::{DispatchKind, Habits, Software, Trainable};
 
 use super::case::{Case, Kind};
 use super::golden;
+use super::model::Models;
+use super::names;
 use super::neighbours::fully_sharded;
 use super::recipes::{self, recipe};
 
@@ -27,12 +30,14 @@ const GPUS: usize = 8;
 pub(super) struct Setup {
     pub architecture: Architecture,
     pub cluster: Cluster,
+    /// Whether the GPU is not the row's, but the one that comes nearest.
+    pub nearest_gpu: bool,
     /// Each with its training, whose batch the layout divides.
     pub candidates: Vec<(Parallelism, Training)>,
 }
 
 /// Reads a row whose blanks its neighbours have filled as far as they could.
-pub(super) fn interpret(case: &Case, models: &[Architecture]) -> Result<Setup, String> {
+pub(super) fn interpret(case: &Case, models: &Models) -> Result<Setup, String> {
     if ["mimo_", "multimodal"].iter().any(|word| case.mentions(word)) {
         return Err("the printed shape is only the language part of the model".into());
     }
@@ -40,21 +45,34 @@ pub(super) fn interpret(case: &Case, models: &[Architecture]) -> Result<Setup, S
         return Err("neither the number of GPUs nor a batch nor a degree is printed".into());
     }
     let architecture = super::model::architecture(case, models)?;
-    let gpu = Gpu::named(&case.gpu).map_err(|error| error.to_string())?;
+    let (gpu, nearest_gpu) = names::gpu_of(&case.gpu)?;
     let gpus = case.gpus.map_or_else(|| fewest_gpus(case).max(GPUS), |gpus| gpus as usize);
     let cluster = Cluster::of(gpu, gpus).map_err(|error| error.to_string())?;
-    let precision = precision(case);
-    let candidates: Vec<_> = layouts(case, &architecture, &cluster)
-        .into_iter()
-        .filter_map(|layout| {
-            let training = training(case, &architecture, precision, &layout);
-            layout.check(&architecture, &training).is_ok().then_some((layout, training))
-        })
-        .collect();
-    if candidates.is_empty() {
+    let mut candidates = relaxed(case).into_iter().map(|case| candidates(&case, &architecture, &cluster));
+    let Some(candidates) = candidates.find(|found| !found.is_empty()) else {
         return Err(format!("no layout of {} fits on {gpus} GPUs", describe(case)));
-    }
-    Ok(Setup { architecture, cluster, candidates })
+    };
+    Ok(Setup { architecture, cluster, nearest_gpu, candidates })
+}
+
+/// The row, and what is left of it without the degrees that are misprinted most easily: virtual stages, then the micro-batch, too.
+fn relaxed(case: &Case) -> [Case; 3] {
+    let mut without = [case.clone(), case.clone(), case.clone()];
+    without[1].degrees.virtual_stages = None;
+    without[2].degrees.virtual_stages = None;
+    without[2].degrees.micro_batch = None;
+    without
+}
+
+/// The feasible layouts that the row may mean.
+fn candidates(case: &Case, architecture: &Architecture, cluster: &Cluster) -> Vec<(Parallelism, Training)> {
+    let precision = precision(case);
+    let all = layouts(case, architecture, cluster).into_iter();
+    let feasible = all.filter_map(|layout| {
+        let training = training(case, architecture, precision, &layout);
+        layout.check(architecture, &training).is_ok().then_some((layout, training))
+    });
+    feasible.collect()
 }
 
 /// The GPUs that the printed degrees need at least.
@@ -82,22 +100,8 @@ fn describe(case: &Case) -> String {
 
 /// The format of products. Where none is printed: fp8 for NVIDIA's own frameworks, whose tables leave out what is their default.
 fn precision(case: &Case) -> Precision {
-    let text = case.precision.to_lowercase();
-    match text.as_str() {
-        text if text.contains("fp4") => Precision::Nvfp4,
-        text if text.starts_with("mxfp8") || text.starts_with("fp8-mx") => Precision::Mxfp8,
-        text if text.contains("fp8") => Precision::Fp8,
-        text if text.contains("bf16") => Precision::Bf16,
-        text if text.contains("fp16") => Precision::F16,
-        text if text.contains("32") => Precision::F32,
-        _ if case.mentions("megatron-bridge")
-            || case.mentions("mlperf")
-            || case.mentions("megatron-core") =>
-        {
-            Precision::Fp8
-        }
-        _ => Precision::Bf16,
-    }
+    let own = ["megatron-bridge", "mlperf", "megatron-core"].iter().any(|name| case.mentions(name));
+    names::precision(&case.precision).unwrap_or(if own { Precision::Fp8 } else { Precision::Bf16 })
 }
 
 fn training(case: &Case, model: &Architecture, compute: Precision, layout: &Parallelism) -> Training {
@@ -113,7 +117,7 @@ fn training(case: &Case, model: &Architecture, compute: Precision, layout: &Para
         wire: if case.mentions("hai-llm") { Precision::Fp8 } else { Precision::Bf16 },
         optimizer: optimizer(case, model),
         routing: match case.kind {
-            Kind::Golden => Routing::PowerLaw { exponent: golden::SKEW },
+            Kind::Golden => Routing::PowerLaw { exponent: TEST_SKEW },
             _ => Routing::Balanced,
         },
         dispatch: DispatchKind {
@@ -136,7 +140,9 @@ fn training(case: &Case, model: &Architecture, compute: Precision, layout: &Para
 /// Megatron-Core since it uses it.
 fn deduplicates(case: &Case) -> bool {
     let named = ["deepep", "hybridep", "hai-llm"].iter().any(|name| case.mentions(name));
-    named || recipe(case).is_some_and(|of| of.deduplicated) || case.framework.trim() == "Megatron-Core"
+    named
+        || recipe(case).is_some_and(|of| of.deduplicated)
+        || case.framework.eq_ignore_ascii_case("Megatron-Core")
 }
 
 /// Whether tokens travel while another micro-batch computes.
@@ -162,10 +168,16 @@ fn optimizer(case: &Case, model: &Architecture) -> Optimizer {
 fn software(case: &Case) -> Software {
     match () {
         () if case.kind == Kind::Golden && !golden::fused_attention(case) => Software::Megatron2021,
-        () if case.framework == "DeepSpeed" => Software::DeepSpeed2021,
+        () if case.framework.eq_ignore_ascii_case("DeepSpeed") => Software::DeepSpeed2021,
         () if case.mentions("megatron-deepspeed") => Software::Megatron2021,
-        () if case.mentions("megatron-lm") && case.gpu.starts_with("A100") => Software::Megatron2021,
-        () if case.mentions("llm-foundry") || case.framework.starts_with("FSDP") => Software::TorchEager,
+        () if case.mentions("megatron-lm")
+            && ["A100", "A800"].iter().any(|gpu| case.gpu.starts_with(gpu)) =>
+        {
+            Software::Megatron2021
+        }
+        () if case.mentions("llm-foundry") || case.framework.to_lowercase().starts_with("fsdp") => {
+            Software::TorchEager
+        }
         () if case.mentions("torchtitan") => Software::TorchCompiled,
         () if case.mentions("maxtext") || case.mentions("paxml") => Software::Xla,
         () if recipe(case).is_some_and(|of| of.whole_iterations) => Software::MegatronCoreGraphs,
@@ -260,14 +272,12 @@ fn schedule(case: &Case, virtual_stages: usize) -> ScheduleKind {
 
 /// As printed; else Megatron's distributed optimizer, but in the years before it and in tests that do not ask for it.
 fn sharding(case: &Case) -> Sharding {
-    let text = case.sharding.to_lowercase();
-    let plain = text == "ddp" || case.mentions("megatron-deepspeed") || case.file.contains("korthikanti");
-    match () {
-        () if fully_sharded(case) => Sharding::Zero3,
-        () if text.contains("shard_grad_op") || text.starts_with("zero-2") => Sharding::Zero2,
-        () if text.contains("zero-1") || text.contains("dist-opt") => Sharding::Zero1,
-        () if plain || case.kind == Kind::Golden => Sharding::None,
-        () => Sharding::Zero1,
+    let plain = case.mentions("megatron-deepspeed") || case.file.contains("korthikanti");
+    match case.sharding {
+        _ if fully_sharded(case) => Sharding::Zero3,
+        Some(printed) => printed,
+        None if plain || case.kind == Kind::Golden => Sharding::None,
+        None => Sharding::Zero1,
     }
 }
 

@@ -5,17 +5,27 @@ use crate::parallelism::Training;
 
 use super::case::Case;
 
-/// Seconds of a step of `training`, which may have another batch than the row prints: time is proportional to it.
-pub(super) fn step_s(case: &Case, model: &Architecture, training: &Training, gpus: usize) -> Option<f64> {
+/// Seconds of a step of `training`, which may have another batch than the row prints: time is proportional to it; or why there are none.
+pub(super) fn step_s(
+    case: &Case,
+    model: &Architecture,
+    training: &Training,
+    gpus: usize,
+) -> Result<f64, &'static str> {
     let tokens = training.sequence as f64 * training.global_batch as f64;
     if let (Some(step_s), Some(batch)) = (case.step_s, case.global_batch) {
-        return Some(step_s * training.global_batch as f64 / batch as f64);
+        return Ok(step_s * training.global_batch as f64 / batch as f64);
     }
     if let Some(rate) = case.tokens_per_s_per_gpu {
-        return Some(tokens / (rate * gpus as f64));
+        return Ok(tokens / (rate * gpus as f64));
     }
-    let tflops = case.tflops_per_gpu?;
-    Some(tokens * flops_per_token(case, model, training.sequence) / (tflops * 1e12 * gpus as f64))
+    let Some(tflops) = case.tflops_per_gpu else {
+        return Err(match case.step_s {
+            Some(_) => "a step time is printed, but no batch",
+            None => "no step time, throughput or rate is printed",
+        });
+    };
+    Ok(tokens * flops_per_token(case, model, training.sequence) / (tflops * 1e12 * gpus as f64))
 }
 
 /// Operations that the row's convention counts for a token.

@@ -6,7 +6,9 @@ mod case;
 mod golden;
 mod interpret;
 mod measured;
+mod memory;
 mod model;
+mod names;
 mod neighbours;
 mod recipes;
 mod release;
@@ -15,15 +17,19 @@ mod score;
 use serde::Serialize;
 
 use crate::architecture::Architecture;
+use crate::calibration::{BORROWED_SPREAD, RELEASED_SPREAD};
 use crate::hardware::{Cluster, Gpu};
 use crate::parallelism::{Parallelism, Training};
-use crate::pricing::Pricer;
+use crate::pricing::{Pricer, QUANTILE_90};
 use crate::software::Software;
 use crate::table::Table;
 
 use case::{Case, Kind};
 use interpret::Setup;
+use model::Models;
 
+pub use baseline::PUBLISHED_BASELINE;
+pub use memory::{Memory, MemoryFigures, MemoryGroup, MemoryKind};
 pub use score::{Group, TimeFigures};
 
 const GIB: f64 = (1u64 << 30) as f64;
@@ -31,9 +37,6 @@ const GIB: f64 = (1u64 << 30) as f64;
 /// By how much a layout may exceed a GPU's memory and still be believed: predictions of memory are off by a few percent, and
 /// layouts that are published did run.
 const MEMORY_TOLERANCE: f64 = 1.1;
-
-/// How much narrower, in logarithms, the interval is once the release factor is known.
-const RELEASED_SPREAD: f64 = 0.85;
 
 /// What pricing says of a plan.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -62,6 +65,15 @@ impl Prediction {
             memory_bytes: priced.memory.allocated(),
             last_rank_bytes: pricer.rank_memory(layout, layout.pipeline - 1).allocated(),
         })
+    }
+
+    /// With the interval that independent errors of a standard deviation of `spread`, in logarithms, add to.
+    fn widened(self, spread: f64) -> Self {
+        let end = |end: f64| {
+            let log = (end / self.step_s).ln();
+            self.step_s * log.hypot(QUANTILE_90 * spread).copysign(log).exp()
+        };
+        Self { interval_s: self.interval_s.map(end), ..self }
     }
 }
 
@@ -118,16 +130,6 @@ impl Time {
     }
 }
 
-/// Peak of allocated memory on the fullest GPU in GiB; on a GPU of the last pipeline rank for a test's golden value, and of what the
-/// allocator had reserved for torchtitan.
-#[derive(Debug, Clone, Copy, PartialEq, Serialize)]
-pub struct Memory {
-    /// As measured.
-    pub measured_gib: f64,
-    /// As predicted.
-    pub predicted_gib: f64,
-}
-
 /// What became of a row.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct Outcome {
@@ -137,11 +139,11 @@ pub struct Outcome {
     pub file: String,
     /// The model, or its shape.
     pub model: String,
-    /// The GPU.
+    /// The GPU, in its usual spelling.
     pub gpu: String,
     /// How many.
     pub gpus: u64,
-    /// The precision as printed.
+    /// The precision, in its usual spelling; empty when none is printed.
     pub precision: String,
     /// The framework as printed.
     pub framework: String,
@@ -157,7 +159,9 @@ pub struct Outcome {
     pub memory: Option<Memory>,
     /// By how much the software differs from the model, seen from other rows; 1 when there are too few.
     pub factor: Option<f64>,
-    /// Why no step time was compared.
+    /// Whether it is a test's golden value, which counts for memory, not for time.
+    pub golden: bool,
+    /// Why no step time was compared of a row that is no golden value, or why nothing was priced.
     pub skipped: Option<String>,
     /// Operations of the step for one GPU, all keys of attention counted; 0 where no step time was compared.
     pub flops_per_gpu: f64,
@@ -179,6 +183,7 @@ impl Outcome {
             time: None,
             memory: None,
             factor: None,
+            golden: case.kind == Kind::Golden,
             skipped: None,
             flops_per_gpu: 0.0,
         }
@@ -213,10 +218,16 @@ pub struct Validation {
     pub precisions: Vec<Group>,
     /// Mean over all families.
     pub all: Group,
-    /// Reasons for which no step time was compared, with the number of rows.
+    /// Figures of each kind of peak memory, means over families.
+    pub memory_kinds: Vec<MemoryGroup>,
+    /// Golden values, which count for memory, not for time.
+    pub golden: usize,
+    /// Reasons for which no step time of other rows was compared, with the number of rows.
     pub skipped: Vec<(String, usize)>,
-    /// The trivial baseline's mean absolute relative error over rows, not families.
+    /// The trivial baseline's mean absolute relative error over rows, not families, each predicted from the others.
     pub baseline_mape_of_rows: Option<f64>,
+    /// The same as published with the measurements.
+    pub published_baseline_mape: f64,
 }
 
 /// Prices every row of `cases` as [`PricePath`] says and compares. Models are those of `models`, a table with the columns of
@@ -297,10 +308,9 @@ struct Row {
 impl Cases {
     /// Reads a table of measurements. Models are those of `models` and the built-in ones.
     pub fn read(cases: &str, models: Option<&str>) -> Self {
-        let mut known = models.map_or_else(Vec::new, Architecture::read_table);
-        known.extend(Architecture::all_built_in());
+        let known = Models::read(models);
         let table = Table::parse(cases);
-        let cases: Vec<Case> = table.rows().map(Case::read).collect();
+        let cases: Vec<Case> = table.rows().map(|row| Case::read(row, &known)).collect();
         Self { rows: cases.iter().map(|case| Row::of(case, &cases, &known)).collect() }
     }
 
@@ -346,17 +356,20 @@ impl Cases {
             families: score::families(&rows),
             kinds: score::grouped(&rows, |row| if row.sparse { "MoE".into() } else { "dense".into() }),
             gpus: score::grouped(&rows, |row| row.gpu.clone()),
-            precisions: score::grouped(&rows, |row| row.precision.to_uppercase()),
+            precisions: score::grouped(&rows, |row| row.precision.clone()),
             all: score::grouped(&rows, |_| "all".into()).pop().unwrap_or_else(|| Group::empty("all")),
-            skipped: reasons(&rows),
+            memory_kinds: memory::by_kind(&rows),
+            golden: rows.iter().filter(|row| row.golden && row.skipped.is_none()).count(),
+            skipped: score::reasons(&rows.iter().collect::<Vec<_>>(), str::to_string),
             baseline_mape_of_rows: baseline::mape_of_rows(&rows),
+            published_baseline_mape: PUBLISHED_BASELINE,
             rows,
         }
     }
 }
 
 impl Row {
-    fn of(case: &Case, all: &[Case], models: &[Architecture]) -> Self {
+    fn of(case: &Case, all: &[Case], models: &Models) -> Self {
         let filled = neighbours::filled(case, all);
         let mut blank = Outcome::of(case);
         let setup = match interpret::interpret(&filled, models) {
@@ -384,25 +397,26 @@ impl Row {
         };
         outcome.plan = plan_text(layout, training);
         if case.kind != Kind::OutOfMemory && !self.printed.unknown_replicas(layout) {
-            let bytes = case.memory_bytes(priced.memory_bytes, priced.last_rank_bytes);
+            let measured = case.measured_gib();
             outcome.memory =
-                case.measured_gib().map(|measured_gib| Memory { measured_gib, predicted_gib: bytes / GIB });
+                measured.map(|measured_gib| Memory::new(case.memory_kind(), measured_gib, &priced));
         }
-        outcome.skipped = match case.kind {
-            Kind::Golden => Some("a test's golden value: counts for memory, not for time".into()),
-            Kind::OutOfMemory => Some("ran out of memory: no step time".into()),
-            Kind::Run => None,
-        };
+        match case.kind {
+            Kind::Golden => return outcome,
+            Kind::OutOfMemory => outcome.skipped = Some("ran out of memory: no step time".into()),
+            Kind::Run => {}
+        }
         if outcome.skipped.is_some() {
             return outcome;
         }
         match measured::step_s(case, &setup.architecture, training, setup.cluster.gpus) {
-            None => outcome.skipped = Some("no step time, throughput or rate is printed".into()),
-            Some(measured_s) => {
+            Err(reason) => outcome.skipped = Some(reason.into()),
+            Ok(measured_s) => {
                 let tokens = training.sequence as f64 * training.global_batch as f64;
                 let flops = setup.architecture.train_flops(training.sequence, false, false) * tokens;
                 outcome.flops_per_gpu = flops / setup.cluster.gpus as f64;
-                outcome.time = Some(Time::new(measured_s, &priced, tokens));
+                let spread = if setup.nearest_gpu { BORROWED_SPREAD[1] } else { 0.0 };
+                outcome.time = Some(Time::new(measured_s, &priced.widened(spread), tokens));
             }
         }
         outcome
@@ -446,14 +460,4 @@ fn plan_text(layout: &Parallelism, training: &Training) -> String {
         layout.recompute,
         training.compute,
     )
-}
-
-fn reasons(rows: &[Outcome]) -> Vec<(String, usize)> {
-    let mut counts = std::collections::BTreeMap::new();
-    for reason in rows.iter().filter_map(|row| row.skipped.clone()) {
-        *counts.entry(reason).or_insert(0) += 1;
-    }
-    let mut counts: Vec<_> = counts.into_iter().collect();
-    counts.sort_by_key(|(_, rows)| std::cmp::Reverse(*rows));
-    counts
 }

@@ -1,10 +1,12 @@
 //! Blank degrees taken from the nearest row that prints them.
 
 use super::case::Case;
+use crate::parallelism::Sharding;
 
 /// Whether a row's parameters are sharded over all replicas (FSDP, ZeRO-3), by what it says.
 pub(super) fn fully_sharded(case: &Case) -> bool {
-    let sharded = ["fsdp", "full_shard", "zero-3", "maxtext"].iter().any(|word| case.mentions(word));
+    let words = ["fsdp", "hsdp", "full_shard", "zero-3", "zero3", "maxtext"];
+    let sharded = case.sharding == Some(Sharding::Zero3) || words.iter().any(|word| case.mentions(word));
     // Llama 3 shards gradients only within the pipeline and says so.
     sharded && !case.mentions("zero-2")
 }

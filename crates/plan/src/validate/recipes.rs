@@ -126,12 +126,13 @@ pub(super) fn recipe(case: &Case) -> Option<Recipe> {
 mod tests {
     use super::*;
     use crate::table::Table;
+    use crate::validate::model::Models;
 
     fn said(model: &str, gpu: &str, precision: &str, release: &str) -> Option<Recipe> {
         let text = format!(
             "model_key,gpu,precision,framework,source\n{model},{gpu},{precision},Megatron-Bridge,x {release} NeMo\n"
         );
-        recipe(&Case::read(Table::parse(&text).rows().next().expect("one row")))
+        recipe(&Case::read(Table::parse(&text).rows().next().expect("one row"), &Models::default()))
     }
 
     #[test]

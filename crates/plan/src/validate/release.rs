@@ -13,7 +13,7 @@ const FEWEST_ROWS: usize = 5;
 pub(super) fn set_factors(outcomes: &mut [Outcome]) {
     let mut groups: BTreeMap<[String; 3], Vec<usize>> = BTreeMap::new();
     for (at, row) in outcomes.iter().enumerate().filter(|(_, row)| row.time.is_some()) {
-        let key = [row.framework.clone(), row.gpu.clone(), row.precision.clone()];
+        let key = [row.framework.to_lowercase(), row.gpu.clone(), row.precision.clone()];
         groups.entry(key).or_default().push(at);
     }
     for members in groups.values().filter(|members| members.len() >= FEWEST_ROWS) {

@@ -6,6 +6,7 @@ use std::collections::BTreeMap;
 use serde::Serialize;
 
 use super::Outcome;
+use super::memory::MemoryFigures;
 
 /// How well step times are predicted.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Serialize)]
@@ -29,8 +30,14 @@ pub struct Group {
     pub families: usize,
     /// Rows whose step time was compared.
     pub timed: usize,
-    /// Rows that were skipped, and rows that count for no step time.
+    /// Rows whose step time does not count because a test holds them; they count for memory.
+    pub golden: usize,
+    /// Other rows without a compared step time.
     pub skipped: usize,
+    /// Those of them that are complete and count as an error of 100%.
+    pub lost: usize,
+    /// Why rows were skipped, without the names of rows, and how many.
+    pub reasons: Vec<(String, usize)>,
     /// Without knowledge of the software.
     pub plain: Option<TimeFigures>,
     /// With the release factor.
@@ -39,10 +46,8 @@ pub struct Group {
     pub baseline_mape: Option<f64>,
     /// Rows whose peak memory was compared.
     pub weighed: usize,
-    /// Mean absolute relative error of peak memory.
-    pub memory_mape: Option<f64>,
-    /// Mean signed relative error of peak memory.
-    pub memory_bias: Option<f64>,
+    /// Of peak memory.
+    pub memory: Option<MemoryFigures>,
     /// Kendall's tau among plans of the same model, GPU and count.
     pub tau: Option<f64>,
 }
@@ -66,12 +71,32 @@ pub fn grouped(outcomes: &[Outcome], key: impl Fn(&Outcome) -> String) -> Vec<Gr
         .map(|(name, rows)| {
             let families = by_key(rows.iter().copied(), Outcome::family);
             let families: Vec<Group> = families.into_iter().map(|(name, rows)| family(name, &rows)).collect();
-            mean(name, &families)
+            Group { reasons: reasons(&rows, general), ..mean(name, &families) }
         })
         .collect()
 }
 
-fn by_key<'a, I>(outcomes: I, key: impl Fn(&Outcome) -> String) -> BTreeMap<String, Vec<&'a Outcome>>
+/// Why rows were skipped as `of` puts it, and how many; the most frequent reason first.
+pub(super) fn reasons(rows: &[&Outcome], of: fn(&str) -> String) -> Vec<(String, usize)> {
+    let mut counts = BTreeMap::new();
+    for reason in rows.iter().filter_map(|row| row.skipped.as_deref()) {
+        *counts.entry(of(reason)).or_insert(0) += 1;
+    }
+    let mut counts: Vec<_> = counts.into_iter().collect();
+    counts.sort_by_key(|(_, rows)| std::cmp::Reverse(*rows));
+    counts
+}
+
+/// A reason without what it quotes, which differs from row to row.
+fn general(reason: &str) -> String {
+    let parts = reason.split('"').enumerate().filter(|(at, _)| at % 2 == 0).map(|(_, part)| part);
+    parts.collect::<Vec<_>>().join("...")
+}
+
+pub(super) fn by_key<'a, I>(
+    outcomes: I,
+    key: impl Fn(&Outcome) -> String,
+) -> BTreeMap<String, Vec<&'a Outcome>>
 where
     I: IntoIterator<Item = &'a Outcome>,
 {
@@ -85,24 +110,24 @@ where
 fn family(name: String, rows: &[&Outcome]) -> Group {
     let timed: Vec<&Outcome> = rows.iter().copied().filter(|row| row.time.is_some()).collect();
     let lost = rows.iter().filter(|row| row.time.is_none() && row.complete).count();
-    let memory: Vec<f64> = rows
-        .iter()
-        .filter_map(|row| row.memory.map(|memory| memory.predicted_gib / memory.measured_gib - 1.0))
-        .collect();
+    let skipped = rows.iter().filter(|row| row.skipped.is_some()).count();
+    let memory = || rows.iter().filter_map(|row| row.memory.as_ref());
     let baseline: Vec<f64> = timed.iter().filter_map(|row| row.time?.baseline_error()).collect();
     Group {
         name,
         families: 1,
         timed: timed.len(),
-        skipped: rows.len() - timed.len(),
+        golden: rows.len() - timed.len() - skipped,
+        skipped,
+        lost,
+        reasons: reasons(rows, general),
         plain: time_figures(&timed, lost, |_| 1.0, |row| row.time.map(|time| time.interval_s)),
         released: time_figures(&timed, lost, Outcome::factor, |row| {
             row.time.map(|time| time.released_interval_s)
         }),
         baseline_mape: average(&baseline),
-        weighed: memory.len(),
-        memory_mape: average(&memory.iter().map(|error| error.abs()).collect::<Vec<_>>()),
-        memory_bias: average(&memory),
+        weighed: memory().count(),
+        memory: MemoryFigures::of_rows(memory()),
         tau: tau(&timed),
     }
 }
@@ -147,13 +172,15 @@ fn mean(name: String, families: &[Group]) -> Group {
         name,
         families: families.len(),
         timed: families.iter().map(|group| group.timed).sum(),
+        golden: families.iter().map(|group| group.golden).sum(),
         skipped: families.iter().map(|group| group.skipped).sum(),
+        lost: families.iter().map(|group| group.lost).sum(),
+        reasons: Vec::new(),
         plain: figures(|group| group.plain),
         released: figures(|group| group.released),
         baseline_mape: over(&|group| group.baseline_mape),
         weighed: families.iter().map(|group| group.weighed).sum(),
-        memory_mape: over(&|group| group.memory_mape),
-        memory_bias: over(&|group| group.memory_bias),
+        memory: MemoryFigures::mean(families.iter().filter_map(|group| group.memory)),
         tau: over(&|group| group.tau),
     }
 }
@@ -191,7 +218,7 @@ fn tau(timed: &[&Outcome]) -> Option<f64> {
     (pairs > 0.0).then(|| agreement / pairs)
 }
 
-fn average(values: &[f64]) -> Option<f64> {
+pub(super) fn average(values: &[f64]) -> Option<f64> {
     (!values.is_empty()).then(|| values.iter().sum::<f64>() / values.len() as f64)
 }
 
