@@ -198,10 +198,14 @@ fn impossible_stages_and_micro_batches_are_left_out_before_the_row_is() {
         "2,a,,e2e,Llama-3.1-8B,,,H100,16,BF16,4096,32,1000,1,2,,1,1,,,,none,x,,9,,,,,yes",
         "3,a,,e2e,Llama-3.1-8B,,,H100,16,BF16,4096,,1,1,2,,1,1,,,,none,x,,9,,,,,yes",
         "4,a,,e2e,,mine,L32 h4096,H100,16,BF16,4096,32,1,1,2,,1,1,,,,none,x,,9,,,,,yes",
+        "5,a,,e2e,Llama-3.1-8B,,,H100,16 nodes,BF16,4096,32,1,1,2,,1,1,,,,none,x,,9,,,,,yes",
+        "6,b,,e2e,Llama-3.1-8B,,,H100,,BF16,4096,32,1,1,2,,1,1,,16,,none,x,,9,,,,,yes",
     ];
     let found = validate(&format!("{HEADER}\n{}\n", text.join("\n")), None).rows;
     assert!(found[0].time.is_some() && found[1].time.is_some(), "{found:?}");
     assert_eq!(found[2].skipped.as_deref(), Some("a step time is printed, but no batch"));
+    assert_eq!(found[4].skipped.as_deref(), Some("a step time is printed, but no number of GPUs"));
+    assert_eq!((found[5].gpus, found[5].time.is_some()), (32, true));
     assert!(found[3].time.is_some(), "heads of 128: {:?}", found[3].skipped);
 }
 

@@ -46,7 +46,8 @@ pub(super) fn interpret(case: &Case, models: &Models) -> Result<Setup, String> {
     }
     let architecture = super::model::architecture(case, models)?;
     let (gpu, nearest_gpu) = names::gpu_of(&case.gpu)?;
-    let gpus = case.gpus.map_or_else(|| fewest_gpus(case).max(GPUS), |gpus| gpus as usize);
+    let printed = case.gpus.map(|gpus| gpus as usize).or_else(|| all_gpus(case));
+    let gpus = printed.unwrap_or_else(|| fewest_gpus(case).max(GPUS));
     let cluster = Cluster::of(gpu, gpus).map_err(|error| error.to_string())?;
     let mut candidates = relaxed(case).into_iter().map(|case| candidates(&case, &architecture, &cluster));
     let Some(candidates) = candidates.find(|found| !found.is_empty()) else {
@@ -73,6 +74,14 @@ fn candidates(case: &Case, architecture: &Architecture, cluster: &Cluster) -> Ve
         layout.check(architecture, &training).is_ok().then_some((layout, training))
     });
     feasible.collect()
+}
+
+/// The GPUs of a run that prints its replicas instead.
+fn all_gpus(case: &Case) -> Option<usize> {
+    let degrees = &case.degrees;
+    let replicas = degrees.data.filter(|_| case.kind == Kind::Run)?;
+    let others = [degrees.tensor, degrees.context, degrees.pipeline];
+    Some(others.iter().fold(replicas as usize, |gpus, of| gpus.saturating_mul(of.unwrap_or(1) as usize)))
 }
 
 /// The GPUs that the printed degrees need at least.

@@ -13,7 +13,8 @@ pub(super) fn step_s(
     gpus: usize,
 ) -> Result<f64, &'static str> {
     let tokens = training.sequence as f64 * training.global_batch as f64;
-    if let (Some(step_s), Some(batch)) = (case.step_s, case.global_batch) {
+    let placed = case.gpus.or(case.degrees.data).is_some();
+    if let (Some(step_s), Some(batch), true) = (case.step_s, case.global_batch, placed) {
         return Ok(step_s * training.global_batch as f64 / batch as f64);
     }
     if let Some(rate) = case.tokens_per_s_per_gpu {
@@ -21,7 +22,8 @@ pub(super) fn step_s(
     }
     let Some(tflops) = case.tflops_per_gpu else {
         return Err(match case.step_s {
-            Some(_) => "a step time is printed, but no batch",
+            Some(_) if case.global_batch.is_none() => "a step time is printed, but no batch",
+            Some(_) => "a step time is printed, but no number of GPUs",
             None => "no step time, throughput or rate is printed",
         });
     };
