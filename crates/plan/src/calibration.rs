@@ -85,7 +85,7 @@ pub struct CommonConstants {
 /// the families weighing alike (`scripts/calibrate FOLDER folds 3 8` prints the bands). What a GPU must have is predicted as reserved.
 pub const MEMORY_BAND: f64 = 0.101;
 
-/// The same of what is allocated: 571 peaks of 44 families. no constant of memory but `TEST_SKEW` is fitted to them, so families need
+/// The same of what is allocated: 571 peaks of 44 families. No constant of memory but `TEST_SKEW` is fitted to them, so families need
 /// not be left out. What Megatron's tests run was learnt from their rows, but the 66 runs of 10 families alone would ask for 0.053.
 pub const ALLOCATED_BAND: f64 = 0.058;
 
