@@ -162,12 +162,14 @@ pub(crate) fn waiting_lines(waiting: &[Waiting]) -> Vec<String> {
     alike.into_iter().map(line).collect()
 }
 
+/// Texts name so many ranks of a list.
+pub(crate) const SHOWN: usize = 16;
+
 /// Numbers of ranks in words, a long list cut short.
 struct Ranks<'a>(&'a [usize]);
 
 impl fmt::Display for Ranks<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        const SHOWN: usize = 16;
         let word = if self.0.len() == 1 { "rank" } else { "ranks" };
         let list: Vec<String> = self.0.iter().take(SHOWN).map(usize::to_string).collect();
         write!(f, "{word} {}", list.join(", "))?;
@@ -175,6 +177,27 @@ impl fmt::Display for Ranks<'_> {
             0 => Ok(()),
             more => write!(f, " and {more} more"),
         }
+    }
+}
+
+/// A list of ranks, cut short where only its first ones are at hand.
+pub(crate) struct FirstOf<'a>(pub &'a [usize], pub usize);
+
+impl<'a> FirstOf<'a> {
+    /// Of a whole list.
+    pub fn new(list: &'a [usize]) -> Self {
+        Self(&list[..list.len().min(SHOWN)], list.len())
+    }
+}
+
+impl fmt::Display for FirstOf<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self(first, size) = *self;
+        let mut list: Vec<String> = first.iter().map(usize::to_string).collect();
+        if first.len() < size {
+            list.push(format!("… ({size} ranks)"));
+        }
+        write!(f, "[{}]", list.join(", "))
     }
 }
 

@@ -4,14 +4,17 @@
 mod common;
 
 use std::error::Error;
+use std::path::Path;
 use std::process::{Command, ExitCode, Stdio};
 use std::sync::Arc;
 use std::time::Duration;
 
 use common::{cases, consecutive, gather_one, parts};
 use unisono_comm::mpi::{MpiOptions, MpiRanks, launched};
+use unisono_comm::watch::{Culprit, Grace, Identity, Verdict, diagnose, read_records};
 use unisono_comm::{
-    CommError, Communicator, GatherPlan, GatherSegment, Part, ReducePlan, Segment, run_ranks,
+    Activity, CallState, CommError, Communicator, FlightDeck, FlightRecord, GatherPlan, GatherSegment,
+    Limits, Part, Reason, ReducePlan, Segment, Watchdog, run_ranks,
 };
 
 type Outcome = Result<(), Box<dyn Error + Send + Sync>>;
@@ -46,6 +49,11 @@ const SCENARIOS: &[Scenario] = &[
     },
     Scenario { name: "other members", body: other_members, says: &["[1, 2]", "[0, 1, 2]"] },
     Scenario {
+        name: "other members behind those that are told",
+        body: other_members,
+        says: &["[1, … (2 ranks)]", "[0, … (3 ranks)]"],
+    },
+    Scenario {
         name: "an error",
         body: an_error,
         says: &[
@@ -56,6 +64,16 @@ const SCENARIOS: &[Scenario] = &[
         name: "a panic",
         body: a_panic,
         says: &["rank 1 panicked: expert 7 is missing; rank 1 was in step 3"],
+    },
+    Scenario {
+        name: LATE,
+        body: a_late_rank,
+        says: &[
+            "rank 1 kept others waiting",
+            "is late: training, it has not come to all_gather (call 9 on group 'world', step 5); rank 1 was in step 5, \
+             its last call was barrier (call 8 on group 'world', step 5); ranks 0, 2 wait in all_gather (call 9 on group \
+             'world', step 5) for rank 1",
+        ],
     },
     Scenario { name: "lone work at the end", body: lone_work, says: &[] },
     Scenario {
@@ -74,6 +92,9 @@ const SCENARIOS: &[Scenario] = &[
     },
 ];
 
+/// Its flight records are read, too.
+const LATE: &str = "a late rank";
+
 fn main() -> ExitCode {
     match launched() {
         Some(_) => be_a_rank(),
@@ -87,6 +108,7 @@ fn start_all() -> ExitCode {
     for scenario in SCENARIOS {
         let layouts: &[(usize, &str)] = match scenario.says {
             [] => &[(2, "usual"), (3, "usual"), (4, "usual"), (2, "tiny"), (3, "tiny"), (4, "tiny")],
+            _ if scenario.name.contains("behind") => &[(3, "tiny")],
             _ => &[(3, "usual")],
         };
         for (ranks, sizes) in layouts {
@@ -111,10 +133,12 @@ const OPEN_MPI: [(&str, &str); 3] = [
 
 fn start(scenario: &Scenario, ranks: usize, sizes: &str) -> Result<(), String> {
     let program = std::env::current_exe().map_err(|error| error.to_string())?;
+    let folder = tempfile::tempdir().map_err(|error| error.to_string())?;
     let output = Command::new("timeout")
         .args(["60", "mpirun", "-n", &ranks.to_string()])
         .arg(program)
         .args([scenario.name, sizes])
+        .arg(folder.path())
         .envs(OPEN_MPI)
         .stdin(Stdio::null())
         .output()
@@ -126,9 +150,39 @@ fn start(scenario: &Scenario, ranks: usize, sizes: &str) -> Result<(), String> {
         [] if output.status.success() && verdicts.is_empty() => Ok(()),
         [] => Err(format!("it should succeed:\n{all}")),
         says => match verdicts.as_slice() {
-            [one] if says.iter().all(|text| one.contains(text)) && output.status.code() == Some(9) => Ok(()),
+            [one] if says.iter().all(|text| one.contains(text)) && output.status.code() == Some(9) => {
+                if scenario.name == LATE {
+                    check_records(folder.path())
+                } else {
+                    Ok(())
+                }
+            }
             _ => Err(format!("one rank should say {says:?}, and end the job with code 9:\n{all}")),
         },
+    }
+}
+
+/// Every rank has left its record: that of the late one says where it was, the others' where they wait for it.
+fn check_records(folder: &Path) -> Result<(), String> {
+    let found = read_records(folder).map_err(|error| error.to_string())?;
+    let ranks: Vec<usize> = found.records.iter().map(|record| record.rank).collect();
+    let fits = |record: &FlightRecord| {
+        let state = if record.rank == 1 { CallState::Finished } else { CallState::Waiting };
+        record.reason == Reason::Stalled
+            && record.step == 5
+            && record.calls.last().is_some_and(|call| call.state == state)
+    };
+    if ranks != [0, 1, 2] || !found.damaged.is_empty() || !found.records.iter().all(fits) {
+        return Err(format!("these are not the records of three ranks of which one is late: {found:#?}"));
+    }
+    let diagnosis = diagnose(&found.records);
+    match &diagnosis.culprits[..] {
+        [Culprit { rank: 1, step: 5, verdict: Verdict::Late { missing: Some(call), .. }, .. }]
+            if call.kind == "all_gather" && call.seq == 9 =>
+        {
+            Ok(())
+        }
+        _ => Err(format!("rank 1 is late, and not: {diagnosis:#?}")),
     }
 }
 
@@ -138,7 +192,7 @@ fn be_a_rank() -> ExitCode {
         SCENARIOS.iter().find(|scenario| arguments.first().is_some_and(|name| name == scenario.name));
     let scenario = scenario.expect("the parent passes a scenario");
     let options = match arguments[1].as_str() {
-        "tiny" => MpiOptions { chunk_bytes: 1000, bucket_bytes: 700 },
+        "tiny" => MpiOptions { chunk_bytes: 1000, bucket_bytes: 700, named_ranks: 1 },
         _ => MpiOptions::default(),
     };
     let ranks = MpiRanks::join(options, |_| ()).expect("MPI starts");
@@ -162,6 +216,28 @@ fn be_a_rank() -> ExitCode {
     }
     std::thread::sleep(Duration::from_secs(20));
     ExitCode::FAILURE
+}
+
+/// All ranks live and share a folder; one does not come to the second call of its fifth step.
+fn a_late_rank(comm: &Communicator) -> Outcome {
+    let folder = std::env::args().nth(3).ok_or("no folder")?;
+    let deck = FlightDeck::default();
+    deck.join(comm);
+    deck.keep_in(Path::new(&folder), &Identity { run_id: "late".into(), epoch: 1 });
+    let limits = Limits { min: Duration::from_secs(1), max: Duration::from_secs(50) };
+    let grace = Grace { records: Duration::from_secs(20), ranks: Duration::from_secs(20) };
+    let _watchdog = Watchdog::start(deck, limits, grace, |_| ())?;
+    if comm.rank() == 1 {
+        comm.plant_stall(5, "all_gather");
+    }
+    for step in 1..=5 {
+        comm.set_step(step);
+        comm.enter(Activity::Step);
+        comm.barrier()?;
+        gather_one(comm, 1)?;
+        comm.enter(Activity::Between);
+    }
+    Ok(())
 }
 
 /// For ranks that have done their part before rank 0 has.

@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 use unisono_mesh::LinkClass;
 
 use super::calls::{Active, Side, key_of};
+use super::groups::{Clash, Groups};
 use super::incoming::{Frame, Incoming, Place, Pool, Stream};
 use super::neighbour::Neighbour;
 use super::outgoing::{Block, blocks, chunks};
@@ -55,12 +56,6 @@ pub(super) enum Purpose {
     Frame { key: Key, member: usize, range: Range<usize> },
 }
 
-struct OpenGroup {
-    name: String,
-    members: Vec<usize>,
-    fingerprint: u64,
-}
-
 /// Everything under the lock.
 pub(super) struct State {
     pub library: Library,
@@ -70,9 +65,7 @@ pub(super) struct State {
     next_ticket: u64,
     /// Headers of calls that this rank has not started.
     early: HashMap<Key, Vec<(usize, Header)>>,
-    groups: Vec<OpenGroup>,
-    /// Groups that others have opened.
-    announced: Vec<(usize, String, Vec<usize>)>,
+    groups: Groups,
     /// Step, number, kind and group of the last call that each rank told of.
     last: Vec<Option<(u64, u64, String, u64)>>,
     next_tag: Vec<u32>,
@@ -100,8 +93,7 @@ impl Engine {
             tickets: HashMap::new(),
             next_ticket: 0,
             early: HashMap::new(),
-            groups: Vec::new(),
-            announced: Vec::new(),
+            groups: Groups::new(options.named_ranks),
             last: vec![None; size],
             next_tag: vec![0; size],
             gone: vec![false; size],
@@ -184,46 +176,25 @@ impl State {
         members: &[usize],
     ) -> Result<GroupId, CommError> {
         self.verdict.check()?;
-        let same = |group: &OpenGroup| group.name == name && group.members == members;
-        if let Some(index) = self.groups.iter().position(same) {
-            return Ok(GroupId(index as u32));
+        if let Some(id) = self.groups.find(name, members) {
+            return Ok(id);
         }
-        let words = name.bytes().map(u64::from).chain(members.iter().map(|&member| member as u64));
-        let group = OpenGroup {
-            name: name.to_owned(),
-            members: members.to_vec(),
-            fingerprint: fingerprint(words.chain([members.len() as u64])),
-        };
-        let ours = self.groups.iter().map(|open| (engine.rank, &open.name, &open.members));
-        let theirs = self.announced.iter().map(|(rank, name, members)| (*rank, name, members));
-        let clash = ours.chain(theirs).find(|(_, other, list)| {
-            *other == name && *list != members && list.iter().any(|member| members.contains(member))
-        });
-        if let Some((rank, _, list)) = clash {
-            // The next call of this rank comes back with the verdict.
-            let list = list.clone();
-            self.groups_differ(engine, name, (&list, rank), (members, engine.rank));
-        }
-        let told: Vec<u32> = members.iter().map(|&member| member as u32).collect();
-        for &member in members.iter().filter(|&&member| member != engine.rank) {
-            self.tell(member, &Message::Group { name: name.to_owned(), members: told.clone() })?;
-        }
-        self.groups.push(group);
-        Ok(GroupId((self.groups.len() - 1) as u32))
+        let (id, told, clash) = self.groups.open(engine.rank, name, members);
+        // The next call of this rank comes back with the verdict.
+        self.report_clash(engine, clash);
+        let told = Message::Group(told);
+        members
+            .iter()
+            .filter(|&&member| member != engine.rank)
+            .try_for_each(|&rank| self.tell(rank, &told))?;
+        Ok(id)
     }
 
-    fn groups_differ(
-        &mut self,
-        engine: &Engine,
-        name: &str,
-        (first, opener): (&[usize], usize),
-        (second, rank): (&[usize], usize),
-    ) {
-        let detail = format!(
-            "group '{name}' was opened with the world ranks {first:?} by rank {opener}, and rank {rank} opens it with {second:?}"
-        );
-        let failure = Failure { rank, ..engine.failure(Cause::Mismatch { detail }) };
-        self.report(engine, failure, 1);
+    fn report_clash(&mut self, engine: &Engine, clash: Option<Clash>) {
+        if let Some(Clash { rank, detail }) = clash {
+            let failure = Failure { rank, ..engine.failure(Cause::Mismatch { detail }) };
+            self.report(engine, failure, 1);
+        }
     }
 
     /// Starts a call.
@@ -232,7 +203,7 @@ impl State {
         let group = match call.key {
             CallKey::Collective { group, .. } | CallKey::Message { group, .. } => group,
         };
-        let group = self.groups[group.0 as usize].fingerprint;
+        let group = self.groups.fingerprint(group);
         let key = key_of(&call.key, group, call.position);
         let mut side = Side::new(&call);
         let own = std::mem::take(&mut call.sends[call.position]);
@@ -431,17 +402,9 @@ impl State {
                     Some((header.step, header.key.seq, header.kind.clone(), header.key.group));
                 self.meet(engine, source, header)
             }
-            Message::Group { name, members } => {
-                let members: Vec<usize> = members.into_iter().map(|member| member as usize).collect();
-                let differs = |group: &&OpenGroup| {
-                    group.name == name
-                        && group.members != members
-                        && group.members.iter().any(|member| members.contains(member))
-                };
-                if let Some(ours) = self.groups.iter().find(differs).map(|group| group.members.clone()) {
-                    self.groups_differ(engine, &name, (&ours, engine.rank), (&members, source));
-                }
-                self.announced.push((source, name, members));
+            Message::Group(told) => {
+                let clash = self.groups.hear(source, told);
+                self.report_clash(engine, clash);
                 Ok(())
             }
             Message::Report { failure, weight } => {
@@ -488,8 +451,7 @@ impl State {
             let last = self.last[failure.rank].clone();
             failure.step = last.as_ref().map_or(failure.step, |(step, ..)| *step);
             failure.call = last.map(|(step, seq, kind, group)| {
-                let named = self.groups.iter().find(|open| open.fingerprint == group);
-                let group = named.map_or("?", |open| open.name.as_str()).into();
+                let group = self.groups.name_of(group).unwrap_or("?").into();
                 CallSite { step, seq, kind: kind.into(), group }
             });
         }

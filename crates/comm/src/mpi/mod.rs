@@ -16,6 +16,8 @@ mod calls;
 #[cfg(feature = "mpi")]
 mod engine;
 #[cfg(feature = "mpi")]
+mod groups;
+#[cfg(feature = "mpi")]
 mod incoming;
 #[cfg(feature = "mpi")]
 mod native;

@@ -15,7 +15,7 @@ use super::start::{FIRST, telling};
 use super::verdict::CERTAIN;
 use super::wire::Message;
 use crate::communicator::Communicator;
-use crate::error::{Cause, CommError, Failure, RunError, Waiting};
+use crate::error::{Cause, CommError, Failure, RunError, SHOWN, Waiting};
 use crate::flight::FlightRecorder;
 use crate::transport::{Call, Done, GroupId, NativeSums, Ticket, Transport};
 
@@ -36,11 +36,14 @@ pub struct MpiOptions {
     pub chunk_bytes: usize,
     /// A sum stages at most two times as many bytes from each rank. Results do not depend on it.
     pub bucket_bytes: usize,
+    /// So many members of a group are named to the others, for what is said if they open it with other members. Results do
+    /// not depend on it.
+    pub named_ranks: usize,
 }
 
 impl Default for MpiOptions {
     fn default() -> Self {
-        Self { chunk_bytes: 1 << 30, bucket_bytes: 1 << 20 }
+        Self { chunk_bytes: 1 << 30, bucket_bytes: 1 << 20, named_ranks: SHOWN }
     }
 }
 

@@ -3,7 +3,8 @@
 //! A call's header goes ahead of its payload, so that a receiver can match it with its own call, compare the two, and
 //! only then name the place where the payload lands. Small payloads ride with their header.
 
-use crate::error::{CallSite, Cause, CommError, Failure, Waiting};
+use super::groups::Told;
+use crate::error::{CallSite, Cause, CommError, Failure, SHOWN, Waiting};
 
 /// Room for one message.
 pub(super) const CONTROL_BYTES: usize = 4096;
@@ -13,7 +14,7 @@ pub(super) const INLINE_BYTES: usize = 1536;
 pub(super) const MOST_BLOCKS: usize = 128;
 /// Texts in messages are cut to so many bytes.
 const MOST_TEXT: usize = 700;
-/// At most so many ranks of a list are told.
+/// At most so many ranks of a list are told: lists are for texts.
 const MOST_RANKS: usize = 128;
 
 /// Which calls belong together, the same on all ranks.
@@ -58,7 +59,7 @@ pub(super) enum Message {
     /// A call has started.
     Call(Header),
     /// A group was opened.
-    Group { name: String, members: Vec<u32> },
+    Group(Told),
     /// To rank 0: something has failed; `weight` says how sure the sender is whose fault it is.
     Report { failure: Failure, weight: u32 },
     /// From rank 0: this is why the run has failed.
@@ -87,10 +88,12 @@ impl Message {
                 out.byte(0);
                 header.write(&mut out);
             }
-            Self::Group { name, members } => {
+            Self::Group(told) => {
                 out.byte(1);
-                out.text(name);
-                out.ranks(members.iter().map(|&rank| rank as usize));
+                out.text(&told.name);
+                out.number(told.fingerprint);
+                out.number(told.size as u64);
+                out.ranks(told.first.iter().copied());
             }
             Self::Report { failure, weight } => {
                 out.byte(2);
@@ -113,10 +116,12 @@ impl Message {
         let mut from = Reader(bytes);
         let message = match from.byte()? {
             0 => Self::Call(Header::read(&mut from)?),
-            1 => Self::Group {
+            1 => Self::Group(Told {
                 name: from.text()?,
-                members: from.ranks()?.into_iter().map(|rank| rank as u32).collect(),
-            },
+                fingerprint: from.number()?,
+                size: from.number()? as usize,
+                first: from.ranks()?,
+            }),
             2 => {
                 let weight = from.number()? as u32;
                 Self::Report { failure: read_failure(&mut from)?, weight }
@@ -214,7 +219,7 @@ fn write_failure(out: &mut Writer, failure: &Failure) {
     for waiting in told {
         out.number(waiting.rank as u64);
         write_site(out, &waiting.call);
-        out.ranks(waiting.for_ranks.iter().copied().take(16));
+        out.ranks(waiting.for_ranks.iter().copied().take(SHOWN));
     }
 }
 

@@ -8,7 +8,7 @@ use std::time::Instant;
 
 use super::board::Board;
 use super::{Meanwhile, PretendedLink};
-use crate::error::{Cause, CommError, Failure, Waiting};
+use crate::error::{Cause, CommError, Failure, FirstOf, Waiting};
 use crate::flight::FlightRecorder;
 use crate::transport::{CallKey, GroupId};
 
@@ -128,7 +128,9 @@ impl World {
                 return Ok(GroupId(index as u32));
             }
             let detail = format!(
-                "group '{name}' was opened with the world ranks {other:?}, and rank {rank} opens it with {members:?}"
+                "group '{name}' was opened with the world ranks {}, and rank {rank} opens it with {}",
+                FirstOf::new(other),
+                FirstOf::new(members)
             );
             self.fail(&mut state, rank, Cause::Mismatch { detail });
             state.check()?;
