@@ -66,10 +66,20 @@ impl Comparison {
 
     /// The first step that differs.
     pub fn first_step(&self) -> Option<u64> {
-        [&self.quantity, &self.hash, &self.tensor].into_iter().flatten().map(|found| found.step).min()
+        self.differences().first().map(|(_, found)| found.step)
     }
 
-    /// In words, a line each.
+    /// When and what, in the order in which a run comes to it: a step's numbers, its tensors, the checkpoint after it. The
+    /// hashes name the tensor, a checkpoint its element, too.
+    fn differences(&self) -> Vec<(&'static str, &Found)> {
+        let all = [("in", &self.quantity), ("after", &self.hash), ("in the checkpoint of", &self.tensor)];
+        let mut found: Vec<_> =
+            all.into_iter().filter_map(|(when, found)| Some((when, found.as_ref()?))).collect();
+        found.sort_by_key(|(_, found)| found.step);
+        found
+    }
+
+    /// In words, a line each, what differs first before what follows from it.
     pub fn render(&self) -> String {
         let [a, b] = self.lengths;
         let mut lines = Vec::new();
@@ -78,15 +88,9 @@ impl Comparison {
             None => lines.push("identical".to_string()),
             Some(step) => lines.push(format!("different from step {step} on")),
         }
-        if let Some(found) = &self.quantity {
-            lines.push(format!("  step {}: {}", found.step, found.text));
-        }
-        // The hashes name the tensor, a checkpoint its element, too.
-        if let Some(found) = &self.hash {
-            lines.push(format!("  after step {}: {}", found.step, found.text));
-        }
-        if let Some(found) = &self.tensor {
-            lines.push(format!("  checkpoint of step {}: {}", found.step, found.text));
+        let order = std::iter::once("first").chain(std::iter::repeat("then"));
+        for ((when, found), order) in self.differences().into_iter().zip(order) {
+            lines.push(format!("  {order} {when} step {}: {}", found.step, found.text));
         }
         lines.push(format!(
             "  compared: {} steps of metrics, {} of hashes, {} checkpoint(s){}",
@@ -188,6 +192,38 @@ fn compare_checkpoints(first: &Path, second: &Path) -> Result<(Vec<u64>, Option<
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn what_differs_is_told_in_the_order_in_which_a_run_comes_to_it() {
+        let lines = |steps: [u64; 3]| {
+            let [quantity, hash, tensor] = steps.map(|step| Some(Found { step, text: "x".into() }));
+            let comparison = Comparison {
+                steps: 9,
+                lengths: [9, 9],
+                quantity,
+                hashed: 9,
+                hash,
+                checkpoints: vec![2, 4, 6],
+                tensor,
+            };
+            let text = comparison.render();
+            assert!(text.starts_with(&format!("different from step {} on\n", steps.iter().min().unwrap())));
+            text.lines().skip(1).take(3).map(|line| line.trim().to_owned()).collect::<Vec<_>>()
+        };
+        assert_eq!(
+            lines([2, 2, 2]),
+            ["first in step 2: x", "then after step 2: x", "then in the checkpoint of step 2: x"]
+        );
+        // An update that went wrong shows in the tensors, and only then in the next step's numbers.
+        assert_eq!(
+            lines([3, 2, 4]),
+            ["first after step 2: x", "then in step 3: x", "then in the checkpoint of step 4: x"]
+        );
+        assert_eq!(
+            lines([5, 6, 4]),
+            ["first in the checkpoint of step 4: x", "then in step 5: x", "then after step 6: x"]
+        );
+    }
 
     fn hashes(tensors: &[(&str, &str)]) -> StepHashes {
         let own = |(name, hash): &(&str, &str)| (name.to_string(), hash.to_string());

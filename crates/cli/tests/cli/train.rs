@@ -89,7 +89,7 @@ fn a_resumed_run_is_the_uninterrupted_one_on_any_ranks() {
     assert!(nothing.contains("The run is at step 20 of 20 already"), "{nothing}");
 
     let other = run(folder.path(), 1, &["diff", "whole", "long"]).out;
-    assert!(other.starts_with("different from step 5 on\n  step 5: learning_rate: "), "{other}");
+    assert!(other.starts_with("different from step 5 on\n  first in step 5: learning_rate: "), "{other}");
     assert!(other.contains("config: schedule.kind = \"cosine\" and \"wsd\""), "{other}");
 }
 
@@ -105,9 +105,9 @@ fn diff_finds_other_seeds_and_missing_steps() {
     let other = run(folder.path(), 1, &["diff", "one", "seed"]).out;
     for part in [
         "different from step 1 on\n",
-        "  step 1: loss: ",
-        "  after step 1: tensor ",
-        "  checkpoint of step 6: tensor ",
+        "\n  first in step 1: loss: ",
+        "\n  then after step 1: tensor ",
+        "\n  then in the checkpoint of step 6: tensor ",
         ", element 0: ",
         "config: train.seed = 42 and 7",
     ] {

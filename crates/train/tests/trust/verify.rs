@@ -29,6 +29,8 @@ fn a_planted_fault_fails_the_check_and_the_tensor_is_named() {
     assert_eq!(comparison.first_step(), Some(1));
     let text = comparison.render();
     assert!(text.starts_with("different from step 1 on\n"), "{text}");
+    assert_eq!(text.matches("\n  first ").count(), 1, "{text}");
+    assert!(text.contains("\n  then in the checkpoint of step 1: "), "{text}");
     let [hash, tensor] =
         [&comparison.hash, &comparison.tensor].map(|found| found.as_ref().expect("a tensor"));
     assert!(hash.text.starts_with("tensor ") && hash.text.ends_with("embed"), "{text}");
