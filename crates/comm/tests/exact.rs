@@ -134,11 +134,13 @@ proptest! {
     #[test]
     fn sums_inside_nodes_first_change_no_bit(
         draws in draws(), sizes in proptest::collection::vec(1usize..6, 1..5), bucket in 1usize..600, seed: u64,
+        places in proptest::collection::vec(0usize..3, 8),
     ) {
         for ranks in 2..=8 {
             let case = Case { hierarchical: true, ..case(&draws, ranks) };
             case.run(&ThreadRanks::new(ranks).nodes(&sizes), ranks);
             case.run(&ThreadRanks::new(ranks).nodes(&sizes).bucket_bytes(bucket * 4), ranks);
+            case.run(&ThreadRanks::new(ranks).placed(&places), ranks);
             if ranks < 4 {
                 case.run(&ThreadRanks::new(ranks).nodes(&sizes).jitter(seed), ranks);
             }

@@ -60,6 +60,8 @@ pub struct RunOptions {
     pub jitter: Option<u64>,
     /// Pretended nodes: how many consecutive ranks are on each. Empty for one node.
     pub nodes: Vec<usize>,
+    /// The pretended node of each rank, where ranks of a node are not consecutive; for tests.
+    pub placed: Vec<usize>,
     /// The ranks of this process, while the run goes: whoever has a clone can write their flight records.
     pub deck: FlightDeck,
     /// Called when the run has failed because a rank keeps others waiting, and ranks of this process do not come back:
@@ -86,6 +88,7 @@ impl RunOptions {
             fault: None,
             jitter: None,
             nodes: Vec::new(),
+            placed: Vec::new(),
             deck: FlightDeck::default(),
             abandon: |_| {},
             place: Place::Threads,
@@ -246,7 +249,8 @@ pub fn train_on(
     let (folder, trace) = (Mutex::default(), Mutex::default());
     let place = &options.place;
     let here = place.ranks_here(options.ranks) / place.processes_here();
-    let (mut ranks, crew) = lending(ThreadRanks::new(options.ranks).nodes(&options.nodes), here);
+    let ranks = ThreadRanks::new(options.ranks).nodes(&options.nodes).placed(&options.placed);
+    let (mut ranks, crew) = lending(ranks, here);
     let shared = Shared { config, options, dataset, observer, fold, folder, trace, memory, crew };
     if let Some(seed) = options.jitter {
         ranks = ranks.jitter(seed);

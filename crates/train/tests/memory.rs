@@ -4,7 +4,7 @@
 use unisono_data::Dataset;
 use unisono_mesh::Grid;
 use unisono_plan::ModelConfig;
-use unisono_train::config::{EvaluationConfig, RecomputeConfig, TrainConfig};
+use unisono_train::config::{DispatchConfig, EvaluationConfig, RecomputeConfig, TrainConfig};
 use unisono_train::{Event, Observer, RunConfig, RunOptions, train_on};
 
 /// How far the estimate may be from what is measured.
@@ -45,19 +45,25 @@ fn config(replicas: usize, expert_group: usize, num_experts: usize, recompute: R
 fn the_estimate_is_within_a_sixth_of_what_is_measured() {
     let dataset = Dataset::builtin(2).expect("the built-in corpus opens");
     let folder = tempfile::tempdir().expect("a temporary folder");
-    let cases = [
-        (8, 8, 16, RecomputeConfig::Selective, [1, 2, 8].as_slice()),
-        (8, 2, 16, RecomputeConfig::None, [1, 2, 4].as_slice()),
-        (6, 3, 12, RecomputeConfig::Full, [1, 3].as_slice()),
-        (4, 1, 0, RecomputeConfig::Selective, [1, 4].as_slice()),
+    let cases: [(usize, usize, usize, RecomputeConfig, &[&[usize]]); 4] = [
+        (8, 8, 16, RecomputeConfig::Selective, &[&[1], &[2], &[8], &[4, 4], &[2, 6], &[1, 1]]),
+        (8, 2, 16, RecomputeConfig::None, &[&[1], &[2], &[4]]),
+        (6, 3, 12, RecomputeConfig::Full, &[&[1], &[3], &[1, 2]]),
+        (4, 1, 0, RecomputeConfig::Selective, &[&[1], &[4]]),
     ];
     let mut far = Vec::new();
-    for (replicas, expert_group, experts, recompute, all_ranks) in cases {
-        for &ranks in all_ranks {
-            let config = config(replicas, expert_group, experts, recompute);
-            let what =
-                format!("{replicas} replicas in groups of {expert_group} on {ranks} ranks, {recompute:?}");
-            let options = RunOptions::new(folder.path().join(&what), ranks, 1);
+    for (replicas, expert_group, experts, recompute, all_nodes) in cases {
+        for &nodes in all_nodes {
+            let mut config = config(replicas, expert_group, experts, recompute);
+            if nodes.len() > 1 {
+                config.layout.dispatch = DispatchConfig::Hierarchical;
+            }
+            let ranks = nodes.iter().sum();
+            let what = format!(
+                "{replicas} replicas in groups of {expert_group} on nodes of {nodes:?}, {recompute:?}"
+            );
+            let mut options = RunOptions::new(folder.path().join(&what), ranks, 1);
+            options.nodes = nodes.to_vec();
             let summary = train_on(&config, &options, &dataset, &Quiet).expect("the run succeeds");
             assert_eq!(summary.memory.len(), ranks, "{what}");
             for (rank, record) in summary.memory.iter().enumerate() {

@@ -21,6 +21,7 @@ pub struct ThreadRanks {
     bucket_bytes: usize,
     jitter: Option<u64>,
     nodes: Vec<usize>,
+    placed: Vec<usize>,
     link: Option<PretendedLink>,
     meanwhile: Option<Meanwhile>,
 }
@@ -48,6 +49,7 @@ impl ThreadRanks {
             bucket_bytes: usize::MAX,
             jitter: None,
             nodes: Vec::new(),
+            placed: Vec::new(),
             link: None,
             meanwhile: None,
         }
@@ -84,6 +86,14 @@ impl ThreadRanks {
         self
     }
 
+    /// Pretends that rank i is on node `nodes[i]`, as where ranks are dealt out over hosts in turn; the ranks that are left
+    /// over are where [`nodes`](Self::nodes) says.
+    #[must_use]
+    pub fn placed(mut self, nodes: &[usize]) -> Self {
+        self.placed = nodes.to_vec();
+        self
+    }
+
     /// For measurements: puts a link between the pretended nodes.
     #[must_use]
     pub fn link(mut self, link: Option<PretendedLink>) -> Self {
@@ -94,7 +104,8 @@ impl ThreadRanks {
     /// The node of every rank.
     fn node_of(&self) -> Vec<usize> {
         let sized = self.nodes.iter().enumerate().flat_map(|(node, &size)| std::iter::repeat_n(node, size));
-        sized.chain(std::iter::repeat(self.nodes.len())).take(self.ranks).collect()
+        let sized = sized.chain(std::iter::repeat(self.nodes.len())).skip(self.placed.len());
+        self.placed.iter().copied().chain(sized).take(self.ranks).collect()
     }
 
     /// For tests: ranks start calls and take what arrives late and in another order, drawn from `seed`.

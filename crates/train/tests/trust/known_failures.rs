@@ -1,13 +1,14 @@
 //! One test for each failure that users of other systems report and that could happen here. The names say where.
 //!
-//! Two are elsewhere: which rank did not join a collective (nccl#1260) is `watchdog.rs`; memory that skewed routing exhausts
-//! (megablocks#154, Megatron-LM#716) is `every_token_on_one_expert_trains_within_the_bound` in `tests/dispatch.rs`. A loss
-//! that differs between tensor-parallel sizes (torchtitan#1750) cannot happen yet: there is no tensor parallelism.
+//! Two are elsewhere: `which_rank_did_not_join_nccl_1260` is in `watchdog.rs`, and memory that skewed routing exhausts,
+//! `every_token_on_one_expert_trains_within_the_bound_megablocks_154_megatron_716`, in `tests/dispatch.rs`. A loss that differs
+//! between tensor-parallel sizes (torchtitan#1750) cannot happen yet: there is no tensor parallelism.
 
 use std::fs;
 use std::path::Path;
 
 use unisono_checkpoint::Reader;
+use unisono_train::config::{DispatchConfig, LayoutConfig};
 use unisono_train::run_folder::CHECKPOINTS;
 use unisono_train::{RunConfig, RunOptions, TrainError, train};
 
@@ -120,12 +121,25 @@ fn hang_when_an_expert_gets_no_tokens_deepspeed_4808() {
     let folder = folder();
     let mut config = config();
     (config.model.num_experts, config.model.top_k) = (64, 1);
-    config.train.sequence_length = 2;
+    (config.train.sequence_length, config.train.expert_row_block) = (2, 1);
     let alone = run(&config, &folder.path().join("1"), 1);
-    for ranks in [2, 4] {
-        let ran = run(&config, &folder.path().join(ranks.to_string()), ranks);
-        assert_eq!(ran.numbers(), alone.numbers(), "{ranks} ranks");
-        assert_eq!(ran.hashes, alone.hashes, "{ranks} ranks");
+    let hierarchical = DispatchConfig::Hierarchical;
+    for (nodes, dispatch, dispatch_chunks, dispatch_rows) in [
+        (vec![2], DispatchConfig::Flat, 1, 0),
+        (vec![4], DispatchConfig::Flat, 1, 0),
+        (vec![4], DispatchConfig::Flat, 2, 0),
+        (vec![4], DispatchConfig::Flat, 1, 1),
+        (vec![1, 3], hierarchical, 1, 0),
+        (vec![2, 2], hierarchical, 2, 0),
+        (vec![1, 3], hierarchical, 1, 1),
+    ] {
+        config.layout = LayoutConfig { dispatch, dispatch_chunks, dispatch_rows, ..LayoutConfig::default() };
+        let what = format!("nodes of {nodes:?}, {:?}", config.layout);
+        let mut options = RunOptions::new(folder.path().join(&what), nodes.iter().sum(), 1);
+        options.nodes = nodes;
+        let ran = try_run(&config, &options).expect("the run succeeds");
+        assert_eq!(ran.numbers(), alone.numbers(), "{what}");
+        assert_eq!(ran.hashes, alone.hashes, "{what}");
     }
     let layers = || alone.steps.iter().flat_map(|step| &step.expert_load);
     assert!(layers().all(|layer| layer.iter().filter(|count| **count == 0).count() >= 56));
