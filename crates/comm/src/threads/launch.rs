@@ -197,3 +197,21 @@ fn panic_message(payload: &(dyn Any + Send)) -> String {
     text.or_else(|| payload.downcast_ref::<String>().cloned())
         .unwrap_or_else(|| "a value that is no text".into())
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn ranks_are_on_the_nodes_that_were_said() {
+        let nodes = |ranks: &ThreadRanks| {
+            let all =
+                ranks.run(|comm| Ok::<_, CommError>((0..5).map(|rank| comm.node(rank)).collect::<Vec<_>>()));
+            all.unwrap().swap_remove(3)
+        };
+        let ranks = ThreadRanks::new(5).nodes(&[1, 2]);
+        assert_eq!(nodes(&ranks), [0, 1, 1, 2, 2]);
+        assert_eq!(nodes(&ranks.clone().placed(&[0, 1, 0, 1, 0])), [0, 1, 0, 1, 0]);
+        assert_eq!(nodes(&ranks.placed(&[2, 0])), [2, 0, 1, 2, 2]);
+    }
+}
