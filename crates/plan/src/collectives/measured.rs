@@ -52,7 +52,7 @@ fn parse(text: &str) -> Vec<Curves> {
 }
 
 /// Seconds that one more hop adds on NVLink when messages are small (NCCL's ring with protocol LL).
-const HOP_S: f64 = 0.6e-6;
+pub(super) const HOP_S: f64 = 0.6e-6;
 
 impl Curves {
     /// Seconds over `ranks`; what exceeds the time of the smallest message is multiplied by `scale`. Between measured

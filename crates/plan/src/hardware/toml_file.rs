@@ -2,7 +2,7 @@
 
 use serde::Deserialize;
 
-use super::{Cluster, ClusterError, Gpu, Level, check};
+use super::{Cluster, ClusterError, Gpu, Level, NETWORKS, check};
 
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -12,6 +12,7 @@ struct File {
     per_server: Option<usize>,
     nvlink_domain: Option<usize>,
     nic_gbyte_per_s: Option<f64>,
+    network: Option<String>,
     price_usd_per_gpu_hour: Option<f64>,
     failures_per_gpu_hour: Option<f64>,
     #[serde(default)]
@@ -35,11 +36,11 @@ fn one() -> f64 {
 
 impl Cluster {
     /// A cluster from TOML: `gpu` and `gpus`, and whatever differs from their usual servers: `per_server`, `nvlink_domain`,
-    /// `nic_gbyte_per_s`, `price_usd_per_gpu_hour`, `failures_per_gpu_hour`, and `[[level]]` tables (`name`, `width`,
-    /// `gbyte_per_s`, `latency_us`, `oversubscription`) that replace all levels of the network.
+    /// `nic_gbyte_per_s`, `network` (`InfiniBand` or `EFA`), `price_usd_per_gpu_hour`, `failures_per_gpu_hour`, and `[[level]]`
+    /// tables (`name`, `width`, `gbyte_per_s`, `latency_us`, `oversubscription`) that replace all levels of the network.
     ///
     /// # Errors
-    /// Unknown keys and GPUs, impossible values, and keys that `[[level]]` leaves without effect, by name.
+    /// Unknown keys, GPUs and networks, impossible values, and keys without effect, by name.
     pub fn from_toml(text: &str) -> Result<Self, ClusterError> {
         let file: File = toml::from_str(text).map_err(|error| ClusterError::Toml(error.to_string()))?;
         file.check_effect()?;
@@ -59,10 +60,29 @@ impl Cluster {
         if let Some(rate) = file.failures_per_gpu_hour {
             cluster.failures_per_gpu_hour = positive("failures_per_gpu_hour", rate)?;
         }
+        if let Some(name) = file.network {
+            cluster.be_joined_by(&name)?;
+        }
         if !file.level.is_empty() {
             cluster.levels = levels(file.level, file.gpus)?;
         }
         Ok(cluster)
+    }
+
+    /// Names the network between servers, which gives its latency.
+    fn be_joined_by(&mut self, network: &str) -> Result<(), ClusterError> {
+        let known = NETWORKS.iter().find(|(name, _)| name.eq_ignore_ascii_case(network));
+        check(known.is_some(), "network", network, || {
+            let names = NETWORKS.map(|(name, _)| name).join(" or ");
+            format!("must be {names}; say others by [[level]]")
+        })?;
+        check(self.levels.len() > 1, "network", network, || {
+            format!("has no effect where {} joins all GPUs: leave it out", self.levels[0].name)
+        })?;
+        if let (Some((name, latency_s)), [_, outer]) = (known, &mut self.levels[..]) {
+            (outer.name, outer.latency_s) = (name.to_string(), *latency_s);
+        }
+        Ok(())
     }
 }
 
@@ -72,6 +92,7 @@ impl File {
         let replaced = [
             ("nvlink_domain", self.nvlink_domain.map(|domain| domain.to_string())),
             ("nic_gbyte_per_s", self.nic_gbyte_per_s.map(|rate| rate.to_string())),
+            ("network", self.network.clone()),
         ];
         for (field, value) in replaced {
             let value = value.filter(|_| !self.level.is_empty());
@@ -136,6 +157,11 @@ mod tests {
         assert_eq!(plain, Cluster::parse("h100x64").unwrap());
         let owned = Cluster::from_toml("gpu = \"h100\"\ngpus = 64\nprice_usd_per_gpu_hour = 0").unwrap();
         assert_eq!(owned.price_usd_per_gpu_hour, 0.0);
+        let network =
+            |name: &str| Cluster::from_toml(&format!("gpu = \"h100\"\ngpus = 64\nnetwork = \"{name}\""));
+        let latency = |name: &str| network(name).unwrap().levels[1].latency_s;
+        assert_eq!(latency("infiniband"), plain.levels[1].latency_s);
+        assert!(latency("EFA") > 10.0 * latency("InfiniBand"));
         let text = "gpu = \"h100\"\ngpus = 64\nprice_usd_per_gpu_hour = 1.5\n\
             [[level]]\nname = \"NVLink\"\nwidth = 8\ngbyte_per_s = 450\nlatency_us = 2\n\
             [[level]]\nname = \"Ethernet\"\ngbyte_per_s = 12.5\nlatency_us = 20\noversubscription = 2";
@@ -192,11 +218,19 @@ mod tests {
             "cluster level.width = 12: must be a multiple of the 8 of the level within"
         );
         assert_eq!(said(&more("\"a\"", 16)), "cluster level.name = a: must differ from the other levels'");
-        for key in ["nvlink_domain = 8", "nic_gbyte_per_s = 25"] {
+        for key in ["nvlink_domain = 8", "nic_gbyte_per_s = 25", "network = \"EFA\""] {
             let text = more("\"b\"", 16).replace("gpus = 64", &format!("gpus = 64\n{key}"));
             let expected = "has no effect beside [[level]], which says all of the network: leave it out";
-            assert_eq!(said(&text), format!("cluster {key}: {expected}"));
+            assert_eq!(said(&text), format!("cluster {}: {expected}", key.replace('"', "")));
         }
+        assert_eq!(
+            said("gpu = \"h100\"\ngpus = 64\nnetwork = \"Ethernet\""),
+            "cluster network = Ethernet: must be InfiniBand or EFA; say others by [[level]]"
+        );
+        assert_eq!(
+            said("gpu = \"h100\"\ngpus = 8\nnetwork = \"EFA\""),
+            "cluster network = EFA: has no effect where NVLink joins all GPUs: leave it out"
+        );
         assert!(said("gpu = \"h100\"\nnodes = 3").contains("unknown field `nodes`"));
     }
 }

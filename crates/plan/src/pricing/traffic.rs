@@ -145,9 +145,7 @@ impl Pricer {
         model: &CollectiveModel,
         element_bytes: f64,
     ) -> Vec<f64> {
-        let cluster = &self.rates.cluster;
-        let mut by_level = vec![0.0; cluster.levels.len()];
-        let Some(moe) = &self.model.moe else { return by_level };
+        let Some(moe) = &self.model.moe else { return vec![0.0; self.rates.cluster.levels.len()] };
         let group = Group { size: layout.expert, stride: layout.expert_tensor };
         let tokens = self.sizes(layout).tokens() / layout.tensor as f64;
         let row_bytes = element_bytes * self.model.dispatch_width() as f64;
@@ -164,10 +162,7 @@ impl Pricer {
             max_servers: (moe.groups > 1).then_some(moe.top_groups),
             multiprocessors: 0,
         };
-        let moved = model.exchange_bytes(&exchange);
-        by_level[0] = moved.inner_bytes;
-        by_level[cluster.level_of(group.size, group.stride)] += moved.network_bytes;
-        by_level
+        model.exchange_bytes(&exchange)
     }
 
     /// Each chunk's activations go to the rank of the next one, and their gradients back.
