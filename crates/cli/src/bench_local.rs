@@ -25,6 +25,9 @@ pub struct Local {
     /// Fit what FILE says to a finished run, from its trace, instead of measuring the machine anew
     #[arg(long, value_name = "RUN")]
     from: Option<PathBuf>,
+    /// Print one JSON object
+    #[arg(long)]
+    json: bool,
 }
 
 /// `unisono bench layouts`
@@ -57,6 +60,10 @@ pub fn local(args: &Local) -> Result<u8, CliError> {
     check_place(&args.out)?;
     let machine = measure_machine(&|what| complain("measuring", what))?;
     write(&machine, &args.out)?;
+    if args.json {
+        say(&format!("{}\n", json!({"file": args.out, "machine": machine})));
+        return Ok(DONE);
+    }
     let rate = machine.products.plain.iter().copied().fold(0.0, f64::max);
     say(&format!(
         "{}, {} cores: {rate:.0} GFLOP/s a thread at most, copies {:.1} GB/s.\nWrote {}; `unisono plan CONFIG local` and `unisono \
@@ -74,6 +81,14 @@ fn from_run(args: &Local, run: &Path) -> Result<u8, CliError> {
     let mut machine = machine::load_named(&args.out)?;
     let learnt = recalibrate(&mut machine, run)?;
     write(&machine, &args.out)?;
+    if args.json {
+        let of_run = json!({
+            "run": run, "ranks": learnt.ranks, "threads": learnt.threads, "steps": learnt.steps,
+            "predicted_s": learnt.before_s, "measured_s": learnt.after_s,
+        });
+        say(&format!("{}\n", json!({"file": args.out, "from": of_run, "machine": machine})));
+        return Ok(DONE);
+    }
     say(&format!(
         "{} ranks x {} threads: {} a step over {} steps of {}; {} was predicted.\nWrote {}: layouts with as many ranks and threads are \
          predicted from this run.\n",

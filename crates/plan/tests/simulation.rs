@@ -298,7 +298,7 @@ fn a_simulated_step_draws_and_traces_every_op() {
     let halves: usize = ops.map(|op| if matches!(op, Op::Overlapped { .. }) { 2 } else { 1 }).sum();
     assert_eq!(drawing.matches("<rect").count(), halves);
     assert!(drawing.contains("<title>W3@0</title>") && drawing.ends_with("</svg>\n"));
-    let events = trace_events(&schedule, &simulated);
+    let events: Vec<_> = trace_events(&schedule, &simulated).collect();
     assert_eq!(events.len(), simulated.spans.len());
     let compute: f64 =
         events.iter().filter(|e| e.rank == 1 && e.lane == Lane::Compute).map(|e| e.seconds).sum();

@@ -24,6 +24,9 @@ const PARTS: usize = 64;
 /// The most micro-batches times stages that are simulated: seconds and a gigabyte.
 const MOST_PASSES: usize = 1 << 20;
 
+/// So many take no time that one would notice.
+const QUICK_PASSES: usize = 1 << 16;
+
 /// The question with its answer.
 #[derive(Debug)]
 pub struct Answer {
@@ -152,7 +155,12 @@ impl Answer {
                  or larger mb"
             )));
         }
+        let screen = Screen::new(BAR);
+        if passes > QUICK_PASSES {
+            screen.wait("simulating the step");
+        }
         let step = self.pricer().simulate(&self.chosen.layout, true);
+        screen.finish();
         step.map_err(|error| CliError::usage(error.to_string()))
     }
 

@@ -9,7 +9,7 @@ mod local;
 mod question;
 mod report;
 mod show;
-mod trace;
+pub mod trace;
 mod validate;
 
 use std::path::{Path, PathBuf};
@@ -67,7 +67,7 @@ struct Ask {
     /// Write the config that `unisono train` runs; refused while the engine lacks a feature. With `local`: of the fastest that fits
     #[arg(long, value_name = "FILE")]
     emit: Option<PathBuf>,
-    /// Write a Chrome trace of the predicted step, which opens in Perfetto
+    /// Write a Chrome trace of the predicted step, which opens in Perfetto: of a step of more than a million events the two ends
     #[arg(long, value_name = "FILE")]
     trace: Option<PathBuf>,
     /// Write the order of passes on every pipeline rank: drawn if the file ends in .svg, else a line a rank
@@ -136,7 +136,7 @@ fn ask(args: &Ask) -> Result<u8, CliError> {
         }
     }
     if let Some(path) = &args.trace {
-        write(path, &trace::chrome(&answer)?)?;
+        trace::write(&answer, path)?;
     }
     if let Some(path) = &args.schedule {
         let step = answer.simulate()?;

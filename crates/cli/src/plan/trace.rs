@@ -1,27 +1,127 @@
 //! The predicted step as a Chrome trace, in the form of a run's own.
 
+use std::fs::File;
+use std::io::{BufWriter, Write};
+use std::path::Path;
+use std::time::{Duration, Instant};
+
 use serde_json::{Value, json};
-use unisono_plan::simulate::{Lane, trace_events};
+use unisono_plan::SimulatedStep;
+use unisono_plan::simulate::{Lane, Span, trace_events};
 
 use super::answer::Answer;
-use crate::error::CliError;
+use crate::error::{CliError, STORAGE};
+use crate::screen::{Screen, complain};
+use crate::style::{duration, grouped};
 
-/// A rank is a process, its lanes are threads, as in the trace of `unisono train --trace`.
-pub fn chrome(answer: &Answer) -> Result<String, CliError> {
+/// The template of the bar of a large trace.
+pub const BAR: &str = "writing events {bar:30} {pos}/{len}  {elapsed}";
+
+/// The most events of a trace: 130 MB, for a page of Perfetto keeps all of it in the memory of a browser.
+const MOST_EVENTS: usize = 1 << 20;
+
+/// Events between two looks at the clock.
+const BATCH: usize = 1 << 12;
+
+/// What is written faster needs no bar.
+const MOMENT: Duration = Duration::from_millis(500);
+
+/// Writes the trace, and says what of a large one was left out.
+pub fn write(answer: &Answer, path: &Path) -> Result<(), CliError> {
     let step = answer.simulate()?;
-    let mut events: Vec<Value> = Vec::new();
-    let mut name = |rank: usize, lane: usize, what: &str, args: Value| {
-        events.push(json!({"ph": "M", "pid": rank, "tid": lane, "name": what, "args": args}));
+    let screen = Screen::new(BAR);
+    let begin = Instant::now();
+    let mut shown = false;
+    let tell = |done: usize, all: usize| {
+        if begin.elapsed() < MOMENT {
+            return;
+        }
+        match std::mem::replace(&mut shown, true) {
+            false => screen.start(done as u64, all as u64),
+            true => screen.advance(done as u64, all as u64, String::new()),
+        }
+    };
+    let written = File::create(path).and_then(|file| {
+        let mut out = BufWriter::new(file);
+        let cut = chrome(&mut out, &step, MOST_EVENTS, tell)?;
+        out.flush().map(|()| cut)
+    });
+    screen.finish();
+    let cut = written
+        .map_err(|error| CliError { code: STORAGE, message: format!("write {}: {error}", path.display()) })?;
+    if let Some(cut) = cut {
+        complain("note", &format!("{}: {}", path.display(), cut.said(&step)));
+    }
+    Ok(())
+}
+
+/// The middle of a step, of which nothing is written.
+#[derive(Debug, Clone, Copy, PartialEq)]
+struct Cut {
+    from_s: f64,
+    to_s: f64,
+    kept: usize,
+}
+
+impl Cut {
+    /// What leaves about `most` spans, half of them from the start and half of them from the end; none if there are no more.
+    fn of(spans: &[Span], most: usize) -> Option<Self> {
+        if spans.len() <= most {
+            return None;
+        }
+        let mut starts: Vec<f64> = spans.iter().map(|span| span.start_s).collect();
+        let mut at = |index: usize| *starts.select_nth_unstable_by(index, f64::total_cmp).1;
+        let (from_s, to_s) = (at(most / 2), at(spans.len() - most / 2));
+        let cut = Self { from_s, to_s, kept: 0 };
+        let kept = spans.iter().filter(|span| !cut.takes(span.start_s)).count();
+        Some(Self { kept, ..cut })
+    }
+
+    fn takes(&self, start_s: f64) -> bool {
+        start_s >= self.from_s && start_s < self.to_s
+    }
+
+    fn said(&self, step: &SimulatedStep) -> String {
+        let [head, tail, whole] = [self.from_s, step.simulated.seconds - self.to_s, step.simulated.seconds];
+        format!(
+            "{} of {} events, those that begin in the first {} and the last {} of the step's {}; with more a page of Perfetto may not \
+             open: a smaller --batch leaves nothing out",
+            grouped(self.kept as u64),
+            grouped(step.simulated.spans.len() as u64),
+            duration(head),
+            duration(tail),
+            duration(whole)
+        )
+    }
+}
+
+/// A rank is a process, its lanes are threads, as in the trace of `unisono train --trace`. Writes one event after the other, about
+/// `most` of them, and tells how many of how many; returns what was left out.
+fn chrome(
+    out: &mut impl Write,
+    step: &SimulatedStep,
+    most: usize,
+    mut tell: impl FnMut(usize, usize),
+) -> std::io::Result<Option<Cut>> {
+    let cut = Cut::of(&step.simulated.spans, most);
+    out.write_all(b"{\"displayTimeUnit\":\"ms\",\"traceEvents\":[")?;
+    let mut separator = "\n";
+    let mut line = |out: &mut dyn Write, event: &Value| {
+        write!(out, "{}{event}", std::mem::replace(&mut separator, ",\n"))
     };
     for rank in 0..step.simulated.ranks.len() {
-        name(rank, 0, "process_name", json!({"name": format!("rank {rank}")}));
-        name(rank, 0, "process_sort_index", json!({"sort_index": rank}));
+        let name = |lane: usize, what: &str, args: Value| json!({"ph": "M", "pid": rank, "tid": lane, "name": what, "args": args});
+        line(out, &name(0, "process_name", json!({"name": format!("rank {rank}")})))?;
+        line(out, &name(0, "process_sort_index", json!({"sort_index": rank})))?;
         for lane in [Lane::Compute, Lane::Communication] {
-            name(rank, thread(lane), "thread_name", json!({"name": lane_name(lane)}));
+            line(out, &name(thread(lane), "thread_name", json!({"name": lane_name(lane)})))?;
         }
     }
-    for event in trace_events(&step.schedule, &step.simulated) {
-        events.push(json!({
+    let all = cut.map_or(step.simulated.spans.len(), |cut| cut.kept);
+    let events = trace_events(&step.schedule, &step.simulated);
+    let kept = events.filter(|event| !cut.is_some_and(|cut| cut.takes(event.start_s)));
+    for (index, event) in kept.enumerate() {
+        let value = json!({
             "ph": "X",
             "pid": event.rank,
             "tid": thread(event.lane),
@@ -30,10 +130,14 @@ pub fn chrome(answer: &Answer) -> Result<String, CliError> {
             "ts": event.start_s * 1e6,
             "dur": event.seconds * 1e6,
             "args": {"op": event.op},
-        }));
+        });
+        line(out, &value)?;
+        if index.is_multiple_of(BATCH) {
+            tell(index, all);
+        }
     }
-    let lines: Vec<String> = events.iter().map(Value::to_string).collect();
-    Ok(format!("{{\"displayTimeUnit\":\"ms\",\"traceEvents\":[\n{}\n]}}\n", lines.join(",\n")))
+    out.write_all(b"\n]}\n")?;
+    Ok(cut)
 }
 
 fn thread(lane: Lane) -> usize {
@@ -47,5 +151,55 @@ fn lane_name(lane: Lane) -> &'static str {
     match lane {
         Lane::Compute => "compute",
         Lane::Communication => "communication",
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use unisono_plan::{
+        Architecture, Cluster, DispatchKind, Habits, Optimizer, Parallelism, Precision, Pricer, Routing,
+        Software, Trainable, Training,
+    };
+
+    use super::*;
+
+    #[test]
+    fn a_large_trace_keeps_both_ends_and_says_how_much_of_it() {
+        let model = Architecture::built_in("Llama-3.1-8B").unwrap();
+        let cluster = Cluster::parse("h100x8").unwrap();
+        let training = Training {
+            sequence: 4096,
+            global_batch: 64,
+            tokens: 1e12,
+            compute: Precision::Bf16,
+            wire: Precision::Bf16,
+            optimizer: Optimizer::default(),
+            routing: Routing::Balanced,
+            dispatch: DispatchKind { deduplicated: true, overlapped: false, padded: false },
+            trainable: Trainable::All,
+            software: Software::MegatronCore,
+            habits: Habits::default(),
+        };
+        let layout: Parallelism = "pp8 interleaved vp2".parse().unwrap();
+        let step = Pricer::new(&model, &cluster, &training).simulate(&layout, true).unwrap();
+        let write = |most: usize| {
+            let mut out = Vec::new();
+            let cut = chrome(&mut out, &step, most, |_, _| {}).unwrap();
+            let trace: Value = serde_json::from_slice(&out).unwrap();
+            let events = trace["traceEvents"].as_array().unwrap().clone();
+            (cut, events.into_iter().filter(|event| event["ph"] == "X").collect::<Vec<_>>())
+        };
+        let (cut, whole) = write(usize::MAX);
+        assert_eq!((cut, whole.len()), (None, step.simulated.spans.len()));
+        let (cut, some) = write(1000);
+        let cut = cut.unwrap();
+        assert!(whole.len() > 2000 && some.len() == cut.kept && some.len().abs_diff(1000) <= 16);
+        let starts = |event: &Value| event["ts"].as_f64().unwrap() / 1e6;
+        assert!(some.iter().all(|event| !cut.takes(starts(event))));
+        assert!(
+            some.iter().any(|event| starts(event) == 0.0)
+                && some.iter().any(|event| event["name"] == "optimizer")
+        );
+        assert!(cut.said(&step).starts_with(&format!("{} of ", grouped(cut.kept as u64))));
     }
 }

@@ -61,6 +61,13 @@ fn a_run_recalibrates_the_machine_for_as_many_ranks_and_threads() {
         serde_json::from_str(&std::fs::read_to_string(folder.join("run/summary.json")).unwrap()).unwrap();
     let said = run(folder, 0, &["bench", "local", "--from", "run"]).out;
     assert!(said.contains("1 ranks x 1 threads") && said.contains("over 5 steps"), "{said}");
+    let again = run(folder, 0, &["bench", "local", "--from", "run", "--json"]).out;
+    let again: Value = serde_json::from_str(&again).unwrap();
+    assert_eq!((&again["file"], &again["from"]["steps"]), (&"local.toml".into(), &5.into()));
+    assert_eq!(again["machine"]["mode"].as_array().unwrap().len(), 2);
+    let [predicted_s, measured_s] =
+        ["predicted_s", "measured_s"].map(|key| again["from"][key].as_f64().unwrap());
+    assert!((predicted_s / measured_s - 1.0).abs() < 0.02, "{again}");
 
     let machine =
         LocalMachine::from_toml(&std::fs::read_to_string(folder.join("local.toml")).unwrap()).unwrap();

@@ -23,10 +23,10 @@ pub struct TraceEvent {
 }
 
 /// The events of a step simulated with its spans, by rank, then by start.
-pub fn trace_events(schedule: &Schedule, simulated: &Simulated) -> Vec<TraceEvent> {
+pub fn trace_events(schedule: &Schedule, simulated: &Simulated) -> impl Iterator<Item = TraceEvent> {
     let mut spans: Vec<&Span> = simulated.spans.iter().collect();
     spans.sort_by(|a, b| a.rank.cmp(&b.rank).then(a.start_s.total_cmp(&b.start_s)).then(a.lane.cmp(&b.lane)));
-    let event = |span: &Span| TraceEvent {
+    let event = move |span: &Span| TraceEvent {
         rank: span.rank as usize,
         lane: span.lane,
         name: span.name,
@@ -34,7 +34,7 @@ pub fn trace_events(schedule: &Schedule, simulated: &Simulated) -> Vec<TraceEven
         start_s: span.start_s,
         seconds: span.seconds,
     };
-    spans.into_iter().map(event).collect()
+    spans.into_iter().map(event)
 }
 
 /// The op of a span; of an overlapped one, its half.
