@@ -84,6 +84,36 @@ fn bytes_by_link_follow_the_formulas() {
 }
 
 #[test]
+fn dispatch_crosses_rail_and_spine() {
+    let (model, cluster, training, layout) = deepseek();
+    let outer = cluster.levels[1].clone();
+    // Experts over 64 ranks: eight servers, two in a rail.
+    let of = |oversubscription: f64, width: usize| {
+        let mut cluster = cluster.clone();
+        cluster.levels.insert(
+            1,
+            Level { name: "rail".into(), width, latency_s: 0.5 * outer.latency_s, ..outer.clone() },
+        );
+        cluster.levels[2].latency_s = 0.5 * outer.latency_s;
+        cluster.levels[2].oversubscription = oversubscription;
+        let pricer = Pricer::new(&model, &cluster, &training);
+        (pricer.traffic(&layout).bytes[Axis::Expert as usize].clone(), pricer.price(&layout).unwrap())
+    };
+    let flat = Pricer::new(&model, &cluster, &training).traffic(&layout).bytes[Axis::Expert as usize].clone();
+    let (bytes, full) = of(1.0, 16);
+    assert_eq!(bytes[0], flat[0]);
+    assert!(
+        (bytes[1] / flat[1] * 7.0 - 1.0).abs() < 1e-9 && ((bytes[1] + bytes[2]) / flat[1] - 1.0).abs() < 1e-9
+    );
+    let (_, narrow) = of(16.0, 16);
+    assert!(narrow.breakdown.expert_s > 5.0 * full.breakdown.expert_s);
+    // Nothing of it leaves a rail of eight servers.
+    let [(bytes, full), (_, narrow)] = [1.0, 16.0].map(|over| of(over, 64));
+    assert_eq!(bytes[2], 0.0);
+    assert_eq!(narrow.breakdown.expert_s, full.breakdown.expert_s);
+}
+
+#[test]
 fn pipeline_messages_cross_servers_where_neighbours_lie_in_two() {
     let model = Architecture::built_in("Llama-3.1-70B").unwrap();
     let training = Training { compute: Precision::Bf16, routing: Routing::Balanced, ..deepseek().2 };

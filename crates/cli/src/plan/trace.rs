@@ -17,7 +17,7 @@ use crate::style::{duration, grouped};
 /// The template of the bar of a large trace.
 pub const BAR: &str = "writing events {bar:30} {pos}/{len}  {elapsed}";
 
-/// The most events of a trace: 130 MB, for a page of Perfetto keeps all of it in the memory of a browser.
+/// The most events of a trace: 140 MB, for a page of Perfetto keeps all of it in the memory of a browser.
 const MOST_EVENTS: usize = 1 << 20;
 
 /// Events between two looks at the clock.
