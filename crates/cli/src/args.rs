@@ -90,6 +90,9 @@ pub struct Train {
     /// File of `unisono bench local`, by which the step is predicted [default: local.toml, if there is one]
     #[arg(long, value_name = "FILE")]
     pub machine: Option<PathBuf>,
+    /// File that describes the hosts of an MPI job, by which the step is predicted
+    #[arg(long, value_name = "FILE")]
+    pub cluster: Option<PathBuf>,
     /// Override one key of the config; may be given again
     #[arg(long, value_name = "a.b=c")]
     pub set: Vec<String>,

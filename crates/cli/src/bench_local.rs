@@ -148,7 +148,7 @@ pub fn layouts(args: &Layouts) -> Result<u8, CliError> {
     for round in 1..=rounds {
         for (one, layout) in all.iter_mut().zip(&layouts) {
             complain("measuring", &format!("{}, round {round} of {rounds}", one.name));
-            let LocalLayout { ranks, threads, config } = layout.clone();
+            let LocalLayout { ranks, threads, config, .. } = layout.clone();
             let bench = StepBench { config, ranks, threads, warmup: 1, steps: args.steps.max(1) };
             let median = bench_step(&bench)?.step_s.median;
             if round > 1 {

@@ -104,6 +104,18 @@ impl Job {
         }
     }
 
+    /// `[rank]` the host of every rank that the launcher has started; empty if there is no launcher.
+    pub fn hosts(&self) -> Vec<usize> {
+        match &self.place {
+            Place::Threads => Vec::new(),
+            #[cfg(feature = "mpi")]
+            Place::Mpi(ranks) => {
+                let world = ranks.world();
+                (0..world.size()).map(|rank| world.node(rank)).collect()
+            }
+        }
+    }
+
     /// What rank 0 says, on all ranks.
     ///
     /// # Errors

@@ -4,15 +4,18 @@ use std::io::ErrorKind;
 use std::path::Path;
 
 use unisono_mesh::Fold;
-use unisono_plan::engine::{LocalMachine, LocalPrice};
-use unisono_train::config::{RecomputeConfig, ReduceEvery};
+use unisono_plan::SimulatedStep;
+use unisono_plan::engine::{HostCluster, LocalMachine, LocalPrice};
+use unisono_train::config::{DispatchConfig, LayoutConfig, RecomputeConfig, ReduceEvery};
 use unisono_train::system::cpu_type;
 use unisono_train::{RunConfig, TrainError, engine_layout, step_rows};
 
 use crate::error::{BAD_INPUT, CliError, remedy};
-use crate::layout::{cores, threads_each};
+use crate::layout::cores;
 use crate::screen::complain;
 
+/// What stands for this machine in place of a cluster, or of a host.
+pub const LOCAL: &str = "local";
 /// Where `unisono bench local` writes what it finds.
 pub const MACHINE_FILE: &str = "local.toml";
 
@@ -80,6 +83,87 @@ fn another(machine: &LocalMachine) -> Option<String> {
     ))
 }
 
+/// Where ranks run: this machine, or hosts that were measured.
+#[derive(Debug, Clone)]
+pub struct Hosts {
+    /// One of them.
+    pub machine: LocalMachine,
+    /// All of them; none for this machine alone.
+    pub cluster: Option<HostCluster>,
+}
+
+impl Hosts {
+    /// The hosts that `text`, the content of the file `path`, describes; `machine` is the file of this machine.
+    ///
+    /// # Errors
+    /// If it does not describe hosts, or one of them has not been measured.
+    pub fn read(text: &str, path: &Path, machine: Option<&Path>) -> Result<Self, CliError> {
+        let cluster = HostCluster::from_toml(text).map_err(|error| bad(path, &error.to_string()))?;
+        let machine = match (cluster.host.as_str(), machine) {
+            (LOCAL, machine) => this_machine(machine)?,
+            (host, None) => read(&path.parent().unwrap_or(Path::new("")).join(host))?,
+            (host, Some(_)) => {
+                return Err(CliError::usage(format!(
+                    "--machine is for host = \"{LOCAL}\"; {} names {host}: leave it out",
+                    path.display()
+                )));
+            }
+        };
+        Ok(Self { machine, cluster: Some(cluster) })
+    }
+
+    /// This machine.
+    ///
+    /// # Errors
+    /// If it has not been measured.
+    pub fn here(machine: Option<&Path>) -> Result<Self, CliError> {
+        Ok(Self { machine: this_machine(machine)?, cluster: None })
+    }
+
+    /// How many there are.
+    pub fn count(&self) -> usize {
+        self.cluster.as_ref().map_or(1, |cluster| cluster.hosts)
+    }
+
+    /// The step of a config on `ranks` ranks, of which rank r is on host `host(r)`.
+    ///
+    /// # Errors
+    /// If so many ranks do not divide the slots.
+    pub fn price(
+        &self,
+        config: &RunConfig,
+        ranks: usize,
+        threads: usize,
+        host: impl Fn(usize) -> usize,
+    ) -> Result<LocalPrice, CliError> {
+        let layout = engine_layout(config, &fold(config, ranks)?, host);
+        Ok(match &self.cluster {
+            Some(cluster) if !cluster.levels.is_empty() => {
+                self.machine.price_on(cluster, &layout, step_rows(config), threads)
+            }
+            _ => self.machine.price(&layout, step_rows(config), threads),
+        })
+    }
+
+    /// The same op by op, without what no op stands for.
+    ///
+    /// # Errors
+    /// If so many ranks do not divide the slots.
+    pub fn simulate(&self, layout: &LocalLayout) -> Result<SimulatedStep, CliError> {
+        let LocalLayout { config, ranks, threads, .. } = layout;
+        let engine = engine_layout(config, &fold(config, *ranks)?, |rank| layout.host(rank));
+        Ok(self.machine.simulate(&engine, step_rows(config), *threads, self.cluster.as_ref()))
+    }
+}
+
+fn this_machine(named: Option<&Path>) -> Result<LocalMachine, CliError> {
+    load(named)?.ok_or_else(|| CliError::usage("this machine has not been measured: `unisono bench local`"))
+}
+
+fn fold(config: &RunConfig, ranks: usize) -> Result<Fold, CliError> {
+    Ok(Fold::new(config.grid, ranks).map_err(TrainError::from)?)
+}
+
 /// The step of a config on ranks that are threads of this machine.
 ///
 /// # Errors
@@ -90,8 +174,7 @@ pub fn price(
     ranks: usize,
     threads: usize,
 ) -> Result<LocalPrice, CliError> {
-    let fold = Fold::new(config.grid, ranks).map_err(TrainError::from)?;
-    Ok(machine.price(&engine_layout(config, &fold, |_| 0), step_rows(config), threads))
+    Ok(machine.price(&engine_layout(config, &fold(config, ranks)?, |_| 0), step_rows(config), threads))
 }
 
 /// Floating-point operations a second that `threads` threads reach at most: those of the fastest product that was measured.
@@ -100,10 +183,12 @@ pub fn peak_flops(machine: &LocalMachine, threads: usize) -> f64 {
     fastest * 1e9 * threads.min(machine.cores) as f64
 }
 
-/// A way to run a config here; the numbers are the same in all.
+/// A way to run a config; the numbers are the same in all.
 #[derive(Debug, Clone)]
 pub struct LocalLayout {
-    /// Ranks.
+    /// Hosts.
+    pub hosts: usize,
+    /// Ranks, of all hosts.
     pub ranks: usize,
     /// Threads of each.
     pub threads: usize,
@@ -112,28 +197,70 @@ pub struct LocalLayout {
 }
 
 impl LocalLayout {
-    /// Its name: `2 x 1 zero1 selective`.
+    /// Its name: `2 x 1 zero1 selective`; over several hosts `2 x 2 x 1 zero1 selective hierarchical`.
     pub fn name(&self) -> String {
-        let recompute = match self.config.train.recompute {
+        let LayoutConfig { zero, dispatch, .. } = self.config.layout;
+        let ranks = format!("{} x {} zero{zero} {}", self.ranks_per_host(), self.threads, self.recompute());
+        match (self.hosts, dispatch) {
+            (1, _) => ranks,
+            (hosts, DispatchConfig::Flat) => format!("{hosts} x {ranks}"),
+            (hosts, DispatchConfig::Hierarchical) => format!("{hosts} x {ranks} hierarchical"),
+        }
+    }
+
+    /// What is computed again: `selective`.
+    pub fn recompute(&self) -> &'static str {
+        match self.config.train.recompute {
             RecomputeConfig::None => "none",
             RecomputeConfig::Selective => "selective",
             RecomputeConfig::Full => "full",
-        };
-        format!("{} x {} zero{} {recompute}", self.ranks, self.threads, self.config.layout.zero)
+        }
+    }
+
+    /// Ranks of each host.
+    pub fn ranks_per_host(&self) -> usize {
+        self.ranks / self.hosts
+    }
+
+    /// The host of a rank: neighbours share one.
+    pub fn host(&self, rank: usize) -> usize {
+        rank / self.ranks_per_host()
     }
 }
 
 /// Every number of ranks, with the cores shared out among them, x ZeRO x recomputation, as the config allows.
 pub fn layouts(config: &RunConfig) -> Vec<LocalLayout> {
+    layouts_on(config, None, cores())
+}
+
+/// The same on `cluster`, whose hosts have so many cores: as it fixes ranks and threads, and rows flat or hierarchically where they
+/// cross.
+pub fn layouts_on(config: &RunConfig, cluster: Option<&HostCluster>, cores: usize) -> Vec<LocalLayout> {
     let slots = config.grid.slots();
+    let hosts = cluster.map_or(1, |cluster| cluster.hosts);
     let joins_late = config.train.reduce_every == ReduceEvery::Step && config.train.accumulate > 1;
+    let wanted = cluster.and_then(|cluster| cluster.ranks_per_host);
+    let each = (1..=slots / hosts).filter(|each| slots.is_multiple_of(hosts * each));
     let mut all = Vec::new();
-    for ranks in (1..=slots).filter(|ranks| slots.is_multiple_of(*ranks)) {
+    for each in each.filter(|each| wanted.is_none_or(|wanted| wanted == *each)) {
+        let ranks = hosts * each;
+        let threads = cluster.and_then(|cluster| cluster.threads).unwrap_or((cores / each).max(1));
+        let crosses = |fold: Fold| fold.dispatch_ranks(0).len() > each;
+        let both =
+            hosts > 1 && config.model.num_experts > 0 && Fold::new(config.grid, ranks).is_ok_and(crosses);
+        let ways = if both {
+            vec![DispatchConfig::Flat, DispatchConfig::Hierarchical]
+        } else {
+            vec![config.layout.dispatch]
+        };
         for zero in 1..=if joins_late { 1 } else { 3 } {
             for recompute in [RecomputeConfig::None, RecomputeConfig::Selective, RecomputeConfig::Full] {
-                let mut config = config.clone();
-                (config.layout.zero, config.train.recompute) = (zero, recompute);
-                all.push(LocalLayout { ranks, threads: threads_each(ranks), config });
+                for dispatch in &ways {
+                    let mut config = config.clone();
+                    (config.layout.zero, config.train.recompute, config.layout.dispatch) =
+                        (zero, recompute, *dispatch);
+                    all.push(LocalLayout { hosts, ranks, threads, config });
+                }
             }
         }
     }

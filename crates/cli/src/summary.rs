@@ -11,12 +11,12 @@ use unisono_train::{RunConfig, Started, Summary};
 
 use crate::style::{Paint, bar, duration, grouped, percent, spark, table};
 
-/// The whole summary; without a hint at how to predict steps unless they are `predictable`.
+/// The whole summary; `on_hosts` if ranks were on several.
 pub fn render(
     summary: &Summary,
     started: &Started,
     config: &RunConfig,
-    predictable: bool,
+    on_hosts: bool,
     paint: Paint,
 ) -> String {
     let mut lines = outcome(summary, started, paint);
@@ -26,7 +26,7 @@ pub fn render(
     let mut moved = traffic(&summary.ledger);
     moved.extend(flat_instead(&summary.ledger, started, config).map(|line| paint.yellow(&line)));
     let sections = [
-        ("Predicted and measured (training steps, all ranks)", agreement(summary, predictable, paint)),
+        ("Predicted and measured (training steps, all ranks)", agreement(summary, on_hosts, paint)),
         ("What moved (all ranks)", moved),
         ("Time by phase (mean rank)", phases(summary)),
         (
@@ -80,9 +80,8 @@ fn outcome(summary: &Summary, started: &Started, paint: Paint) -> Vec<String> {
     lines
 }
 
-/// Step time, memory and bytes by kind of call, as the planner said and as they were; `predictable` where the time of steps can
-/// be said before.
-fn agreement(summary: &Summary, predictable: bool, paint: Paint) -> Vec<String> {
+/// Step time, memory and bytes by kind of call, as the planner said and as they were.
+fn agreement(summary: &Summary, on_hosts: bool, paint: Paint) -> Vec<String> {
     let off =
         |predicted: f64, measured: f64| format!("{:+.0}%", 100.0 * (measured / predicted.max(1e-12) - 1.0));
     let mut rows = vec![["", "predicted", "measured", ""].map(String::from).to_vec()];
@@ -112,10 +111,11 @@ fn agreement(summary: &Summary, predictable: bool, paint: Paint) -> Vec<String> 
         rows.push(vec![kind.replace('_', " "), readable(said), readable(measured), by]);
     }
     let mut lines = table(&rows, 1);
-    if predictable && time.predicted_s.is_none() {
-        lines.push(
-            paint.faint("  `unisono bench local` measures this machine; then the step is predicted, too"),
-        );
+    if time.predicted_s.is_none() {
+        lines.push(paint.faint(match on_hosts {
+            false => "  `unisono bench local` measures this machine; then the step is predicted, too",
+            true => "  with `--cluster FILE`, which describes the hosts, the step is predicted, too (docs/plan.md)",
+        }));
     }
     lines
 }

@@ -12,10 +12,10 @@ use unisono_train::{GenerateOptions, Opened, RunConfig, RunOptions, Summary, gen
 
 use crate::args::Train;
 use crate::config;
-use crate::error::{BUG, CliError, DONE, REQUEUE};
+use crate::error::{BUG, CliError, DONE, REQUEUE, remedy};
 use crate::job::Job;
 use crate::layout::cores;
-use crate::machine;
+use crate::machine::{self, Hosts};
 use crate::screen::{Screen, complain, say};
 use crate::signals::{Signals, Then};
 use crate::style::{Paint, WIDTH, program, quoted};
@@ -78,8 +78,8 @@ fn train(args: Train, job: &Job) -> Result<u8, CliError> {
     if !summary.stopped && seen.last.is_some() {
         sample(&config, &options, &seen, &mut summary)?;
     }
-    let predictable = job.ranks().is_none();
-    say(&format!("\n{}", summary::render(&summary, started, &config, predictable, screen.paint)));
+    let on_hosts = started.world.nodes.len() > 1 && job.ranks().is_some();
+    say(&format!("\n{}", summary::render(&summary, started, &config, on_hosts, screen.paint)));
     say(&next_commands(&config, &options.folder, &summary, screen.paint));
     Ok(if summary.stopped && signals.terminated() { REQUEUE } else { DONE })
 }
@@ -115,22 +115,62 @@ fn resolve(args: Train, job: &Job) -> Result<(RunConfig, RunOptions), CliError> 
             folder.display()
         )));
     }
-    if let (Some(machine), Some(_)) = (&args.machine, job.ranks()) {
-        return Err(CliError::usage(format!(
-            "--machine {}: steps are predicted for ranks as threads; leave it out under a launcher",
-            machine.display()
-        )));
-    }
     let mut options = RunOptions::new(folder, ranks, threads);
     (options.resume, options.trace, options.nodes) = (args.resume, args.trace, args.nodes);
     (options.abandon, options.place) = (abandon, job.place.clone());
-    if job.ranks().is_none()
-        && let Some(machine) = machine::load(args.machine.as_deref())?
-    {
-        options.predicted_step_s = Some(machine::price(&machine, &config, ranks, threads)?.step_s);
-        options.peak_flops = Some(machine::peak_flops(&machine, ranks * threads));
+    if job.leads() {
+        predict(&mut options, job, &config, args.machine.as_deref(), args.cluster.as_deref())?;
     }
     Ok((config, options))
+}
+
+/// What the planner says of a step, if it knows the machine, and the hosts where there are several.
+fn predict(
+    options: &mut RunOptions,
+    job: &Job,
+    config: &RunConfig,
+    machine: Option<&Path>,
+    cluster: Option<&Path>,
+) -> Result<(), CliError> {
+    let (ranks, threads, host_of) = (options.ranks, options.threads, job.hosts());
+    let host = |rank: usize| host_of.get(rank).copied().unwrap_or(0);
+    let hosts = 1 + host_of.iter().copied().max().unwrap_or(0);
+    let known = match (cluster, hosts) {
+        (Some(path), 2..) => Some(Hosts::read(&read_cluster(path)?, path, machine)?),
+        (Some(path), _) => {
+            return Err(CliError::usage(format!(
+                "--cluster {}: these ranks are on one host; leave it out, `--machine` is for one",
+                path.display()
+            )));
+        }
+        (None, 1) => machine::load(machine)?.map(|machine| Hosts { machine, cluster: None }),
+        (None, _) => match machine {
+            Some(file) => {
+                return Err(CliError::usage(format!(
+                    "--machine {}: these ranks are on {hosts} hosts; a file of --cluster says what lies between them",
+                    file.display()
+                )));
+            }
+            None => None,
+        },
+    };
+    let Some(known) = known else { return Ok(()) };
+    if let Some(path) = cluster.filter(|_| known.count() < hosts) {
+        return Err(CliError::usage(format!(
+            "--cluster {}: describes {} hosts, these ranks are on {hosts}",
+            path.display(),
+            known.count()
+        )));
+    }
+    options.predicted_step_s = Some(known.price(config, ranks, threads, host)?.step_s);
+    options.peak_flops =
+        Some(hosts as f64 * machine::peak_flops(&known.machine, (ranks * threads).div_ceil(hosts)));
+    Ok(())
+}
+
+fn read_cluster(path: &Path) -> Result<String, CliError> {
+    std::fs::read_to_string(path)
+        .map_err(|error| CliError::bad_input(format!("{}: {error}{}", path.display(), remedy(&error))))
 }
 
 /// The config that a run was last started with, with overrides.

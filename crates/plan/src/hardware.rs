@@ -6,6 +6,7 @@ mod toml_file;
 use crate::architecture::distance;
 
 pub use gpu::Gpu;
+pub(crate) use toml_file::{FileLevel, levels, positive};
 
 /// One level of the network, from the innermost outwards.
 #[derive(Debug, Clone, PartialEq)]
@@ -183,7 +184,7 @@ impl Cluster {
     }
 }
 
-fn check(
+pub(crate) fn check(
     holds: bool,
     field: &'static str,
     value: impl ToString,

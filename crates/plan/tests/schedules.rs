@@ -24,7 +24,15 @@ proptest! {
         let (ranks, stages, micro_batches) = allowed(kind, ranks, stages, extra);
         let schedule = kind.schedule(ranks, stages, micro_batches).expect("allowed sizes");
         schedule.check().map_err(|error| TestCaseError::fail(format!("{kind}: {error}\n{schedule}")))?;
-        schedule.clone().then_update().check().expect("the update adds exchanges in pairs");
+        let whole = schedule.clone().then_update();
+        whole.check().expect("the update adds exchanges in pairs");
+        let in_shards = whole.gathering_each_pass();
+        in_shards.check().expect("gathers come in pairs");
+        for ops in &in_shards.ranks {
+            let uses = ops.iter().filter(|op| op.forward().or(op.backward()).is_some()).count();
+            let gather = |op: &&Op| matches!(op, Op::Start(e) if e.kind == ExchangeKind::GatherParameters);
+            prop_assert_eq!(ops.iter().filter(gather).count(), uses);
+        }
         for rank in 0..ranks {
             let stated = kind.in_flight(ranks, stages, micro_batches, rank);
             prop_assert_eq!(schedule.in_flight(rank), stated, "{} rank {}\n{}", kind, rank, schedule);

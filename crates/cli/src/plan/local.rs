@@ -1,22 +1,23 @@
-//! `unisono plan CONFIG local`: the layouts of a config of ours on this machine, as it was measured.
+//! `unisono plan CONFIG local` and `unisono plan CONFIG HOSTS.toml`: the layouts of a config of ours on this machine, or on several
+//! that were measured.
 
 use std::path::Path;
 
 use serde_json::json;
 use unisono_mesh::Fold;
-use unisono_plan::MemoryEstimate;
-use unisono_plan::engine::{LocalMachine, LocalPrice};
+use unisono_plan::engine::LocalPrice;
+use unisono_plan::simulate::svg;
+use unisono_plan::{MemoryEstimate, SimulatedStep};
+use unisono_train::config::DispatchConfig;
 use unisono_train::system::{available_memory, readable};
 use unisono_train::{RunConfig, TrainError, estimate_all};
 
-use super::write;
+use super::{trace, write};
 use crate::error::{CliError, DONE};
-use crate::machine::{self, LocalLayout};
+pub use crate::machine::LOCAL;
+use crate::machine::{self, Hosts, LocalLayout};
 use crate::screen::say;
 use crate::style::{Paint, Scale, bar, grouped, percent, program, quoted, table};
-
-/// What stands for this machine in place of a cluster.
-pub const LOCAL: &str = "local";
 
 /// Phases shown of the fastest layout.
 const SHOWN_PHASES: usize = 8;
@@ -24,7 +25,7 @@ const SHOWN_PHASES: usize = 8;
 struct Choice {
     layout: LocalLayout,
     price: LocalPrice,
-    /// All ranks.
+    /// All ranks of the host that needs most.
     memory: u64,
 }
 
@@ -33,97 +34,156 @@ struct Choice {
 pub struct Ask<'a> {
     /// The config.
     pub config: &'a Path,
+    /// The file that describes several hosts; none for this machine.
+    pub cluster: Option<&'a Path>,
     /// File of the machine.
     pub machine: Option<&'a Path>,
     /// Where the config of the chosen layout goes.
     pub emit: Option<&'a Path>,
+    /// Where its simulated step goes.
+    pub trace: Option<&'a Path>,
+    /// Where the list of what it does goes.
+    pub schedule: Option<&'a Path>,
     /// Layouts in the table.
     pub rows: usize,
     /// Whether one JSON object is wanted.
     pub json: bool,
 }
 
-/// Prices every layout of a config on this machine.
-pub fn run(ask: &Ask<'_>) -> Result<u8, CliError> {
+/// Prices every layout of a config on this machine, or on `hosts`, the text of the file that describes them.
+pub fn run(ask: &Ask<'_>, hosts: Option<&str>) -> Result<u8, CliError> {
     let path = ask.config;
     if path.extension().is_none_or(|extension| extension != "toml") {
         return Err(CliError::usage(format!(
-            "{}: this machine trains configs of unisono (.toml); `unisono config --print` writes the built-in one",
+            "{}: measured machines train configs of unisono (.toml); `unisono config --print` writes the built-in one",
             path.display()
         )));
     }
     let config = crate::config::load(Some(path), &[])?;
-    let machine = machine::load(ask.machine)?
-        .ok_or_else(|| CliError::usage("this machine has not been measured: `unisono bench local`"))?;
-    let free = available_memory().unwrap_or(u64::MAX);
-    let mut choices = choices(&machine, &config)?;
+    let hosts = match (hosts, ask.cluster) {
+        (Some(text), Some(cluster)) => Hosts::read(text, cluster, ask.machine)?,
+        _ => Hosts::here(ask.machine)?,
+    };
+    let free = memory_of_host(&hosts);
+    let mut choices = choices(&hosts, &config)?;
     choices.sort_by(|a, b| {
         (a.memory > free, a.price.step_s)
             .partial_cmp(&(b.memory > free, b.price.step_s))
             .unwrap_or(std::cmp::Ordering::Equal)
     });
+    let Some(best) = choices.first() else { return Err(no_layout(&hosts, &config)) };
+    let step = hosts.simulate(&best.layout)?;
     if let Some(to) = ask.emit {
-        write(to, &emit(path, choices.first().filter(|choice| choice.memory <= free))?)?;
+        write(to, &emit(ask, Some(best).filter(|choice| choice.memory <= free))?)?;
     }
-    let tokens = config.tokens_per_step() as f64;
+    if let Some(to) = ask.trace {
+        trace::write(&step, to)?;
+    }
+    if let Some(to) = ask.schedule {
+        let drawn = to.extension().is_some_and(|extension| extension == "svg");
+        write(to, &if drawn { svg(&step.schedule, &step.simulated) } else { step.schedule.to_string() })?;
+    }
     if ask.json {
-        let entry = |choice: &Choice| {
-            let phases = choice.price.phases.iter();
-            json!({
-                "ranks": choice.layout.ranks, "threads": choice.layout.threads, "zero": choice.layout.config.layout.zero,
-                "recompute": choice.layout.config.train.recompute, "step_s": choice.price.step_s,
-                "memory_bytes": choice.memory, "fits": choice.memory <= free,
-                "phases": phases.map(|((communicates, name), seconds)| json!({
-                    "name": name, "communicates": communicates, "seconds": seconds,
-                })).collect::<Vec<_>>(),
-            })
-        };
-        say(&format!(
-            "{}\n",
-            json!({"cpu": machine.cpu, "layouts": choices.iter().map(entry).collect::<Vec<_>>()})
-        ));
+        let entry = |choice: &Choice| entry(choice, free);
+        let object = json!({
+            "cpu": hosts.machine.cpu, "hosts": hosts.count(), "simulated_s": step.simulated.seconds,
+            "layouts": choices.iter().map(entry).collect::<Vec<_>>(),
+        });
+        say(&format!("{object}\n"));
         return Ok(DONE);
     }
-    show(path, &machine, &choices[..ask.rows.min(choices.len())], tokens, free);
+    show(ask, &hosts, &choices[..ask.rows.min(choices.len())], config.tokens_per_step() as f64, free);
+    show_chosen(ask, best, &step);
     Ok(DONE)
 }
 
-fn choices(machine: &LocalMachine, config: &RunConfig) -> Result<Vec<Choice>, CliError> {
+/// Bytes that ranks of one host may use, as far as that is known.
+fn memory_of_host(hosts: &Hosts) -> u64 {
+    let is_here = hosts.cluster.as_ref().is_none_or(|cluster| cluster.host == LOCAL);
+    let said = hosts.cluster.as_ref().and_then(|cluster| cluster.memory_bytes);
+    said.or_else(|| available_memory().filter(|_| is_here)).unwrap_or(u64::MAX)
+}
+
+fn choices(hosts: &Hosts, config: &RunConfig) -> Result<Vec<Choice>, CliError> {
     let choice = |layout: LocalLayout| {
-        let price = machine::price(machine, &layout.config, layout.ranks, layout.threads)?;
-        let fold = Fold::new(config.grid, layout.ranks).map_err(TrainError::from)?;
-        let memory = estimate_all(&layout.config, &fold).iter().map(MemoryEstimate::total).sum();
+        let LocalLayout { config, ranks, threads, .. } = &layout;
+        let price = hosts.price(config, *ranks, *threads, |rank| layout.host(rank))?;
+        let fold = Fold::new(config.grid, *ranks).map_err(TrainError::from)?;
+        let of_ranks: Vec<u64> = estimate_all(config, &fold).iter().map(MemoryEstimate::total).collect();
+        let of_hosts = of_ranks.chunks(layout.ranks_per_host()).map(|ranks| ranks.iter().sum());
+        let memory = of_hosts.max().unwrap_or(0);
         Ok(Choice { layout, price, memory })
     };
-    machine::layouts(config).into_iter().map(choice).collect()
+    let layouts = machine::layouts_on(config, hosts.cluster.as_ref(), hosts.machine.cores);
+    layouts.into_iter().map(choice).collect()
+}
+
+fn no_layout(hosts: &Hosts, config: &RunConfig) -> CliError {
+    let slots = config.grid.slots();
+    let each = hosts.cluster.as_ref().and_then(|cluster| cluster.ranks_per_host);
+    let ranks = each.map_or_else(|| "any number of".into(), |each| each.to_string());
+    let fitting = (1..=hosts.count()).rev().find(|hosts| slots.is_multiple_of(hosts * each.unwrap_or(1)));
+    let nearest = fitting.map_or_else(
+        || format!("ranks_per_host must divide {slots}"),
+        |hosts| format!("the nearest that does are {hosts} hosts"),
+    );
+    CliError::usage(format!(
+        "{ranks} ranks on each of {} hosts do not divide the grid's {slots} slots; {nearest}",
+        hosts.count()
+    ))
+}
+
+fn entry(choice: &Choice, free: u64) -> serde_json::Value {
+    let LocalLayout { hosts, ranks, threads, config } = &choice.layout;
+    let phases = choice.price.phases.iter();
+    json!({
+        "hosts": hosts, "ranks": ranks, "threads": threads, "zero": config.layout.zero,
+        "recompute": config.train.recompute, "dispatch": config.layout.dispatch, "step_s": choice.price.step_s,
+        "network_s": choice.price.network_s, "waited_s": choice.price.waited_s,
+        "memory_bytes": choice.memory, "fits": choice.memory <= free,
+        "phases": phases.map(|((communicates, name), seconds)| json!({
+            "name": name, "communicates": communicates, "seconds": seconds,
+        })).collect::<Vec<_>>(),
+    })
 }
 
 /// The config of the chosen layout; ranks and threads are arguments.
-fn emit(path: &Path, chosen: Option<&Choice>) -> Result<String, CliError> {
+fn emit(ask: &Ask<'_>, chosen: Option<&Choice>) -> Result<String, CliError> {
     let Some(Choice { layout, price, .. }) = chosen else {
         return Err(CliError::usage(format!(
-            "--emit: no layout of {} fits the memory of this machine: make micro_batch or the model smaller",
-            path.display()
+            "--emit: no layout of {} fits the memory of a host: make micro_batch or the model smaller",
+            ask.config.display()
         )));
     };
     let toml = layout.config.to_toml().map_err(|error| CliError::usage(format!("--emit: {error}")))?;
     Ok(format!(
-        "# unisono plan: {} on this machine, {}; predicted step {:.3} s.\n# unisono train THIS_FILE --ranks {} --threads {}\n\n{toml}",
-        path.display(),
+        "# unisono plan: {} on {}, {}; predicted step {:.3} s.\n# {}\n\n{toml}",
+        ask.config.display(),
+        ask.cluster.map_or_else(|| "this machine".into(), |cluster| cluster.display().to_string()),
         layout.name(),
         price.step_s,
-        layout.ranks,
-        layout.threads
+        start(ask, layout, "unisono", "THIS_FILE"),
     ))
 }
 
-fn show(path: &Path, machine: &LocalMachine, choices: &[Choice], tokens: f64, free: u64) {
-    let paint = Paint::new(&std::io::stdout());
+fn show(ask: &Ask<'_>, hosts: &Hosts, choices: &[Choice], tokens: f64, free: u64) {
+    let machine = &hosts.machine;
     say(&format!("{}, {} cores, measured by `unisono bench local`\n", machine.cpu, machine.cores));
+    if let Some((cluster, path)) = hosts.cluster.as_ref().zip(ask.cluster) {
+        let level = |level: &unisono_plan::Level| {
+            let speed = level.shared_bytes_per_s() / 1e9;
+            format!("{} over {}: {speed} GB/s, {:.0} us", level.name, level.width, 1e6 * level.latency_s)
+        };
+        let levels: Vec<String> = cluster.levels.iter().map(level).collect();
+        say(&format!("{} of them ({}); {}\n", cluster.hosts, path.display(), levels.join("; ")));
+    }
     let Some(best) = choices.first() else { return };
     let scale = Scale::seconds(best.price.step_s);
-    let mut rows =
-        vec![["ranks x threads", "step", "tokens/s", "memory, all ranks", ""].map(String::from).to_vec()];
+    let [what, memory] = match ask.cluster {
+        None => ["ranks x threads", "memory, all ranks"],
+        Some(_) => ["hosts x ranks x threads", "memory a host"],
+    };
+    let mut rows = vec![[what, "step", "tokens/s", memory, ""].map(String::from).to_vec()];
     rows.extend(choices.iter().map(|choice| {
         let fits = if choice.memory <= free { "" } else { "does not fit" };
         vec![
@@ -135,6 +195,12 @@ fn show(path: &Path, machine: &LocalMachine, choices: &[Choice], tokens: f64, fr
         ]
     }));
     say(&format!("{}\n", table(&rows, 1).join("\n")));
+}
+
+/// Where the time of the chosen layout goes, and how to run it.
+fn show_chosen(ask: &Ask<'_>, best: &Choice, step: &SimulatedStep) {
+    let paint = Paint::new(&std::io::stdout());
+    let scale = Scale::seconds(best.price.step_s);
     say(&format!("\n{}\n", paint.strong(&format!("Chosen: {}", best.layout.name()))));
     let mut phases = best.price.phases.clone();
     phases.sort_by(|a, b| b.1.total_cmp(&a.1));
@@ -155,19 +221,40 @@ fn show(path: &Path, machine: &LocalMachine, choices: &[Choice], tokens: f64, fr
         })
         .collect();
     say(&format!("{}\n", table(&rows, 2).join("\n")));
-    say(&format!("\n{}\n  {}\n", paint.strong("Train it"), command(path, &best.layout)));
+    let [simulated, between] = [step.simulated.seconds, best.price.step_s - step.simulated.seconds]
+        .map(|seconds| scale.write(seconds));
+    say(&format!("  op by op {simulated} of them, as simulated, and {between} between ops\n"));
+    let LocalPrice { network_s, waited_s, .. } = best.price;
+    if network_s > 0.0 {
+        let [all, waited] = [network_s, waited_s].map(|seconds| scale.write(seconds));
+        say(&format!(
+            "  exchanges are {all} between hosts; ranks wait {waited} of it, the rest is behind computation\n"
+        ));
+    }
+    let layout = &best.layout;
+    let how = format!(
+        "{} --set layout.zero={} --set train.recompute={}{}",
+        start(ask, layout, &program(), &quoted(ask.config)),
+        layout.config.layout.zero,
+        layout.recompute(),
+        match layout.config.layout.dispatch {
+            DispatchConfig::Hierarchical if layout.hosts > 1 => " --set layout.dispatch=hierarchical",
+            DispatchConfig::Flat if layout.hosts > 1 => " --set layout.dispatch=flat",
+            _ => "",
+        },
+    );
+    say(&format!("\n{}\n  {how}\n", paint.strong("Train it")));
 }
 
-/// The command that runs a layout.
-fn command(path: &Path, layout: &LocalLayout) -> String {
-    let recompute = layout.name();
-    let recompute = recompute.rsplit(' ').next().unwrap_or_default();
-    format!(
-        "{} train {} --ranks {} --threads {} --set layout.zero={} --set train.recompute={recompute}",
-        program(),
-        quoted(path),
-        layout.ranks,
-        layout.threads,
-        layout.config.layout.zero
-    )
+/// The command that trains `config` on a layout's ranks.
+fn start(ask: &Ask<'_>, layout: &LocalLayout, program: &str, config: &str) -> String {
+    let LocalLayout { hosts, ranks, threads, .. } = layout;
+    match ask.cluster {
+        Some(cluster) if *hosts > 1 => format!(
+            "mpirun -n {ranks} --map-by ppr:{}:node {program} train {config} --threads {threads} --cluster {}",
+            layout.ranks_per_host(),
+            quoted(cluster)
+        ),
+        _ => format!("{program} train {config} --ranks {ranks} --threads {threads}"),
+    }
 }

@@ -15,6 +15,7 @@ mod validate;
 use std::path::{Path, PathBuf};
 
 use clap::{Args, Subcommand};
+use unisono_plan::engine::HostCluster;
 use unisono_plan::simulate::svg;
 use unisono_plan::{Architecture, Gpu, Parallelism};
 
@@ -47,7 +48,7 @@ struct Ask {
     /// A built-in name (see --models), a Hugging Face config.json or its folder, or a config of unisono (.toml)
     #[arg(required_unless_present_any = ["models", "gpus"])]
     model: Option<String>,
-    /// GPU and count, such as h800x2048, a TOML file, or `local`: this machine as `unisono bench local` measured it
+    /// GPU and count, such as h800x2048, a TOML file of GPUs or of hosts, or `local`: this machine as `unisono bench local` measured it
     #[arg(required_unless_present_any = ["models", "gpus"])]
     cluster: Option<String>,
     #[command(flatten)]
@@ -64,7 +65,7 @@ struct Ask {
     /// Print one JSON object
     #[arg(long)]
     json: bool,
-    /// Write the config that `unisono train` runs; refused while the engine lacks a feature. With `local`: of the fastest that fits
+    /// Write the config that `unisono train` runs; refused while the engine lacks a feature. On measured machines: of the fastest that fits
     #[arg(long, value_name = "FILE")]
     emit: Option<PathBuf>,
     /// Write a Chrome trace of the predicted step, which opens in Perfetto: of a step of more than a million events the two ends
@@ -76,7 +77,7 @@ struct Ask {
     /// Write a page with timeline, memory, Pareto front and bytes
     #[arg(long, value_name = "FILE.html")]
     report: Option<PathBuf>,
-    /// With `local`: file of `unisono bench local` [default: local.toml]
+    /// With `local`, and with hosts that are: file of `unisono bench local` [default: local.toml]
     #[arg(long, value_name = "FILE")]
     machine: Option<PathBuf>,
     /// List the built-in models
@@ -110,11 +111,13 @@ fn ask(args: &Ask) -> Result<u8, CliError> {
         list(args.models, args.json);
         return Ok(DONE);
     }
-    if args.cluster.as_deref() == Some(local::LOCAL) {
-        return ask_local(args);
+    if let Some(hosts) = measured_hosts(args)? {
+        return ask_local(args, hosts.as_deref());
     }
     if args.machine.is_some() {
-        return Err(CliError::usage("--machine is for `local`; a cluster is described by its own TOML file"));
+        return Err(CliError::usage(
+            "--machine is for `local` and files with host = \"local\"; a cluster of GPUs is described by its own TOML file",
+        ));
     }
     let text = |value: &Option<String>| value.clone().unwrap_or_default();
     let model = question::model(&text(&args.model))?;
@@ -136,7 +139,7 @@ fn ask(args: &Ask) -> Result<u8, CliError> {
         }
     }
     if let Some(path) = &args.trace {
-        trace::write(&answer, path)?;
+        trace::write(&answer.simulate()?, path)?;
     }
     if let Some(path) = &args.schedule {
         let step = answer.simulate()?;
@@ -162,30 +165,41 @@ fn ask(args: &Ask) -> Result<u8, CliError> {
     Ok(DONE)
 }
 
-/// The same of a config on this machine, which has neither clusters' layouts nor a training of its own.
-fn ask_local(args: &Ask) -> Result<u8, CliError> {
+/// Whether measured machines are meant: nothing beside it for this one, the text of the file that describes several.
+fn measured_hosts(args: &Ask) -> Result<Option<Option<String>>, CliError> {
+    let cluster = args.cluster.as_deref().unwrap_or_default();
+    if cluster == local::LOCAL {
+        return Ok(Some(None));
+    }
+    Ok(question::cluster_text(cluster)?.filter(|text| HostCluster::is_meant(text)).map(Some))
+}
+
+/// The same of a config on this machine, or on hosts that `hosts` describes; they have neither clusters' layouts nor a training of
+/// their own.
+fn ask_local(args: &Ask, hosts: Option<&str>) -> Result<u8, CliError> {
     let of_clusters = [
         ("--layout", args.layout.is_some()),
         ("--explain", args.explain),
-        ("--trace", args.trace.is_some()),
-        ("--schedule", args.schedule.is_some()),
         ("--report", args.report.is_some()),
     ];
     let given = of_clusters.into_iter().filter(|(_, given)| *given).map(|(name, _)| name);
     if let Some(option) = given.chain(args.training.given()).next() {
         return Err(CliError::usage(format!(
-            "{option} is for clusters; `local` prices every layout of a config as it is, routing as even: change the config itself"
+            "{option} is for clusters of GPUs; on measured machines `plan` prices every layout of a config as it is, routing as even: change the config itself"
         )));
     }
     let path = args.model.as_ref().map(Path::new).unwrap_or(Path::new(""));
     let ask = local::Ask {
         config: path,
+        cluster: hosts.and(args.cluster.as_deref()).map(Path::new),
         machine: args.machine.as_deref(),
         emit: args.emit.as_deref(),
+        trace: args.trace.as_deref(),
+        schedule: args.schedule.as_deref(),
         rows: args.rows,
         json: args.json,
     };
-    local::run(&ask)
+    local::run(&ask, hosts)
 }
 
 /// The built-in models or GPUs, one a line or as one JSON array.

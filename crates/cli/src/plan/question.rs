@@ -304,12 +304,9 @@ fn name_of(path: &Path) -> String {
 
 /// A cluster: `h800x2048`, or a TOML file.
 pub fn cluster(text: &str) -> Result<Cluster, CliError> {
-    let path = Path::new(text);
-    if path.extension().is_some_and(|extension| extension == "toml") {
-        let right = "docs/plan.md shows such a file; a GPU and a count, such as h800x2048, needs none";
-        let cluster = Cluster::from_toml(&read(path, right)?);
-        return cluster
-            .map_err(|error| CliError { code: BAD_INPUT, message: format!("{}: {error}", path.display()) });
+    if let Some(file) = cluster_text(text)? {
+        return Cluster::from_toml(&file)
+            .map_err(|error| CliError { code: BAD_INPUT, message: format!("{text}: {error}") });
     }
     Cluster::parse(text).map_err(|error| {
         let remedy = match error {
@@ -318,6 +315,14 @@ pub fn cluster(text: &str) -> Result<Cluster, CliError> {
         };
         CliError::usage(format!("cluster {text:?}: {error}{remedy}"))
     })
+}
+
+/// The file that describes a cluster, if it is one.
+pub fn cluster_text(text: &str) -> Result<Option<String>, CliError> {
+    let path = Path::new(text);
+    let right = "docs/plan.md shows such a file; a GPU and a count, such as h800x2048, needs none";
+    let is_file = path.extension().is_some_and(|extension| extension == "toml");
+    is_file.then(|| read(path, right)).transpose()
 }
 
 /// `right` says what would be.

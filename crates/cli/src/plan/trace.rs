@@ -9,7 +9,6 @@ use serde_json::{Value, json};
 use unisono_plan::SimulatedStep;
 use unisono_plan::simulate::{Lane, Span, trace_events};
 
-use super::answer::Answer;
 use crate::error::{CliError, STORAGE};
 use crate::screen::{Screen, complain};
 use crate::style::{duration, grouped};
@@ -27,8 +26,7 @@ const BATCH: usize = 1 << 12;
 const MOMENT: Duration = Duration::from_millis(500);
 
 /// Writes the trace, and says what of a large one was left out.
-pub fn write(answer: &Answer, path: &Path) -> Result<(), CliError> {
-    let step = answer.simulate()?;
+pub fn write(step: &SimulatedStep, path: &Path) -> Result<(), CliError> {
     let screen = Screen::new(BAR);
     let begin = Instant::now();
     let mut shown = false;
@@ -43,14 +41,14 @@ pub fn write(answer: &Answer, path: &Path) -> Result<(), CliError> {
     };
     let written = File::create(path).and_then(|file| {
         let mut out = BufWriter::new(file);
-        let cut = chrome(&mut out, &step, MOST_EVENTS, tell)?;
+        let cut = chrome(&mut out, step, MOST_EVENTS, tell)?;
         out.flush().map(|()| cut)
     });
     screen.finish();
     let cut = written
         .map_err(|error| CliError { code: STORAGE, message: format!("write {}: {error}", path.display()) })?;
     if let Some(cut) = cut {
-        complain("note", &format!("{}: {}", path.display(), cut.said(&step)));
+        complain("note", &format!("{}: {}", path.display(), cut.said(step)));
     }
     Ok(())
 }
@@ -95,8 +93,9 @@ impl Cut {
     }
 }
 
-/// A rank is a process, its lanes are threads, as in the trace of `unisono train --trace`. Writes one event after the other, about
-/// `most` of them, and tells how many of how many; returns what was left out.
+/// A rank is a process, its lanes are threads, as in the trace of `unisono train --trace`. Of the engine's own list a rank's calls are
+/// the communication lane, with what they wait for; what is on its way between hosts meanwhile has a third. Writes one event after
+/// the other, about `most` of them, and tells how many of how many; returns what was left out.
 fn chrome(
     out: &mut impl Write,
     step: &SimulatedStep,
@@ -109,26 +108,40 @@ fn chrome(
     let mut line = |out: &mut dyn Write, event: &Value| {
         write!(out, "{}{event}", std::mem::replace(&mut separator, ",\n"))
     };
+    let engine = is_engine(step);
+    let lanes = if engine { LANES } else { &LANES[..2] };
     for rank in 0..step.simulated.ranks.len() {
         let name = |lane: usize, what: &str, args: Value| json!({"ph": "M", "pid": rank, "tid": lane, "name": what, "args": args});
         line(out, &name(0, "process_name", json!({"name": format!("rank {rank}")})))?;
         line(out, &name(0, "process_sort_index", json!({"sort_index": rank})))?;
-        for lane in [Lane::Compute, Lane::Communication] {
-            line(out, &name(thread(lane), "thread_name", json!({"name": lane_name(lane)})))?;
+        for (lane, lane_name) in lanes.iter().enumerate() {
+            line(out, &name(lane, "thread_name", json!({"name": lane_name})))?;
         }
     }
     let all = cut.map_or(step.simulated.spans.len(), |cut| cut.kept);
     let events = trace_events(&step.schedule, &step.simulated);
     let kept = events.filter(|event| !cut.is_some_and(|cut| cut.takes(event.start_s)));
+    // When each rank has done what it does itself.
+    let mut done_s = vec![0.0; step.simulated.ranks.len()];
     for (index, event) in kept.enumerate() {
+        let is_call = engine && event.lane == Lane::Compute && event.op.starts_with("finish:");
+        let lane = match event.lane {
+            Lane::Compute => usize::from(is_call),
+            Lane::Communication => 1 + usize::from(engine),
+        };
+        let end_s = event.start_s + event.seconds;
+        let start_s = if is_call { done_s[event.rank] } else { event.start_s };
+        if event.lane == Lane::Compute {
+            done_s[event.rank] = end_s;
+        }
         let value = json!({
             "ph": "X",
             "pid": event.rank,
-            "tid": thread(event.lane),
+            "tid": lane,
             "name": event.name,
-            "cat": lane_name(event.lane),
-            "ts": event.start_s * 1e6,
-            "dur": event.seconds * 1e6,
+            "cat": LANES[lane],
+            "ts": start_s * 1e6,
+            "dur": (end_s - start_s) * 1e6,
             "args": {"op": event.op},
         });
         line(out, &value)?;
@@ -140,18 +153,12 @@ fn chrome(
     Ok(cut)
 }
 
-fn thread(lane: Lane) -> usize {
-    match lane {
-        Lane::Compute => 0,
-        Lane::Communication => 1,
-    }
-}
+/// The lanes of a rank; the last one is that of the engine's own lists.
+const LANES: &[&str] = &["compute", "communication", "network"];
 
-fn lane_name(lane: Lane) -> &'static str {
-    match lane {
-        Lane::Compute => "compute",
-        Lane::Communication => "communication",
-    }
+/// Whether a step is the engine's own list, which has no pipeline.
+fn is_engine(step: &SimulatedStep) -> bool {
+    step.schedule.stages() == 0
 }
 
 #[cfg(test)]

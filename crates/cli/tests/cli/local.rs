@@ -128,3 +128,105 @@ fn the_fastest_layout_is_emitted_as_a_config_that_trains() {
     (expected.train.recompute, expected.layout.zero) = (emitted.train.recompute, emitted.layout.zero);
     assert_eq!(emitted, expected);
 }
+
+/// Describes two of this machine, with a link of `gbyte_per_s`.
+fn write_hosts(folder: &Path, gbyte_per_s: f64) {
+    let text = format!(
+        "host = \"local\"\nhosts = 2\n[[level]]\nname = \"Ethernet\"\ngbyte_per_s = {gbyte_per_s:?}\nlatency_us = 50"
+    );
+    std::fs::write(folder.join("hosts.toml"), text).unwrap();
+}
+
+#[test]
+fn layouts_on_hosts_are_priced_with_what_lies_between_them() {
+    let folder = tempfile::tempdir().unwrap();
+    let folder = folder.path();
+    write_hosts(folder, 0.1);
+    let said = run(folder, 2, &["plan", TINY, "hosts.toml"]).err;
+    assert!(said.contains("unisono bench local"), "{said}");
+    write_machine(folder);
+    let ask = |rate: f64| -> Value {
+        write_hosts(folder, rate);
+        serde_json::from_str(&run(folder, 0, &["plan", TINY, "hosts.toml", "--json"]).out).unwrap()
+    };
+    let of = |plan: &Value, key: &str| plan["layouts"][0][key].as_f64().unwrap();
+    let (fast, slow) = (ask(0.1), ask(0.001));
+    for layout in fast["layouts"].as_array().unwrap() {
+        assert!(layout["hosts"] == 2 && layout["ranks"].as_u64().unwrap() % 2 == 0, "{layout}");
+        assert!(layout["network_s"].as_f64() >= layout["waited_s"].as_f64(), "{layout}");
+    }
+    assert!(of(&slow, "step_s") > 2.0 * of(&fast, "step_s"));
+    let said = run(folder, 0, &["plan", TINY, "hosts.toml", "--emit", "plan.toml"]).out;
+    assert!(said.contains("Ethernet over 2: 0.001 GB/s") && said.contains("--cluster hosts.toml"), "{said}");
+    let emitted = std::fs::read_to_string(folder.join("plan.toml")).unwrap();
+    assert!(emitted.contains("# mpirun -n 2 --map-by ppr:1:node unisono train THIS_FILE"), "{emitted}");
+    let said = run(folder, 2, &["plan", TINY, "hosts.toml", "--layout", "dp2"]).err;
+    assert!(said.starts_with("error: --layout is for clusters of GPUs"), "{said}");
+    let said = run(folder, 2, &["train", TINY, "--cluster", "hosts.toml"]).err;
+    assert!(said.contains("these ranks are on one host"), "{said}");
+}
+
+#[test]
+fn a_host_that_was_measured_elsewhere_is_named_by_its_file() {
+    let folder = tempfile::tempdir().unwrap();
+    let folder = folder.path();
+    write_machine(folder);
+    write_hosts(folder, 0.1);
+    let machine = std::fs::read_to_string(folder.join("local.toml")).unwrap();
+    std::fs::remove_file(folder.join("local.toml")).unwrap();
+    std::fs::write(folder.join("other.toml"), machine.replace(&cpu_type(), "another processor")).unwrap();
+    let hosts = std::fs::read_to_string(folder.join("hosts.toml")).unwrap();
+    let hosts = hosts.replace("\"local\"", "\"other.toml\"").replace("hosts = 2", "hosts = 3");
+    std::fs::write(folder.join("hosts.toml"), &hosts).unwrap();
+    let said = run(folder, 2, &["plan", TINY, "hosts.toml"]).err;
+    assert!(said.contains("do not divide the grid's 4 slots") && said.contains("are 2 hosts"), "{said}");
+    std::fs::write(folder.join("hosts.toml"), hosts.replace("hosts = 3", "hosts = 4\nmemory_gbyte = 1e-6"))
+        .unwrap();
+    let said = run(folder, 0, &["plan", TINY, "hosts.toml"]).out;
+    assert!(said.contains("another processor") && said.contains("does not fit"), "{said}");
+}
+
+#[test]
+fn the_engines_list_prints_and_draws_with_its_times() {
+    let folder = tempfile::tempdir().unwrap();
+    let folder = folder.path();
+    write_machine(folder);
+    write_hosts(folder, 0.1);
+    let files = ["--trace", "trace.json", "--schedule"];
+    let here = ["plan", TINY, "local"].into_iter().chain(files).chain(["list.txt"]).collect::<Vec<_>>();
+    run(folder, 0, &here);
+    let list = std::fs::read_to_string(folder.join("list.txt")).unwrap();
+    assert!(list.starts_with("rank 0 stages: start:targets@0 finish:targets@0 "), "{list}");
+    let trace = || -> Vec<Value> {
+        let text = std::fs::read_to_string(folder.join("trace.json")).unwrap();
+        serde_json::from_str::<Value>(&text).unwrap()["traceEvents"].as_array().unwrap().clone()
+    };
+    let on = |events: &[Value], lane: &str| events.iter().filter(|event| event["cat"] == lane).count();
+    let events = trace();
+    let kernels = list
+        .split(' ')
+        .filter(|op| {
+            ["forward", "again", "backward", "weights", "update"]
+                .iter()
+                .any(|pass| op.contains(&format!(":{pass}@")))
+        })
+        .count();
+    assert_eq!((on(&events, "compute"), on(&events, "network")), (kernels, 0));
+    let plan: Value = serde_json::from_str(&run(folder, 0, &["plan", TINY, "local", "--json"]).out).unwrap();
+    let (simulated, fitted) =
+        (plan["simulated_s"].as_f64().unwrap(), plan["layouts"][0]["step_s"].as_f64().unwrap());
+    assert!(simulated < fitted && simulated > 0.8 * fitted, "{simulated} and {fitted}");
+    let last = events
+        .iter()
+        .filter(|event| event["ph"] == "X")
+        .map(|event| event["ts"].as_f64().unwrap() + event["dur"].as_f64().unwrap());
+    assert!((last.fold(0.0, f64::max) / 1e6 / simulated - 1.0).abs() < 1e-9);
+
+    run(folder, 0, &["plan", TINY, "hosts.toml", "--trace", "trace.json", "--schedule", "list.svg"]);
+    assert!(on(&trace(), "network") > 0);
+    let drawn = std::fs::read_to_string(folder.join("list.svg")).unwrap();
+    assert!(
+        drawn.contains("<title>attention:forward@0</title>")
+            && drawn.contains("<title>start:reduce gradients@1</title>")
+    );
+}

@@ -41,6 +41,11 @@ impl<'a> FixedCalls<'a> {
         Self { layout, shards, rank }
     }
 
+    /// Asks for another rank's from now on.
+    pub fn turn_to(&mut self, rank: usize) {
+        self.rank = rank;
+    }
+
     /// The calls of an exchange; `unit` is that of parameters or gradients.
     pub fn of(&self, exchange: ExchangeKind, unit: usize) -> Vec<(&'static str, Volume)> {
         let fold = &self.layout.fold;

@@ -1,7 +1,7 @@
 //! A measured machine, and what a step of the engine takes on it.
 //!
-//! Ranks are threads of one process, so that a rank's own cores move its bytes: nothing is hidden behind anything, and a
-//! step is the sum of its phases. A phase takes a share of what its products take alone, and a time for each element,
+//! Ranks of a host share its memory, so that a rank's own cores move its bytes: nothing is hidden behind anything, and a
+//! step is the sum of its phases; what travels between hosts besides, `on_hosts.rs` adds. A phase takes a share of what its products take alone, and a time for each element,
 //! each multiply-add of attention and each call besides; these are fitted to steps of the engine itself. Where ranks outnumber
 //! cores, which phase a rank waits in is the scheduler's choice: only whole steps are fitted there ([`Mode::in_turns`]).
 
@@ -103,7 +103,7 @@ impl Mode {
         mode
     }
 
-    fn phase_s(&self, rates: &ProductRates, (communicates, name): Phase, work: &Work) -> f64 {
+    pub(super) fn phase_s(&self, rates: &ProductRates, (communicates, name): Phase, work: &Work) -> f64 {
         let own = self.phase.iter().find(|own| own.communicates == communicates && own.name == name);
         let Some(own) = own else { return 0.0 };
         let factors = [own.of_products, own.element_s, own.score_s, own.call_s];
@@ -136,8 +136,12 @@ pub enum MachineError {
 pub struct LocalPrice {
     /// Seconds of the step.
     pub step_s: f64,
-    /// Seconds of each phase.
+    /// Seconds of each phase: together the step's.
     pub phases: Vec<(Phase, f64)>,
+    /// Seconds that exchanges are between hosts; 0 on one.
+    pub network_s: f64,
+    /// Seconds of these that computation does not hide; phases have them.
+    pub waited_s: f64,
 }
 
 impl LocalMachine {
@@ -175,14 +179,14 @@ impl LocalMachine {
 
     /// The step of a layout with `threads` threads a rank, routing balanced.
     pub fn price(&self, layout: &EngineLayout, rows: StepRows, threads: usize) -> LocalPrice {
-        let ranks = layout.fold.ranks();
-        let (mode, stretch) = self.mode_for(ranks, threads);
+        let (mode, stretch) = self.mode_for(layout.ranks_per_host(), threads);
         let work = step_work(layout, rows);
         let phases: Vec<(Phase, f64)> = work
             .iter()
             .map(|(phase, work)| (*phase, stretch * mode.phase_s(&self.products, *phase, work)))
             .collect();
-        LocalPrice { step_s: phases.iter().map(|(_, seconds)| seconds).sum(), phases }
+        let step_s = phases.iter().map(|(_, seconds)| seconds).sum();
+        LocalPrice { step_s, phases, network_s: 0.0, waited_s: 0.0 }
     }
 
     /// Takes over what a run of a layout took: `seconds` of each phase of a step. Phases of the layout's mode are scaled to that;
@@ -215,7 +219,7 @@ impl LocalMachine {
 
     /// The mode nearest to how a layout runs, and how much longer it takes than that: ranks beyond the cores take turns, and
     /// threads share a rank's work.
-    fn mode_for(&self, ranks: usize, threads: usize) -> (&Mode, f64) {
+    pub(super) fn mode_for(&self, ranks: usize, threads: usize) -> (&Mode, f64) {
         let turns = |ranks: usize, threads: usize| (ranks * threads) as f64 / self.cores as f64;
         let distance = |mode: &&Mode| {
             let off = |a: usize, b: usize| (a as f64 / b as f64).ln().abs();

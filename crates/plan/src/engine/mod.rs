@@ -2,10 +2,14 @@
 //! measured.
 
 mod calls;
+mod hosts;
 mod machine;
+mod network;
+mod on_hosts;
 mod traffic;
 mod work;
 
+pub use hosts::HostCluster;
 pub use machine::{LocalMachine, LocalPrice, MachineError, Mode, PhaseRates, ProductRates, Samples};
 pub use traffic::{CallTraffic, Traffic, TrafficPlan};
 pub use work::{OTHER, Phase, ProductKind, Products, StepRows, Work, step_work};
@@ -34,6 +38,12 @@ pub struct EngineLayout {
 }
 
 impl EngineLayout {
+    /// Ranks of the host that has most.
+    pub fn ranks_per_host(&self) -> usize {
+        let on = |host: usize| self.node_of.iter().filter(|node| **node == host).count();
+        (0..self.node_of.len()).map(on).max().unwrap_or(1)
+    }
+
     /// The dispatch groups of `rank`, one a wave.
     pub fn dispatch_groups(&self, rank: usize) -> Vec<DispatchGroup> {
         let placement = ExpertPlacement::new(self.fold, self.model.num_experts);

@@ -79,7 +79,7 @@ pub fn step_work(layout: &EngineLayout, rows: StepRows) -> BTreeMap<Phase, Work>
     let mut phases: BTreeMap<Phase, Work> = BTreeMap::new();
     for op in layout.step.schedule(&layout.model).ranks.iter().flatten() {
         let (phase, work) = match op {
-            Op::Kernel(kernel) => ((false, kernel.kind.name()), walk.kernel(kernel)),
+            Op::Kernel(kernel) => (kernel_phase(kernel.kind), walk.kernel(kernel)),
             Op::Start(exchange) => (exchange_phase(exchange.kind), walk.exchange(exchange)),
             _ => continue,
         };
@@ -89,14 +89,19 @@ pub fn step_work(layout: &EngineLayout, rows: StepRows) -> BTreeMap<Phase, Work>
         sum.scores += work.scores;
         sum.calls += work.calls;
     }
-    let other = phases.entry(OTHER).or_default();
-    other.elements += walk.zeroed();
-    other.calls += (layout.step.waves * layout.step.turns * walk.layout.units()) as f64;
+    let (between, other) = (walk.between_ops(), phases.entry(OTHER).or_default());
+    other.elements += between.elements;
+    other.calls += between.calls;
     phases
 }
 
+/// The phase of a kernel.
+pub(super) fn kernel_phase(kind: KernelKind) -> Phase {
+    (false, kind.name())
+}
+
 /// The engine's profile names fewer phases than the schedule has exchanges.
-fn exchange_phase(kind: ExchangeKind) -> Phase {
+pub(super) fn exchange_phase(kind: ExchangeKind) -> Phase {
     match kind {
         ExchangeKind::DispatchWeights => (true, ExchangeKind::Dispatch.name()),
         ExchangeKind::CombineWeights => (true, ExchangeKind::Combine.name()),
@@ -105,7 +110,8 @@ fn exchange_phase(kind: ExchangeKind) -> Phase {
     }
 }
 
-struct Walk<'a> {
+/// What the ops of a layout's step do on rank 0.
+pub(super) struct Walk<'a> {
     engine: &'a EngineLayout,
     layout: Layout,
     shards: Shards,
@@ -122,7 +128,7 @@ struct Walk<'a> {
 }
 
 impl<'a> Walk<'a> {
-    fn new(engine: &'a EngineLayout, step: StepRows) -> Self {
+    pub fn new(engine: &'a EngineLayout, step: StepRows) -> Self {
         let (model, fold) = (&engine.model, engine.fold);
         let placement = ExpertPlacement::new(fold, model.num_experts);
         let layout = Layout::new(model);
@@ -165,14 +171,19 @@ impl<'a> Walk<'a> {
         Products { kind: ProductKind::TransposedLeft, dims, count: self.slots as f64 }
     }
 
-    fn kernel(&self, kernel: &Kernel) -> Work {
+    pub fn kernel(&self, kernel: &Kernel) -> Work {
         let backward = kernel.pass == Pass::Backward;
         let unit = usize::from(kernel.site.layer);
         match kernel.kind {
             KernelKind::Embedding => self.streamed(2.0 * self.rows * self.d()),
             KernelKind::Attention => self.attention(backward),
-            KernelKind::DenseFfn => self.feed_forward(self.engine.model.intermediate_size, backward),
-            KernelKind::SharedExperts => self.feed_forward(self.engine.model.shared_width(), backward),
+            KernelKind::DenseFfn => {
+                self.feed_forward(self.rows, self.engine.model.intermediate_size, backward)
+            }
+            // The schedule names them twice.
+            KernelKind::SharedExperts => {
+                self.feed_forward(0.5 * self.rows, self.engine.model.shared_width(), backward)
+            }
             KernelKind::Router => self.router(backward),
             // The backward's is in the router's phase.
             KernelKind::Permute if backward => Work::default(),
@@ -221,19 +232,26 @@ impl<'a> Walk<'a> {
         }
     }
 
-    /// A network over all rows of a wave with `width` hidden values.
-    fn feed_forward(&self, width: usize, backward: bool) -> Work {
-        let (d, rows) = (self.engine.model.hidden_size, self.rows);
+    /// A network over `rows` with `width` hidden values.
+    fn feed_forward(&self, rows: f64, width: usize, backward: bool) -> Work {
+        let d = self.engine.model.hidden_size;
+        let of_rows = |products: Products| {
+            let [_, n, k] = products.dims;
+            Products { dims: [(rows as usize).max(1), n, k], ..products }
+        };
         let elements = |of_width: f64| rows * (4.0 * self.d() + of_width * width as f64);
         match backward {
             false => Work {
-                products: vec![self.forward(d, 2 * width), self.forward(width, d)],
+                products: vec![of_rows(self.forward(d, 2 * width)), of_rows(self.forward(width, d))],
                 elements: elements(3.0),
                 scores: 0.0,
                 calls: 2.0,
             },
             true => Work {
-                products: vec![self.input_gradient(width, d), self.input_gradient(d, 2 * width)],
+                products: vec![
+                    of_rows(self.input_gradient(width, d)),
+                    of_rows(self.input_gradient(d, 2 * width)),
+                ],
                 elements: elements(6.0),
                 scores: 0.0,
                 calls: 2.0,
@@ -344,6 +362,12 @@ impl<'a> Walk<'a> {
         3.0 * (sums + of_experts)
     }
 
+    /// What a step does that no op stands for.
+    pub fn between_ops(&self) -> Work {
+        let calls = (self.engine.step.waves * self.engine.step.turns * self.layout.units()) as f64;
+        Work { elements: self.zeroed(), calls, ..Work::default() }
+    }
+
     /// Elements of accumulators that a step begins with zeros.
     fn zeroed(&self) -> f64 {
         let experts =
@@ -353,7 +377,8 @@ impl<'a> Walk<'a> {
         (a_wave * self.engine.step.waves * turns) as f64
     }
 
-    fn exchange(&self, exchange: &Exchange) -> Work {
+    /// What the rank's own cores do in an exchange.
+    pub fn exchange(&self, exchange: &Exchange) -> Work {
         let model = &self.engine.model;
         let of_layer = || {
             LayerCalls::new(&self.group, &self.census, &self.engine.dispatch, model.hidden_size, model.top_k)

@@ -3,6 +3,7 @@
 use serde::Deserialize;
 
 use super::{Cluster, ClusterError, Gpu, Level, NETWORKS, check};
+use crate::engine::HostCluster;
 
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -19,9 +20,10 @@ struct File {
     level: Vec<FileLevel>,
 }
 
+/// A `[[level]]`.
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
-struct FileLevel {
+pub(crate) struct FileLevel {
     name: String,
     width: Option<usize>,
     gbyte_per_s: f64,
@@ -42,6 +44,10 @@ impl Cluster {
     /// # Errors
     /// Unknown keys, GPUs and networks, impossible values, and keys without effect, by name.
     pub fn from_toml(text: &str) -> Result<Self, ClusterError> {
+        if HostCluster::is_meant(text) {
+            let rule = "it describes hosts that were measured, which only `unisono plan CONFIG FILE` prices";
+            return Err(ClusterError::Toml(rule.into()));
+        }
         let file: File = toml::from_str(text).map_err(|error| ClusterError::Toml(error.to_string()))?;
         file.check_effect()?;
         let mut gpu = Gpu::named(&file.gpu)?;
@@ -64,7 +70,7 @@ impl Cluster {
             cluster.be_joined_by(&name)?;
         }
         if !file.level.is_empty() {
-            cluster.levels = levels(file.level, file.gpus)?;
+            cluster.levels = levels(file.level, file.gpus, "GPUs")?;
         }
         Ok(cluster)
     }
@@ -104,15 +110,16 @@ impl File {
     }
 }
 
-fn levels(from: Vec<FileLevel>, gpus: usize) -> Result<Vec<Level>, ClusterError> {
+/// Levels over `all` of `what`.
+pub(crate) fn levels(from: Vec<FileLevel>, all: usize, what: &str) -> Result<Vec<Level>, ClusterError> {
     let mut levels: Vec<Level> = Vec::with_capacity(from.len());
     for level in from {
         let inner = levels.last().map_or(0, |level| level.width);
-        let width = level.width.unwrap_or(gpus);
+        let width = level.width.unwrap_or(all);
         check(width > inner, "level.width", width, || {
             format!("must be more than the {inner} of the level within")
         })?;
-        check(width >= gpus || width.is_multiple_of(inner.max(1)), "level.width", width, || {
+        check(width >= all || width.is_multiple_of(inner.max(1)), "level.width", width, || {
             format!("must be a multiple of the {inner} of the level within")
         })?;
         check(levels.iter().all(|other| other.name != level.name), "level.name", &level.name, || {
@@ -123,21 +130,21 @@ fn levels(from: Vec<FileLevel>, gpus: usize) -> Result<Vec<Level>, ClusterError>
         })?;
         levels.push(Level {
             name: level.name,
-            width: width.min(gpus),
+            width: width.min(all),
             bytes_per_s: positive("level.gbyte_per_s", level.gbyte_per_s)? * 1e9,
             latency_s: positive("level.latency_us", level.latency_us)? * 1e-6,
             oversubscription: level.oversubscription,
         });
-        if width >= gpus {
+        if width >= all {
             return Ok(levels);
         }
     }
     let reach = levels.last().map_or(0, |level| level.width);
-    check(false, "level.width", reach, || format!("the outermost must span all {gpus} GPUs"))?;
+    check(false, "level.width", reach, || format!("the outermost must span all {all} {what}"))?;
     Ok(levels)
 }
 
-fn positive(field: &'static str, value: f64) -> Result<f64, ClusterError> {
+pub(crate) fn positive(field: &'static str, value: f64) -> Result<f64, ClusterError> {
     check(value.is_finite() && value > 0.0, field, value, || "must be more than 0".into())?;
     Ok(value)
 }
@@ -232,5 +239,6 @@ mod tests {
             "cluster network = EFA: has no effect where NVLink joins all GPUs: leave it out"
         );
         assert!(said("gpu = \"h100\"\nnodes = 3").contains("unknown field `nodes`"));
+        assert!(said("host = \"local\"\nhosts = 3").contains("only `unisono plan CONFIG FILE` prices"));
     }
 }

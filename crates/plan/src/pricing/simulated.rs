@@ -1,7 +1,7 @@
 //! The exact path: a layout's schedule, op by op, with the costs of every stage.
 
 use crate::parallelism::{Parallelism, ParallelismError};
-use crate::schedule::Schedule;
+use crate::schedule::{ExchangeKind, Op, Schedule};
 use crate::simulate::{
     LinkClass, Replicas, Segment, Simulated, StageCosts, Transfer, UniformCosts, simulate,
 };
@@ -72,8 +72,18 @@ impl Pricer {
         layout.check(&self.model, &self.training)?;
         let micro_batches = layout.micro_batches(&self.training);
         let schedule = layout.schedule.schedule(layout.pipeline, layout.virtual_stages, micro_batches)?;
-        let schedule = schedule.then_update();
-        let costs = self.costs(layout);
+        let mut schedule = schedule.then_update();
+        let mut costs = self.costs(layout);
+        if layout.state_exchanges(&self.training).weights > 1.0 {
+            schedule = schedule.gathering_each_pass();
+            // The price's traffic, in as many pieces as the list has.
+            for (gather, ops) in costs.gather.iter_mut().zip(&schedule.ranks) {
+                let is_one =
+                    |op: &&Op| matches!(op, Op::Start(e) if e.kind == ExchangeKind::GatherParameters);
+                let pieces = ops.iter().filter(is_one).count().max(1) as f64;
+                gather.iter_mut().for_each(|segment| segment.seconds /= pieces);
+            }
+        }
         let replicas = Replicas::symmetric(layout.data * layout.context);
         let simulated = run(&schedule, &costs, replicas, keep_spans);
         Ok(SimulatedStep { schedule, simulated })

@@ -239,13 +239,7 @@ impl List<'_> {
         self.kernel(KernelKind::Router, pass);
         self.exchange(ExchangeKind::DispatchCounts);
         self.kernel(KernelKind::Permute, pass);
-        self.start(ExchangeKind::Dispatch);
-        self.start(ExchangeKind::DispatchWeights);
-        self.shared_experts(pass);
-        self.finish(ExchangeKind::DispatchWeights);
-        self.finish(ExchangeKind::Dispatch);
-        self.kernel(KernelKind::Experts, pass);
-        self.exchange(ExchangeKind::Combine);
+        self.experts(pass);
         self.kernel(KernelKind::Permute, pass);
     }
 
@@ -253,13 +247,7 @@ impl List<'_> {
         let pass = Pass::Backward;
         if self.model.is_moe(usize::from(self.site.layer)) {
             self.kernel(KernelKind::Permute, pass);
-            self.start(ExchangeKind::Dispatch);
-            self.shared_experts(pass);
-            self.finish(ExchangeKind::Dispatch);
-            self.kernel(KernelKind::Experts, pass);
-            self.start(ExchangeKind::Combine);
-            self.exchange(ExchangeKind::CombineWeights);
-            self.finish(ExchangeKind::Combine);
+            self.experts(pass);
             self.kernel(KernelKind::Router, pass);
             self.kernel(KernelKind::ExpertWeights, Pass::Weights);
         } else {
@@ -270,7 +258,43 @@ impl List<'_> {
         self.kernel(KernelKind::DenseWeights, Pass::Weights);
     }
 
-    fn shared_experts(&mut self, pass: Pass) {
+    /// Rows to their experts and results back; half of the shared experts runs beside either way, if exchanges run ahead. Rows that
+    /// travel in rounds, under a bound, are waited for.
+    fn experts(&mut self, pass: Pass) {
+        let ahead = self.step.overlap;
+        let forward = pass != Pass::Backward;
+        if ahead {
+            self.start(ExchangeKind::Dispatch);
+        }
+        if forward {
+            self.start(ExchangeKind::DispatchWeights);
+        }
+        self.half_of_shared_experts(pass);
+        if forward {
+            self.finish(ExchangeKind::DispatchWeights);
+        }
+        if !ahead {
+            self.start(ExchangeKind::Dispatch);
+        }
+        self.finish(ExchangeKind::Dispatch);
+        self.kernel(KernelKind::Experts, pass);
+        self.start(ExchangeKind::Combine);
+        if !ahead {
+            self.finish(ExchangeKind::Combine);
+        }
+        if !forward {
+            self.start(ExchangeKind::CombineWeights);
+        }
+        self.half_of_shared_experts(pass);
+        if ahead {
+            self.finish(ExchangeKind::Combine);
+        }
+        if !forward {
+            self.finish(ExchangeKind::CombineWeights);
+        }
+    }
+
+    fn half_of_shared_experts(&mut self, pass: Pass) {
         if self.model.num_shared_experts > 0 {
             self.kernel(KernelKind::SharedExperts, pass);
         }

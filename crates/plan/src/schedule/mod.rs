@@ -74,6 +74,24 @@ impl Schedule {
         }
         self
     }
+
+    /// What [`Self::then_update`] made, for parameters in shards that no rank keeps: they are gathered before each pass that uses
+    /// them, and not after the update.
+    pub fn gathering_each_pass(mut self) -> Self {
+        let gathers =
+            |op: &Op| matches!(op, Op::Start(e) | Op::Finish(e) if e.kind == ExchangeKind::GatherParameters);
+        for ops in &mut self.ranks {
+            for op in std::mem::take(ops).into_iter().filter(|op| !gathers(op)) {
+                if let Some(chunk) = op.forward().or(op.backward()) {
+                    let site = Site { layer: chunk.stage, turn: chunk.micro_batch, ..Site::default() };
+                    let gather = Exchange { kind: ExchangeKind::GatherParameters, site };
+                    ops.extend([Op::Start(gather), Op::Finish(gather)]);
+                }
+                ops.push(op);
+            }
+        }
+        self
+    }
 }
 
 /// One line a rank: `rank 0 stages 0 3: F0@0 F1@0 B0@0`.

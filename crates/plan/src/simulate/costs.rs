@@ -62,7 +62,7 @@ pub struct Transfer {
 /// The costs of one step.
 pub trait Costs {
     /// What `op` does on pipeline rank `rank` of `replica`, one after the other. Never asked for an overlapped op, but for its
-    /// halves; what [`Op::Start`] starts goes to the communication lane; [`Op::Finish`] costs nothing but its wait.
+    /// halves; what [`Op::Start`] starts goes to the communication lane; what [`Op::Finish`] takes comes after its wait.
     fn segments(&self, replica: usize, rank: usize, op: &Op) -> &[Segment];
 
     /// The way of an output (or gradient) between the ranks of neighbouring stages.

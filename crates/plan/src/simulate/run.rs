@@ -141,7 +141,9 @@ impl<'a, C: Costs> Run<'a, C> {
             };
             match op {
                 Op::Finish(exchange) if self.ranks[rank].open.contains(exchange) => return,
-                Op::Finish(_) => self.ranks[rank].next += 1,
+                Op::Finish(_) if costs.segments(replica, position, op).is_empty() => {
+                    self.ranks[rank].next += 1
+                }
                 Op::Start(exchange) => {
                     self.ranks[rank].next += 1;
                     self.start_exchange(rank, index, *exchange, costs.segments(replica, position, op));

@@ -3,7 +3,7 @@
 use std::fmt::Write as _;
 
 use super::{Lane, Simulated, Span};
-use crate::schedule::{Op, Schedule};
+use crate::schedule::{Op, Pass, Schedule};
 
 /// One box of a trace viewer.
 #[derive(Debug, Clone, PartialEq)]
@@ -52,7 +52,7 @@ const LEFT: f64 = 64.0;
 const WIDTH: f64 = 1200.0;
 
 /// Draws a step simulated with its spans: one row a rank, time to the right, one box an op, with its micro-batch where
-/// there is room. Colours are classes (`forward`, `backward`, `input`, `weights`, `other`, darker from the second stage of a
+/// there is room. Where there are no stages, exchanges that are under way are the lower half of a row, the rest the upper one. Colours are classes (`forward`, `backward`, `input`, `weights`, `other`, darker from the second stage of a
 /// rank on) with defaults that read on light and on dark ground.
 pub fn svg(schedule: &Schedule, simulated: &Simulated) -> String {
     let height = ROW * (simulated.ranks.len() as f64 + 1.0);
@@ -107,6 +107,7 @@ fn shape(schedule: &Schedule, spans: &[&Span]) -> Shape {
         Op::Backward(chunk) => ("backward", Some(chunk)),
         Op::BackwardInput(chunk) => ("input", Some(chunk)),
         Op::BackwardWeight(chunk) => ("weights", Some(chunk)),
+        Op::Kernel(kernel) => (class_of(kernel.pass), None),
         _ => ("other", None),
     };
     let first_stage =
@@ -115,12 +116,27 @@ fn shape(schedule: &Schedule, spans: &[&Span]) -> Shape {
     let overlapped = matches!(list[spans[0].op as usize], Op::Overlapped { .. });
     Shape {
         rank,
-        part: if overlapped { spans[0].half + 1 } else { 0 },
+        part: match op {
+            _ if overlapped => spans[0].half + 1,
+            Op::Start(_) if schedule.stages() == 0 => 2,
+            _ if schedule.stages() == 0 => 1,
+            _ => 0,
+        },
         class: if later { later_class(class) } else { class },
         label: chunk.map_or_else(String::new, |chunk| chunk.micro_batch.to_string()),
         title: op.to_string(),
         start_s: spans.iter().map(|span| span.start_s).fold(f64::INFINITY, f64::min),
         end_s: spans.iter().map(|span| span.start_s + span.seconds).fold(0.0, f64::max),
+    }
+}
+
+fn class_of(pass: Pass) -> &'static str {
+    match pass {
+        Pass::Forward => "forward",
+        Pass::Again => "forward later",
+        Pass::Backward => "backward",
+        Pass::Weights => "weights",
+        Pass::Update => "other",
     }
 }
 
