@@ -12,7 +12,7 @@ use unisono_train::{measure_machine, recalibrate};
 use crate::args::count;
 use crate::config;
 use crate::error::{CliError, DONE};
-use crate::machine::{self, LocalLayout, MACHINE_FILE};
+use crate::machine::{self, LocalLayout, MACHINE_FILE, Sees};
 use crate::screen::{complain, say};
 use crate::style::{duration, percent, table};
 
@@ -78,7 +78,7 @@ pub fn local(args: &Local) -> Result<u8, CliError> {
 
 /// `unisono bench local --from RUN`
 fn from_run(args: &Local, run: &Path) -> Result<u8, CliError> {
-    let mut machine = machine::load_named(&args.out)?;
+    let mut machine = machine::load_named(&args.out, Sees::All)?;
     let learnt = recalibrate(&mut machine, run)?;
     write(&machine, &args.out)?;
     if args.json {
@@ -135,7 +135,7 @@ const LEAST_NOISE: f64 = 0.02;
 /// `unisono bench layouts`
 pub fn layouts(args: &Layouts) -> Result<u8, CliError> {
     let config = config::load(args.config.as_deref(), &args.set)?;
-    let machine = machine::load(args.machine.as_deref())?
+    let machine = machine::load(args.machine.as_deref(), Sees::All)?
         .ok_or_else(|| CliError::usage("measure this machine first: `unisono bench local`"))?;
     let layouts = machine::layouts(&config);
     let mut all = Vec::new();

@@ -19,20 +19,29 @@ pub const LOCAL: &str = "local";
 /// Where `unisono bench local` writes what it finds.
 pub const MACHINE_FILE: &str = "local.toml";
 
+/// The cores of this machine that a process sees.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Sees {
+    /// All of them.
+    All,
+    /// Those that a launcher has bound it to.
+    Some,
+}
+
 /// The machine of a file, or that of [`MACHINE_FILE`] if there is one.
 ///
 /// # Errors
 /// If a named file cannot be read or is that of another machine.
-pub fn load(named: Option<&Path>) -> Result<Option<LocalMachine>, CliError> {
+pub fn load(named: Option<&Path>, sees: Sees) -> Result<Option<LocalMachine>, CliError> {
     if let Some(path) = named {
-        return load_named(path).map(Some);
+        return load_named(path, sees).map(Some);
     }
     let path = Path::new(MACHINE_FILE);
     if !path.exists() {
         return Ok(None);
     }
     let machine = read(path)?;
-    if let Some(other) = another(&machine) {
+    if let Some(other) = another(&machine, sees) {
         complain("warning", &format!("{MACHINE_FILE} is not used: {other}"));
         return Ok(None);
     }
@@ -43,9 +52,9 @@ pub fn load(named: Option<&Path>) -> Result<Option<LocalMachine>, CliError> {
 ///
 /// # Errors
 /// If the file cannot be read or is that of another machine.
-pub fn load_named(path: &Path) -> Result<LocalMachine, CliError> {
+pub fn load_named(path: &Path, sees: Sees) -> Result<LocalMachine, CliError> {
     let machine = read(path)?;
-    match another(&machine) {
+    match another(&machine, sees) {
         None => Ok(machine),
         Some(other) => Err(bad(path, &other)),
     }
@@ -70,8 +79,9 @@ fn read(path: &Path) -> Result<LocalMachine, CliError> {
 }
 
 /// What says that a machine is not this one.
-fn another(machine: &LocalMachine) -> Option<String> {
-    if (machine.cpu.as_str(), machine.cores) == (cpu_type().as_str(), cores()) {
+fn another(machine: &LocalMachine, sees: Sees) -> Option<String> {
+    let as_many = machine.cores == cores() || (sees == Sees::Some && machine.cores > cores());
+    if machine.cpu == cpu_type() && as_many {
         return None;
     }
     Some(format!(
@@ -97,10 +107,10 @@ impl Hosts {
     ///
     /// # Errors
     /// If it does not describe hosts, or one of them has not been measured.
-    pub fn read(text: &str, path: &Path, machine: Option<&Path>) -> Result<Self, CliError> {
+    pub fn read(text: &str, path: &Path, machine: Option<&Path>, sees: Sees) -> Result<Self, CliError> {
         let cluster = HostCluster::from_toml(text).map_err(|error| bad(path, &error.to_string()))?;
         let machine = match (cluster.host.as_str(), machine) {
-            (LOCAL, machine) => this_machine(machine)?,
+            (LOCAL, machine) => this_machine(machine, sees)?,
             (host, None) => read(&path.parent().unwrap_or(Path::new("")).join(host))?,
             (host, Some(_)) => {
                 return Err(CliError::usage(format!(
@@ -117,7 +127,7 @@ impl Hosts {
     /// # Errors
     /// If it has not been measured.
     pub fn here(machine: Option<&Path>) -> Result<Self, CliError> {
-        Ok(Self { machine: this_machine(machine)?, cluster: None })
+        Ok(Self { machine: this_machine(machine, Sees::All)?, cluster: None })
     }
 
     /// How many there are.
@@ -156,8 +166,9 @@ impl Hosts {
     }
 }
 
-fn this_machine(named: Option<&Path>) -> Result<LocalMachine, CliError> {
-    load(named)?.ok_or_else(|| CliError::usage("this machine has not been measured: `unisono bench local`"))
+fn this_machine(named: Option<&Path>, sees: Sees) -> Result<LocalMachine, CliError> {
+    load(named, sees)?
+        .ok_or_else(|| CliError::usage("this machine has not been measured: `unisono bench local`"))
 }
 
 fn fold(config: &RunConfig, ranks: usize) -> Result<Fold, CliError> {

@@ -15,7 +15,7 @@ use crate::config;
 use crate::error::{BUG, CliError, DONE, REQUEUE, remedy};
 use crate::job::Job;
 use crate::layout::cores;
-use crate::machine::{self, Hosts};
+use crate::machine::{self, Hosts, Sees};
 use crate::screen::{Screen, complain, say};
 use crate::signals::{Signals, Then};
 use crate::style::{Paint, WIDTH, program, quoted};
@@ -134,16 +134,17 @@ fn predict(
 ) -> Result<(), CliError> {
     let (ranks, threads, host_of) = (options.ranks, options.threads, job.hosts());
     let host = |rank: usize| host_of.get(rank).copied().unwrap_or(0);
+    let sees = if host_of.is_empty() { Sees::All } else { Sees::Some };
     let hosts = 1 + host_of.iter().copied().max().unwrap_or(0);
     let known = match (cluster, hosts) {
-        (Some(path), 2..) => Some(Hosts::read(&read_cluster(path)?, path, machine)?),
+        (Some(path), 2..) => Some(Hosts::read(&read_cluster(path)?, path, machine, sees)?),
         (Some(path), _) => {
             return Err(CliError::usage(format!(
                 "--cluster {}: these ranks are on one host; leave it out, `--machine` is for one",
                 path.display()
             )));
         }
-        (None, 1) => machine::load(machine)?.map(|machine| Hosts { machine, cluster: None }),
+        (None, 1) => machine::load(machine, sees)?.map(|machine| Hosts { machine, cluster: None }),
         (None, _) => match machine {
             Some(file) => {
                 return Err(CliError::usage(format!(

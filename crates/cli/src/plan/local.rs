@@ -15,7 +15,7 @@ use unisono_train::{RunConfig, TrainError, estimate_all};
 use super::{trace, write};
 use crate::error::{CliError, DONE};
 pub use crate::machine::LOCAL;
-use crate::machine::{self, Hosts, LocalLayout};
+use crate::machine::{self, Hosts, LocalLayout, Sees};
 use crate::screen::say;
 use crate::style::{Paint, Scale, bar, grouped, percent, program, quoted, table};
 
@@ -61,7 +61,7 @@ pub fn run(ask: &Ask<'_>, hosts: Option<&str>) -> Result<u8, CliError> {
     }
     let config = crate::config::load(Some(path), &[])?;
     let hosts = match (hosts, ask.cluster) {
-        (Some(text), Some(cluster)) => Hosts::read(text, cluster, ask.machine)?,
+        (Some(text), Some(cluster)) => Hosts::read(text, cluster, ask.machine, Sees::All)?,
         _ => Hosts::here(ask.machine)?,
     };
     let free = memory_of_host(&hosts);
