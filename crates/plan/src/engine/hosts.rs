@@ -65,7 +65,7 @@ impl HostCluster {
         check(file.hosts == 1 || !file.level.is_empty(), "level", "", || {
             "must say what lies between hosts: [[level]] with name, gbyte_per_s and latency_us".into()
         })?;
-        check(file.hosts > 1 || file.level.is_empty(), "level", &file.level.len().to_string(), || {
+        check(file.hosts > 1 || file.level.is_empty(), "level", file.level.len(), || {
             "has no effect with one host: leave it out".into()
         })?;
         let levels = if file.hosts == 1 { Vec::new() } else { levels(file.level, file.hosts, "hosts")? };
