@@ -85,6 +85,17 @@ impl<B: Backend> Transformer<B> {
         Route::new(&wave, routing, batch, self.model.top_k)
     }
 
+    fn note_routing(&self, layer: usize, routing: &Routing) {
+        let words = |words: &[u32]| words.iter().map(|word| *word as f32).collect::<Vec<_>>();
+        let sums = |sums: &[f64]| sums.iter().map(|sum| *sum as f32).collect::<Vec<_>>();
+        self.note_host("", layer, "router_weights", || routing.weights.clone());
+        self.note_host("", layer, "experts", || words(&routing.experts));
+        self.note_host("", layer, "counts", || words(&routing.counts));
+        self.note_host("", layer, "balance_loss", || sums(&routing.balance_loss));
+        self.note_host("", layer, "z_loss", || sums(&routing.z_loss));
+        self.note_host("", layer, "entropy", || sums(&routing.entropy));
+    }
+
     pub(crate) fn wiring(&self) -> Wiring<'_, B> {
         let (comm, backend) = (&self.dispatch, &self.backend);
         let wire = wire(&self.shape);
@@ -158,6 +169,7 @@ impl<B: Backend> Transformer<B> {
         });
         self.note("", layer, "ffn_norm", &normed);
         self.note("", layer, "router_logits", &logits);
+        self.note_routing(layer, &routing);
         let route = profile.communicate("dispatch counts", || self.route(&routing, batch))?;
         let mut shared = tensors.ffn.as_ref().map(|ffn| self.start_feed_forward(ffn, batch, &normed));
         let mut run_shared = |rows: Range<usize>| {
@@ -183,6 +195,9 @@ impl<B: Backend> Transformer<B> {
             (profile.communicate("combine", || back.finish())?, Some(received))
         };
         let (shared, shared_gu) = shared.map(|shared| (shared.result, shared.kept)).unzip();
+        if let Some(shared) = &shared {
+            self.note("", layer, "shared", shared);
+        }
         let y = profile.compute("permute", || {
             let mut y = backend.alloc(x.len());
             let shared = shared.as_ref().map(Buffer::all);
@@ -277,6 +292,8 @@ impl<B: Backend> Transformer<B> {
         let tensors = &self.layout.layers[layer];
         let d = self.model.hidden_size;
         let MoeSaved { x, rstd, normed, logits, routing, route, received, shared_gu } = saved;
+        // What routed and shared experts are given is the gradient of their sum.
+        self.note("grad.", layer, "ffn", &dy);
         let mut shared = tensors
             .ffn
             .as_ref()
@@ -325,6 +342,7 @@ impl<B: Backend> Transformer<B> {
             let mut dnormed = backend.alloc(x.len());
             let dshared = dshared.as_ref().map(Buffer::all);
             self.combine(&back, &routing, &route, dshared, base.all(), &mut dnormed);
+            self.note_host("grad.", layer, "router_weights", || dweights.clone());
             self.note("grad.", layer, "router_logits", &dlogits);
             self.note("grad.", layer, "ffn_norm", &dnormed);
             let dx = self.norm_backward(&dy, &dnormed, &x, &rstd, &tensors.ffn_norm, parameters);

@@ -28,7 +28,8 @@ pub enum Recompute {
     Full,
 }
 
-/// Named activations (and their gradients under `grad.`) of one pass, for comparison with a reference.
+/// Named activations (and their gradients under `grad.`) of one pass, for comparison with a reference; experts and counts
+/// as numbers.
 pub type Activations = BTreeMap<String, Vec<f32>>;
 
 /// What a pass reports.
@@ -163,6 +164,19 @@ impl<B: Backend> Transformer<B> {
             let mut values = vec![0.0; buffer.len()];
             self.backend.download(buffer.all(), &mut values);
             kept.borrow_mut().insert(name(), values);
+        }
+    }
+
+    /// As [`Transformer::note`], of values that the host holds.
+    pub(crate) fn note_host(
+        &self,
+        prefix: &str,
+        layer: usize,
+        what: &str,
+        values: impl FnOnce() -> Vec<f32>,
+    ) {
+        if let Some(kept) = &self.activations {
+            kept.borrow_mut().insert(format!("{prefix}layers.{layer}.act.{what}"), values());
         }
     }
 
@@ -323,6 +337,7 @@ impl<B: Backend> Transformer<B> {
             let ffn =
                 tensors.ffn.as_ref().expect("the layout gives every dense layer a feed-forward network");
             let normed = normed.unwrap_or_else(|| self.norm(&x, &tensors.ffn_norm, parameters).0);
+            self.note("grad.", layer, "ffn", &dy);
             let (dnormed, work) = self.feed_forward_backward(ffn, parameters, batch, &dy, gu);
             self.note("grad.", layer, "ffn_norm", &dnormed);
             let dx = self.norm_backward(&dy, &dnormed, &x, &rstd, &tensors.ffn_norm, parameters);

@@ -2,67 +2,122 @@
 
 mod common;
 
-use common::{Case, Gradients, Reference, run};
+use std::collections::BTreeMap;
+
+use common::{Case, Gradients, Reference, compare, run};
+use unisono_comm::CommError;
 use unisono_model::{LossScale, Recompute, Transformer};
 use unisono_plan::Layout;
-use unisono_tensor::Cpu;
+use unisono_tensor::{Cpu, IGNORE};
 
-/// Largest difference, relative to the largest value of the tensor.
-const TOLERANCE: f32 = 2e-5;
+/// Results of the reference that no part of a pass holds.
+const NEVER_HELD: [(&str, &str); 2] = [
+    (
+        "act.logits",
+        "the head keeps those of a tile of tokens; `decoding.rs` compares the decoder's, all of them",
+    ),
+    ("grad.act.logits", "the head turns a tile's logits into it in place and multiplies it at once"),
+];
 
-fn compare(name: &str, ours: &[f32], theirs: &[f32]) {
-    assert_eq!(ours.len(), theirs.len(), "{name}: lengths");
-    let scale = theirs.iter().fold(1e-6f32, |largest, value| largest.max(value.abs()));
-    for (index, (a, b)) in ours.iter().zip(theirs).enumerate() {
-        assert!((a - b).abs() <= TOLERANCE * scale, "{name}[{index}]: {a} and {b} (largest {scale})");
-    }
-}
+type Tensors = BTreeMap<String, Vec<f32>>;
 
 fn check(case: &str, recompute: Recompute) {
     run(case, recompute, |case| {
         let mut gradients = case.zeros();
         let Case { reference, model, parameters, batch, scale } = &case;
         let outcome = model.forward_backward(parameters, batch, scale, &mut gradients)?;
-        compare_losses(reference, scale, &outcome.losses[0]);
-        compare_activations(reference, model);
-        compare_gradients(reference, model, &gradients);
+        let mut ours = model.take_activations();
+        add_sums(reference, &mut ours);
+        add_losses(reference, scale, &outcome.losses[0], &mut ours);
+        add_gradients(model, &gradients, &mut ours);
+        ours.insert("loss.per_token".into(), losses_of_tokens(&case)?);
+        compare_all(reference, ours);
         Ok(())
     });
 }
 
-fn compare_losses(reference: &Reference, scale: &LossScale, losses: &unisono_model::SlotLosses) {
+/// What is not a parameter or another input.
+fn is_result(name: &str) -> bool {
+    name.starts_with("grad.") || name.starts_with("loss.") || name.contains("act.")
+}
+
+/// Every result of the reference with ours; neither side may have one that the other lacks.
+fn compare_all(reference: &Reference, mut ours: Tensors) {
+    let words = reference.words.iter().map(|(name, words)| (name, words.iter().map(|w| *w as f32).collect()));
+    let floats = reference.floats.iter().map(|(name, values)| (name, values.clone()));
+    let results = floats.chain(words).filter(|(name, _): &(&String, Vec<f32>)| is_result(name));
+    for (name, theirs) in results {
+        match ours.remove(name) {
+            Some(ours) => compare(name, &ours, &theirs),
+            None => assert!(NEVER_HELD.iter().any(|(never, _)| never == name), "a pass does not give {name}"),
+        }
+    }
+    assert!(ours.is_empty(), "the reference lacks {:?}", ours.keys());
+}
+
+/// What is added to something else as it is computed: the difference stands for it. The gradient of a sum is that of each
+/// of its terms.
+fn add_sums(reference: &Reference, ours: &mut Tensors) {
+    let minus = |a: &[f32], b: &[f32]| a.iter().zip(b).map(|(a, b)| a - b).collect::<Vec<f32>>();
+    let model = &reference.model;
+    for layer in 0..model.num_hidden_layers {
+        let at = |what: &str| format!("layers.{layer}.act.{what}");
+        if !model.is_moe(layer) {
+            continue;
+        }
+        let ffn = minus(&ours[&at("out")], &ours[&at("attn_residual")]);
+        let of_sum = ours[&format!("grad.{}", at("ffn"))].clone();
+        let routed = match ours.get(&at("shared")) {
+            Some(shared) => minus(&ffn, shared),
+            None => ffn.clone(),
+        };
+        if model.num_shared_experts > 0 {
+            ours.insert(format!("grad.{}", at("shared")), of_sum.clone());
+        }
+        ours.insert(at("ffn"), ffn);
+        ours.insert(at("routed"), routed);
+        ours.insert(format!("grad.{}", at("routed")), of_sum);
+    }
+}
+
+fn add_losses(
+    reference: &Reference,
+    scale: &LossScale,
+    losses: &unisono_model::SlotLosses,
+    ours: &mut Tensors,
+) {
     let model = &reference.model;
     let sequences = scale.sequences as f64;
     let tokens = sequences * scale.sequence_length as f64;
-    let ours = [
+    let terms = [
         ("loss.ce", losses.cross_entropy / scale.targets as f64),
         ("loss.balance", f64::from(model.balance_loss_coef) * losses.balance / sequences),
         ("loss.z", f64::from(model.z_loss_coef) * losses.z / tokens),
     ];
-    for (name, value) in ours {
-        if let Some(theirs) = reference.floats.get(name) {
-            compare(name, &[value as f32], theirs);
-        }
+    let total = terms.iter().map(|(_, value)| value).sum();
+    for (name, value) in terms.into_iter().chain([("loss.total", total)]) {
+        ours.insert(name.into(), vec![value as f32]);
     }
 }
 
-fn compare_activations(reference: &Reference, model: &Transformer<Cpu>) {
-    let kept = model.take_activations();
-    let mut compared = 0;
-    for (name, ours) in &kept {
-        let theirs = reference.floats.get(name).unwrap_or_else(|| panic!("the reference lacks {name}"));
-        compare(name, ours, theirs);
-        compared += 1;
+/// Evaluates with the target of one token at a time.
+fn losses_of_tokens(case: &Case) -> Result<Vec<f32>, CommError> {
+    let Case { model, parameters, batch, .. } = case;
+    let mut losses = vec![0.0; batch.targets.len()];
+    for (row, loss) in losses.iter_mut().enumerate() {
+        let mut alone = batch.clone();
+        alone.targets.fill(IGNORE);
+        alone.targets[row] = batch.targets[row];
+        *loss = model.evaluate(parameters, &alone)?.losses[0].cross_entropy as f32;
     }
-    assert!(compared >= 16 * reference.model.num_hidden_layers, "only {compared} activations were compared");
+    Ok(losses)
 }
 
-fn compare_gradients(reference: &Reference, model: &Transformer<Cpu>, gradients: &Gradients) {
+fn add_gradients(model: &Transformer<Cpu>, gradients: &Gradients, ours: &mut Tensors) {
     let layout = model.layout();
     for (unit, gradients) in gradients.0.iter().enumerate() {
         for tensor in layout.unit_tensors(unit) {
-            let theirs = &reference.floats[&format!("grad.{}", tensor.name)];
-            compare(&tensor.name, &gradients.dense[tensor.range()], theirs);
+            ours.insert(format!("grad.{}", tensor.name), gradients.dense[tensor.range()].to_vec());
         }
     }
     for layer in layout.moe_layers() {
@@ -71,8 +126,7 @@ fn compare_gradients(reference: &Reference, model: &Transformer<Cpu>, gradients:
             for (which, tensor) in layout.expert.iter().enumerate() {
                 let range = block + tensor.offset..block + tensor.offset + tensor.len();
                 let name = format!("grad.{}", layout.expert_tensor_name(layer, expert, which));
-                let ours = &gradients.0[Layout::layer_unit(layer)].experts[range];
-                compare(&name, ours, &reference.floats[&name]);
+                ours.insert(name, gradients.0[Layout::layer_unit(layer)].experts[range].to_vec());
             }
         }
     }

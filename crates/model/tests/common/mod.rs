@@ -1,7 +1,9 @@
 //! The cases of `fixtures/`, ready to be run.
 
+#![allow(dead_code, reason = "each test binary uses its own part")]
+
 use std::collections::BTreeMap;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::rc::Rc;
 use std::time::Instant;
 
@@ -16,6 +18,18 @@ use unisono_plan::ModelConfig;
 use unisono_plan::dispatch::DispatchShape;
 use unisono_tensor::{Backend, Cpu, IGNORE};
 
+/// Largest difference from the reference, relative to the largest value of the tensor.
+const TOLERANCE: f32 = 2e-5;
+
+/// Holds a tensor to its reference.
+pub fn compare(name: &str, ours: &[f32], theirs: &[f32]) {
+    assert_eq!(ours.len(), theirs.len(), "{name}: lengths");
+    let scale = theirs.iter().fold(1e-6f32, |largest, value| largest.max(value.abs()));
+    for (index, (a, b)) in ours.iter().zip(theirs).enumerate() {
+        assert!((a - b).abs() <= TOLERANCE * scale, "{name}[{index}]: {a} and {b} (largest {scale})");
+    }
+}
+
 /// A case: its tensors and its model.
 pub struct Reference {
     pub floats: BTreeMap<String, Vec<f32>>,
@@ -24,14 +38,13 @@ pub struct Reference {
     pub sequence_length: usize,
 }
 
-pub fn load(case: &str) -> Reference {
-    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures");
-    let json = std::fs::read_to_string(folder.join(format!("{case}.json"))).expect("the case has a config");
-    let mut config: serde_json::Map<String, serde_json::Value> = serde_json::from_str(&json).expect("JSON");
-    let sequence_length =
-        config.remove("sequence_length").expect("a sequence length").as_u64().expect("a number");
-    let model: ModelConfig = serde_json::from_value(config.into()).expect("the fields are the model's");
-    let bytes = std::fs::read(folder.join(format!("{case}.safetensors"))).expect("the case has tensors");
+fn fixture(name: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures").join(name)
+}
+
+/// The F32 and the U32 tensors of a file.
+pub fn load_tensors(name: &str) -> (BTreeMap<String, Vec<f32>>, BTreeMap<String, Vec<u32>>) {
+    let bytes = std::fs::read(fixture(&format!("{name}.safetensors"))).expect("the file is there");
     let tensors = SafeTensors::deserialize(&bytes).expect("safetensors");
     let (mut floats, mut words) = (BTreeMap::new(), BTreeMap::new());
     for (name, view) in tensors.iter() {
@@ -46,6 +59,16 @@ pub fn load(case: &str) -> Reference {
             _ => {}
         }
     }
+    (floats, words)
+}
+
+pub fn load(case: &str) -> Reference {
+    let json = std::fs::read_to_string(fixture(&format!("{case}.json"))).expect("the case has a config");
+    let mut config: serde_json::Map<String, serde_json::Value> = serde_json::from_str(&json).expect("JSON");
+    let sequence_length =
+        config.remove("sequence_length").expect("a sequence length").as_u64().expect("a number");
+    let model: ModelConfig = serde_json::from_value(config.into()).expect("the fields are the model's");
+    let (floats, words) = load_tensors(case);
     Reference { floats, words, model, sequence_length: sequence_length as usize }
 }
 
