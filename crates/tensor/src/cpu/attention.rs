@@ -17,6 +17,10 @@ const BLOCK: usize = 64;
 /// query before the keys is among them.
 const QUERIES: usize = 4 * BLOCK;
 
+/// Fewest products of a sum that [`gemm`] fuses. Sums over fewer keys are filled up with zeros, so that a query's bits do not
+/// tell whether later keys stood beside its own.
+const FUSED: usize = 3;
+
 /// Columns of a score block that are treated together: rows of blocks are padded to whole groups.
 const GROUP: usize = 16;
 
@@ -174,14 +178,20 @@ impl QueryTile<'_> {
                 #[inline(always)]
                 || rescale_rows(&mut mixed, &softmax.rescale[..columns]),
             );
-            let dims = Dims { m: columns, n: hd, k: keys.len() };
-            gemm(
-                dims,
-                Matrix::columns(&scores, width),
-                kv.matrix(row, v_column),
-                MatrixMut::rows(&mut mixed, hd),
-                true,
-            );
+            let mut few = Scratch::take(if keys.len() < FUSED { FUSED * hd } else { 0 });
+            let values = if keys.len() < FUSED {
+                few.fill(0.0);
+                for (key, few) in few.chunks_exact_mut(hd).take(keys.len()).enumerate() {
+                    few.copy_from_slice(kv.head(row + key, v_column));
+                }
+                scores[keys.len() * width..FUSED * width].fill(0.0);
+                Matrix::rows(&few, hd)
+            } else {
+                kv.matrix(row, v_column)
+            };
+            let dims = Dims { m: columns, n: hd, k: keys.len().max(FUSED) };
+            let probabilities = Matrix::columns(&scores, width);
+            gemm(dims, probabilities, values, MatrixMut::rows(&mut mixed, hd), true);
             start = keys.end;
         }
         // SAFETY: by the caller's promise.

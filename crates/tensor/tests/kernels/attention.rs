@@ -135,7 +135,7 @@ fn a_decoded_row_is_the_row_of_training_to_the_bit() {
         let (width, q_width) = (case.heads.qkv_width(), case.heads.q_width());
         let [out, lse] = case.forward(&Cpu::new(1));
         let rows_of = |row: usize, n: usize| row * q_width..(row + n) * q_width;
-        let mut ends: Vec<usize> = vec![1, case.length, case.length / 2, case.length - 1, 64, 65];
+        let mut ends: Vec<usize> = vec![1, 2, 3, case.length, case.length / 2, case.length - 1, 64, 65, 66];
         ends.retain(|&end| end <= case.length);
         for (end, queries) in ends.into_iter().flat_map(|end| [(end, 1), (end, 3.min(end)), (end, end)]) {
             // A cache of another stride, and garbage behind the last key.
