@@ -117,7 +117,7 @@ fn sweep(every: usize, repeats: usize) {
     for k in DEPTHS {
         let reference = Reference::new(k);
         let mut random = Random(1000 + k as u64);
-        for (case, m) in (1..ROWS).enumerate() {
+        for (case, m) in (1..=ROWS).enumerate() {
             for (index, n) in WIDTHS.into_iter().enumerate() {
                 if (case + index * 5) % every == 0 || (m < 20 && n < 20 && case % 4 == index % 4) {
                     (0..repeats).for_each(|_| reference.check(&mut random, m, n));
@@ -300,6 +300,47 @@ fn products_of_the_backend_do_not_depend_on_threads() {
             }
         }
     }
+}
+
+/// Every number of rows at every depth; width, place, kind of product, accumulation and threads rotate.
+#[test]
+fn products_of_every_number_of_rows() {
+    let backends = [1, 2, 3].map(Cpu::new);
+    for (depth, k) in DEPTHS.into_iter().enumerate() {
+        let reference = Reference::new(k);
+        let mut random = Random(2000 + k as u64);
+        for m in 1..=ROWS {
+            let n = WIDTHS[(m + 5 * depth) % WIDTHS.len()];
+            reference.check(&mut random, m, n);
+            let (row, column) = (random.below(ROWS - m + 1), random.below(COLUMNS - n + 1));
+            let left = |i: usize, p: usize| reference.lhs[(row + i) * k + p];
+            let right = |p: usize, j: usize| reference.rhs[p * COLUMNS + column + j];
+            let (product, threads) = ((m + depth) % 3, (m / 3 + depth) % 3);
+            let product = [Product::Plain, Product::TransposedRight, Product::TransposedLeft][product];
+            let a = match product {
+                Product::TransposedLeft => matrix(k, m, |p, i| left(i, p)),
+                _ => matrix(m, k, left),
+            };
+            let b = match product {
+                Product::TransposedRight => matrix(n, k, |j, p| right(p, j)),
+                _ => matrix(k, n, right),
+            };
+            let part = |of: &[f32]| matrix(m, n, |i, j| of[(row + i) * COLUMNS + column + j]);
+            let accumulate = m / 9 % 2 == 1;
+            let mut c = part(&reference.initial);
+            backends[threads].matmul(product, Dims { m, n, k }, &a, &b, &mut c, accumulate);
+            let expected = part(if accumulate { &reference.accumulated } else { &reference.product });
+            assert!(
+                c == expected,
+                "{product:?}, m {m}, n {n}, k {k}, {} threads, accumulate {accumulate}",
+                threads + 1
+            );
+        }
+    }
+}
+
+fn matrix(rows: usize, columns: usize, value: impl Fn(usize, usize) -> f32) -> Vec<f32> {
+    (0..rows * columns).map(|at| value(at / columns, at % columns)).collect()
 }
 
 #[test]
