@@ -85,7 +85,10 @@ fn common_divisors(n: usize, m: usize) -> Vec<usize> {
 }
 
 /// Checks that `size` divides `whole`; `also` narrows the remedies to those that divide it too.
-pub(crate) fn check_divides(
+///
+/// # Errors
+/// Names both and the divisors that work.
+pub fn check_divides(
     axis: &'static str,
     size: usize,
     what: &'static str,
@@ -157,6 +160,48 @@ impl Grid {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use proptest::prelude::*;
+
+    proptest! {
+        /// With a divisor that an error offers, nothing is said of that axis any more; without experts to divide, nothing at all.
+        #[test]
+        fn every_divisor_that_an_error_offers_works(
+            replicas in 1usize..200, expert_group in 1usize..200, expert_nodes in 1usize..50, experts in 0usize..200,
+        ) {
+            let grid = Grid { replicas, expert_group, expert_nodes, ..Grid::default() };
+            if let Err(error) = grid.validate(experts) {
+                let MeshError::NotADivisor { axis, size, divisors, .. } = error else { panic!("{error}") };
+                prop_assert!(!divisors.is_empty() && !divisors.contains(&size));
+                for divisor in divisors {
+                    let mut remedied = grid;
+                    match axis {
+                        "grid.expert_group" => remedied.expert_group = divisor,
+                        "grid.expert_nodes" => remedied.expert_nodes = divisor,
+                        other => panic!("{other}"),
+                    }
+                    match remedied.validate(experts) {
+                        Ok(()) => {}
+                        Err(MeshError::NotADivisor { axis: next, .. }) => {
+                            prop_assert!(axis == "grid.expert_group" && next == "grid.expert_nodes", "{divisor}: {next}");
+                        }
+                        Err(error) => panic!("{divisor}: {error}"),
+                    }
+                }
+            }
+        }
+
+        #[test]
+        fn every_number_of_ranks_that_an_error_offers_works(replicas in 1usize..300, ranks in 0usize..400) {
+            let grid = Grid { replicas, ..Grid::default() };
+            if let Err(error) = crate::Fold::new(grid, ranks) {
+                let MeshError::NotADivisor { divisors, .. } = error else { panic!("{error}") };
+                prop_assert!(!divisors.is_empty() && !divisors.contains(&ranks));
+                for divisor in divisors {
+                    prop_assert!(crate::Fold::new(grid, divisor).is_ok(), "{divisor}");
+                }
+            }
+        }
+    }
 
     fn grid(replicas: usize, expert_group: usize) -> Grid {
         Grid { replicas, expert_group, ..Grid::default() }

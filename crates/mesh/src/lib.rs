@@ -13,5 +13,5 @@ pub mod tree;
 
 pub use experts::{ExpertPlacement, Instance};
 pub use fold::Fold;
-pub use grid::{Grid, MeshError};
+pub use grid::{Grid, MeshError, check_divides};
 pub use link::LinkClass;

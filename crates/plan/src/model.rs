@@ -2,6 +2,8 @@
 
 use serde::{Deserialize, Serialize};
 
+use unisono_mesh::{MeshError, check_divides};
+
 use crate::architecture::{LARGEST_SIZE, MOST_LAYERS};
 
 /// How router logits become scores.
@@ -14,7 +16,8 @@ pub enum ScoreFunction {
     Softmax,
 }
 
-/// Sizes and switches of a decoder-only MoE transformer. Names are Hugging Face's wherever it has one.
+/// Sizes and switches of a decoder-only MoE transformer; `docs/config.md` gives the names of Hugging Face's configs where
+/// they are others.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct ModelConfig {
@@ -107,14 +110,20 @@ impl Default for ModelConfig {
 
 /// A model that cannot be.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-#[error("model.{field} = {value}: {rule}")]
-pub struct ModelError {
-    /// The field.
-    pub field: &'static str,
-    /// Its value.
-    pub value: String,
-    /// What would be right.
-    pub rule: String,
+pub enum ModelError {
+    /// A field that cannot have its value.
+    #[error("model.{field} = {value}: {rule}")]
+    Value {
+        /// The field.
+        field: &'static str,
+        /// Its value.
+        value: String,
+        /// What would be right.
+        rule: String,
+    },
+    /// Something does not divide something.
+    #[error(transparent)]
+    Divides(#[from] MeshError),
 }
 
 impl ModelConfig {
@@ -163,12 +172,8 @@ impl ModelConfig {
             })?;
         }
         let heads = self.num_attention_heads;
-        check(
-            heads.is_multiple_of(self.num_key_value_heads),
-            "num_key_value_heads",
-            self.num_key_value_heads,
-            || format!("must divide num_attention_heads = {heads}"),
-        )?;
+        let kv_heads = self.num_key_value_heads;
+        check_divides("model.num_key_value_heads", kv_heads, "model.num_attention_heads", heads, heads)?;
         check(self.head_dim.is_multiple_of(2), "head_dim", self.head_dim, || {
             "must be even: rotary pairs".into()
         })?;
@@ -187,9 +192,7 @@ impl ModelConfig {
             format!("must be between 1 and num_experts = {experts}")
         })?;
         let groups = self.num_groups;
-        check(groups >= 1 && experts.is_multiple_of(groups), "num_groups", groups, || {
-            format!("must divide num_experts = {experts}")
-        })?;
+        check_divides("model.num_groups", groups, "model.num_experts", experts, experts)?;
         check((1..=groups).contains(&self.top_groups), "top_groups", self.top_groups, || {
             format!("must be between 1 and num_groups = {groups}")
         })?;
@@ -249,7 +252,7 @@ fn check(
     value: impl ToString,
     rule: impl FnOnce() -> String,
 ) -> Result<(), ModelError> {
-    if holds { Ok(()) } else { Err(ModelError { field, value: value.to_string(), rule: rule() }) }
+    if holds { Ok(()) } else { Err(ModelError::Value { field, value: value.to_string(), rule: rule() }) }
 }
 
 #[cfg(test)]
@@ -268,9 +271,14 @@ mod tests {
         assert_eq!(said(|m| m.top_k = 17), "model.top_k = 17: must be between 1 and num_experts = 16");
         assert_eq!(
             said(|m| m.num_key_value_heads = 3),
-            "model.num_key_value_heads = 3: must divide num_attention_heads = 4"
+            "model.num_key_value_heads = 3 does not divide model.num_attention_heads = 4; values that do: 1, 2, 4"
         );
-        assert_eq!(said(|m| m.num_groups = 5), "model.num_groups = 5: must divide num_experts = 16");
+        for groups in [0, 5] {
+            let expect = format!(
+                "model.num_groups = {groups} does not divide model.num_experts = 16; values that do: 1, 2, 4, 8, 16"
+            );
+            assert_eq!(said(|m| m.num_groups = groups), expect);
+        }
         assert_eq!(
             said(|m| (m.num_groups, m.top_groups, m.top_k) = (8, 1, 4)),
             "model.top_k = 4: must be at most the 2 experts of top_groups = 1 groups"

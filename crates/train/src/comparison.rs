@@ -99,6 +99,12 @@ impl Comparison {
             self.checkpoints.len(),
             self.checkpoints.last().map(|step| format!(", the last of step {step}")).unwrap_or_default(),
         ));
+        if self.hashed == 0 {
+            lines.push(
+                "  tensors are known only at checkpoints; runs with log.hashes_every=N know them after every N steps"
+                    .into(),
+            );
+        }
         if a != b {
             lines.push(format!(
                 "  the runs have other lengths: the first ends at step {a}, the second at {b}"
@@ -243,5 +249,22 @@ mod tests {
             &[("embedding", "1"), ("head", "2"), ("norm", "3")],
             Some("tensor norm is only in one of them"),
         );
+    }
+
+    #[test]
+    fn without_hashes_it_says_how_tensors_become_known() {
+        let mut comparison = Comparison {
+            steps: 5,
+            lengths: [5, 5],
+            quantity: None,
+            hashed: 0,
+            hash: None,
+            checkpoints: vec![5],
+            tensor: None,
+        };
+        let says = |comparison: &Comparison| comparison.render().contains("log.hashes_every=N");
+        assert!(says(&comparison) && comparison.render().starts_with("identical\n"));
+        comparison.hashed = 1;
+        assert!(!says(&comparison));
     }
 }
