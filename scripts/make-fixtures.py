@@ -7,7 +7,7 @@
 PYTHON is the interpreter of an environment with torch: `python3 -m venv V && V/bin/pip install torch`.
 
 The model is written here from its formulas and shares nothing with the Rust code but the names of tensors and of
-configuration fields. Parameters are drawn as f32 values; the model runs in f64 with autograd and its tensors are
+configuration fields; single kernels at longer lengths are PyTorch's own. Parameters are drawn as f32 values; the model runs in f64 with autograd and its tensors are
 rounded to f32 once, so a reader's f32 arithmetic is the only error that a comparison sees. A second run in f32
 says how large that error is for PyTorch itself. Files are byte-identical on one machine; between machines the last bit
 of a rounded f64 may differ, which --check allows for.
@@ -312,6 +312,112 @@ def relative_error(a, b):
     return ((a - b).abs().max() / b.abs().max().clamp_min(1e-30)).item()
 
 
+# ---- Kernels, by PyTorch's own ------------------------------------------------------------------------------------------
+
+
+def kernels():
+    """Single kernels at lengths that cross the borders of our blocks (64 keys, 256 queries or rows of the head, 4,096
+    elements of the gradient's norm), computed by PyTorch's functions and its optimizer, not by formulas written here."""
+    rng = random.Random(20)
+
+    def normal(*shape, mean=0.0, deviation=1.0):
+        values = [rng.gauss(mean, deviation) for _ in range(math.prod(shape))]
+        return torch.tensor(values, dtype=torch.float64).to(torch.float32).double().reshape(shape)
+
+    tensors = {}
+
+    def keep(kernel, total, inputs, **others):
+        """Inputs with their gradients under `grad.`, and what else belongs to the kernel."""
+        total.backward()
+        tensors.update({f"{kernel}.{name}": value.detach() for name, value in (inputs | others).items()})
+        tensors.update({f"grad.{kernel}.{name}": value.grad for name, value in inputs.items()})
+
+    def leaves(**inputs):
+        return {name: value.requires_grad_() for name, value in inputs.items()}
+
+    functional = torch.nn.functional
+    attention(normal, leaves, keep)
+
+    x, weight, dy = normal(100, 40), normal(40, mean=1.0, deviation=0.2), normal(100, 40)
+    norm = leaves(x=x, weight=weight)
+    y = functional.rms_norm(x, (40,), weight, NORM_EPS)
+    keep("norm", (y * dy).sum(), norm, y=y, dy=dy)
+
+    head = leaves(x=normal(300, 12), table=normal(70, 12, deviation=0.5))
+    targets = torch.tensor([IGNORE if rng.random() < 0.2 else rng.randrange(70) for _ in range(300)])
+    classes = torch.where(targets == IGNORE, -100, targets)
+    loss = functional.cross_entropy(head["x"] @ head["table"].T, classes)
+    keep("head", loss, head, targets=targets, loss=loss.reshape(1))
+
+    ffn = leaves(
+        x=normal(300, 10), w13=normal(3, 10, 12, deviation=0.4), w2=normal(3, 6, 10, deviation=0.5),
+        row_weight=normal(300, mean=0.7, deviation=0.3))
+    dy, parts = normal(300, 10), []
+    for expert, rows in enumerate(ffn["x"].split(FFN_ROWS)):
+        gate, up = (rows @ ffn["w13"][expert]).chunk(2, -1)
+        parts.append((functional.silu(gate) * up) @ ffn["w2"][expert])
+    y = ffn["row_weight"][:, None] * torch.cat(parts)
+    keep("ffn", (y * dy).sum(), ffn, y=y, dy=dy, rows=torch.tensor(FFN_ROWS))
+
+    optimizer(normal, tensors)
+    return tensors
+
+
+NORM_EPS = 1e-5
+FFN_ROWS = [140, 1, 159]
+DOCUMENTS = [0, 20, 290, 300]
+
+
+def attention(normal, leaves, keep):
+    """Norms of heads, rotation and attention in a row: 4 heads of 4 over 2 of keys and values, 300 positions, a document of
+    270 among shorter ones."""
+    heads, kv_heads, hd, length = 4, 2, 4, DOCUMENTS[-1]
+    inputs = leaves(
+        raw=normal(length, (heads + 2 * kv_heads) * hd), q_norm=normal(hd, mean=1.5, deviation=0.2),
+        k_norm=normal(hd, mean=1.5, deviation=0.2))
+    q, k, v = inputs["raw"].view(length, -1, hd).transpose(0, 1).split([heads, kv_heads, kv_heads])
+    frequency = 10000.0 ** (-torch.arange(0, hd, 2, dtype=torch.float64) / hd)
+    angle = torch.outer(torch.arange(length, dtype=torch.float64), frequency)
+    turn = torch.polar(torch.ones_like(angle), angle)
+
+    def place(x, weight):
+        x = torch.nn.functional.rms_norm(x, (hd,), weight, NORM_EPS)
+        pairs = torch.complex(*x.chunk(2, -1)) * turn
+        return torch.cat([pairs.real, pairs.imag], -1)
+
+    q, k = place(q, inputs["q_norm"]), place(k, inputs["k_norm"])
+    k, v = (x.repeat_interleave(heads // kv_heads, 0) for x in (k, v))
+    sizes = torch.tensor(DOCUMENTS).diff()
+    start = torch.tensor(DOCUMENTS[:-1]).repeat_interleave(sizes)
+    mask = (start[:, None] == start) & torch.ones(length, length, dtype=torch.bool).tril()
+    out = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+    out = out.transpose(0, 1).reshape(length, heads * hd)
+    dout = normal(length, heads * hd)
+    keep("attention", (out * dout).sum(), inputs, out=out, dout=dout, document_start=start)
+
+
+def optimizer(normal, tensors):
+    """Three steps of AdamW on a matrix that decays and a norm that does not, clipped at the first and the last."""
+    parameters = dict(matrix=normal(60, 70), norm=normal(40, mean=1.0, deviation=0.2))
+    tensors |= {f"adamw.before.{name}": value.clone() for name, value in parameters.items()}
+    groups = [dict(params=[parameters["matrix"]], weight_decay=0.1), dict(params=[parameters["norm"]], weight_decay=0.0)]
+    adamw = torch.optim.AdamW(groups, betas=(0.9, 0.95), eps=1e-8)
+    norms = []
+    for step, (rate, deviation) in enumerate([(0.01, 1.0), (0.02, 0.005), (0.015, 0.3)], 1):
+        for name, parameter in parameters.items():
+            parameter.grad = normal(*parameter.shape, deviation=deviation)
+            tensors[f"adamw.gradient.{step}.{name}"] = parameter.grad.clone()
+        norms.append(torch.nn.utils.clip_grad_norm_(parameters.values(), 1.0))
+        for group in adamw.param_groups:
+            group["lr"] = rate
+        adamw.step()
+    tensors["adamw.norms"] = torch.stack(norms)
+    for name, parameter in parameters.items():
+        tensors[f"adamw.after.{name}"] = parameter
+        tensors[f"adamw.first.{name}"] = adamw.state[parameter]["exp_avg"]
+        tensors[f"adamw.second.{name}"] = adamw.state[parameter]["exp_avg_sq"]
+
+
 # ---- Files ------------------------------------------------------------------------------------------------------------
 
 
@@ -353,6 +459,7 @@ def write(folder):
         tensors = reference(name, spec)
         (folder / f"{name}.json").write_text(json.dumps(spec["config"], indent=2) + "\n")
         (folder / f"{name}.safetensors").write_bytes(encode(tensors))
+    (folder / "kernels.safetensors").write_bytes(encode(kernels()))
 
 
 def check(folder):

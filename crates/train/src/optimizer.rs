@@ -162,3 +162,73 @@ pub fn adamw_step(
         gradient_scale: clip as f32,
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use safetensors::SafeTensors;
+    use unisono_mesh::tree;
+    use unisono_tensor::{Cpu, NORM_CHUNK};
+
+    /// Largest difference, relative to the largest value of the tensor.
+    const TOLERANCE: f32 = 3e-6;
+    /// Where a tensor lies: whole chunks of the norm, the first longer than one.
+    const PLACES: [(&str, usize); 2] = [("matrix", 0), ("norm", 2 * NORM_CHUNK)];
+
+    /// Three steps on a matrix that decays and a norm that does not, as PyTorch's AdamW and its clipping make them; see
+    /// `crates/model/tests/fixtures/README.md`.
+    #[test]
+    fn three_steps_are_those_of_pytorch() {
+        let path = concat!(env!("CARGO_MANIFEST_DIR"), "/../model/tests/fixtures/kernels.safetensors");
+        let bytes = std::fs::read(path).expect("the fixture is there");
+        let file = SafeTensors::deserialize(&bytes).expect("safetensors");
+        let read = |name: &str| -> Vec<f32> {
+            let view = file.tensor(&format!("adamw.{name}")).expect("the tensor is there");
+            view.data().as_chunks::<4>().0.iter().map(|value| f32::from_le_bytes(*value)).collect()
+        };
+        let backend = Cpu::new(2);
+        let load = |what: &str| {
+            let mut buffer = backend.zeros(3 * NORM_CHUNK);
+            for (name, place) in PLACES {
+                let values = read(&format!("{what}.{name}"));
+                backend.upload(&values, buffer.slice_mut(place..place + values.len()));
+            }
+            buffer
+        };
+        let close = |what: &str, ours: &[f32], theirs: &[f32]| {
+            let largest = theirs.iter().fold(0.0f32, |largest, value| largest.max(value.abs()));
+            for (index, (a, b)) in ours.iter().zip(theirs).enumerate() {
+                assert!((a - b).abs() <= TOLERANCE * largest, "{what}[{index}]: {a} and {b} of {largest}");
+            }
+        };
+
+        let config = OptimizerConfig {
+            beta1: 0.9,
+            beta2: 0.95,
+            epsilon: 1e-8,
+            weight_decay: 0.1,
+            ..Default::default()
+        };
+        let runs = [(0..2 * NORM_CHUNK, true), (2 * NORM_CHUNK..3 * NORM_CHUNK, false)];
+        let mut parameters = load("before");
+        let (mut first, mut second) = (backend.zeros(3 * NORM_CHUNK), backend.zeros(3 * NORM_CHUNK));
+        let norms = read("norms");
+        assert!(norms[0] > 1.0 && norms[1] < 1.0 && norms[2] > 1.0, "clipped, not clipped, clipped");
+        for (step, rate) in (1..).zip([0.01, 0.02, 0.015]) {
+            let gradient = load(&format!("gradient.{step}"));
+            let mut squares = Vec::new();
+            backend.chunk_squares(gradient.all(), &mut squares);
+            let norm = libm::sqrt(tree::sum(&squares));
+            close("norm", &[norm as f32], &norms[step as usize - 1..step as usize]);
+            let scalars = adamw_step(&config, rate, step, norm, 1.0);
+            let (p, m, v) = (parameters.all_mut(), first.all_mut(), second.all_mut());
+            backend.adamw(scalars, &runs, gradient.all(), p, m, v);
+        }
+        for (what, ours) in [("after", &parameters), ("first", &first), ("second", &second)] {
+            for (name, place) in PLACES {
+                let theirs = read(&format!("{what}.{name}"));
+                close(&format!("{what}.{name}"), &ours[place..place + theirs.len()], &theirs);
+            }
+        }
+    }
+}
