@@ -77,6 +77,11 @@ pub enum Fault {
         /// The step.
         step: u64,
     },
+    /// The loss of the last rank's first slot becomes infinite at this step; the gradient stays as it is.
+    PoisonLoss {
+        /// The step.
+        step: u64,
+    },
     /// A rank does not come to the first call of a kind at this step, nor to anything else until the run has failed.
     Stall {
         /// The step.
@@ -254,9 +259,9 @@ impl<'a, B: Backend> RankState<'a, B> {
         self.comm.set_step(step);
         let traffic = self.comm.ledger();
         let busy = self.model.profile().total(Lane::Communication);
-        let (gradients, sums) = self.accumulate(step, |gradients| gradients.reduce())?;
+        let (gradients, mut sums) = self.accumulate(step, |gradients| gradients.reduce())?;
         let mut gradients = gradients.into_shards();
-        self.plant_fault(step, &mut gradients);
+        self.plant_fault(step, &mut gradients, &mut sums);
         let totals = self.join(&sums)?;
         let profile = self.model.profile().clone();
         let norm = self.optimizer.norm(&gradients, &profile)?;
@@ -487,13 +492,19 @@ impl<'a, B: Backend> RankState<'a, B> {
         }))
     }
 
-    /// Changes one element of rank 0's shard of the reduced gradient, if a fault is planted for this step.
-    fn plant_fault(&self, step: u64, gradients: &mut [B::Buf]) {
+    /// Changes one element of rank 0's shard of the reduced gradient, or a loss, if a fault is planted for this step.
+    fn plant_fault(&self, step: u64, gradients: &mut [B::Buf], sums: &mut Sums) {
         let (mut element, change): (usize, fn(f32) -> f32) = match self.fault {
             Some(Fault::NudgeGradient { step: when, element }) if when == step => {
                 (element, |value| f32::from_bits(value.to_bits() + 1))
             }
             Some(Fault::PoisonGradient { step: when }) if when == step => (0, |_| f32::NAN),
+            Some(Fault::PoisonLoss { step: when }) if when == step => {
+                if self.comm.rank() + 1 == self.comm.size() {
+                    sums.slots[0].0.cross_entropy = f64::INFINITY;
+                }
+                return;
+            }
             _ => return,
         };
         if self.comm.rank() != 0 {

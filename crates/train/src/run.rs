@@ -597,6 +597,8 @@ impl RankRun<'_, '_> {
         self.skipped += 1;
         let (step, loss, norm) = (record.step, record.loss, record.grad_norm);
         if self.shared.config.train.on_non_finite == OnNonFinite::Halt {
+            // The first to leave ends the run of all: not before rank 0 has written the step. Who leaves has come here.
+            let _ = self.state.comm.barrier();
             return Err(TrainError::NonFinite { step, loss, norm, seed: self.shared.config.train.seed });
         }
         if self.leads() {

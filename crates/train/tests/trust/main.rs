@@ -3,5 +3,6 @@
 mod common;
 mod folder;
 mod known_failures;
+mod non_finite;
 mod verify;
 mod watchdog;
