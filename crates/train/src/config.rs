@@ -640,6 +640,31 @@ mod tests {
         assert_eq!(said_of(1, 4, "train.reduce_every=step"), "ok");
     }
 
+    /// Every key of the default config as `--set` takes it.
+    fn default_overrides() -> Vec<String> {
+        let text = RunConfig::default().to_toml().expect("defaults have a TOML form");
+        let mut section = "";
+        let mut all = Vec::new();
+        for line in text.lines() {
+            match line.strip_prefix('[').and_then(|line| line.strip_suffix(']')) {
+                Some(name) => section = name,
+                None => {
+                    all.extend(line.split_once(" = ").map(|(key, value)| format!("{section}.{key}={value}")))
+                }
+            }
+        }
+        // A text that begins on one line and ends on another.
+        all.retain(|key| !key.ends_with("=\"\"\""));
+        all
+    }
+
+    #[test]
+    fn every_key_can_be_set() {
+        let all = default_overrides();
+        assert!(all.len() > 50, "{all:?}");
+        assert_eq!(RunConfig::load("", &all).expect("defaults are valid"), RunConfig::default());
+    }
+
     proptest! {
         #[test]
         fn mutated_configs_give_an_error_or_a_config(at in 0usize..2000, byte in 0u8..128, cut in 0usize..2000) {
@@ -649,7 +674,15 @@ mod tests {
             text.truncate(len - cut % 200);
             let text = String::from_utf8_lossy(&text).into_owned();
             let _ = RunConfig::load(&text, &[]);
-            let _ = RunConfig::load("", &[text.lines().next().unwrap_or_default().to_string()]);
+        }
+
+        #[test]
+        fn mutated_overrides_give_an_error_or_a_config(which in 0usize..200, at in 0usize..200, byte in 0u8..128) {
+            let all = default_overrides();
+            let mut text = all[which % all.len()].clone().into_bytes();
+            let len = text.len();
+            text[at % len] = byte;
+            let _ = RunConfig::load("", &[String::from_utf8_lossy(&text).into_owned()]);
         }
     }
 }
