@@ -1,6 +1,6 @@
 //! Shared by the integration tests: seeded damage, and small things to damage.
 
-#![allow(dead_code, missing_docs, reason = "each test binary uses its own part")]
+#![allow(dead_code, missing_docs, unused_imports, reason = "each test binary uses its own part")]
 
 mod damage;
 
