@@ -8,6 +8,7 @@ use unisono_comm::bench::Native;
 use unisono_comm::{CommError, Communicator, Place, ThreadRanks};
 use unisono_mesh::Grid;
 use unisono_plan::dispatch::DispatchShape;
+use unisono_tensor::Cpu;
 use unisono_train::TrainError;
 use unisono_train::exchange::{ExchangeBench, ExchangeTimed, time_exchange};
 
@@ -139,7 +140,11 @@ fn all_ways(args: &Exchange, comm: &Communicator, place: &Place) -> Result<Vec<R
                 shape,
                 rounds: args.rounds,
             };
-            rows.push(Row { way, tokens, timed: time_exchange(comm, native_of(place), &bench)? });
+            rows.push(Row {
+                way,
+                tokens,
+                timed: time_exchange(comm, &Cpu::new(1), native_of(place), &bench)?,
+            });
         }
     }
     Ok(rows)

@@ -9,7 +9,7 @@ use unisono_comm::bench::{Native, slowest_medians};
 use unisono_comm::{CommError, Communicator};
 use unisono_mesh::{ExpertPlacement, Fold, Grid};
 use unisono_plan::dispatch::{DispatchGroup, DispatchShape};
-use unisono_tensor::{Backend, Cpu, Routing};
+use unisono_tensor::{Backend, Routing};
 
 use super::{Combining, Dispatching, Rounds, Route, Wave, Wiring, wire};
 use crate::batch::Batch;
@@ -50,12 +50,13 @@ pub struct ExchangeTimed {
 ///
 /// # Errors
 /// If the run fails, or `grid`, `experts` and the ranks do not fit each other.
-pub fn time_exchange(
+pub fn time_exchange<B: Backend>(
     comm: &Communicator,
+    backend: &B,
     native: Option<&dyn Native>,
     bench: &ExchangeBench,
 ) -> Result<ExchangeTimed, CommError> {
-    let work = Workload::new(comm, bench)?;
+    let work = Workload::new(comm, backend, bench)?;
     let mut copies = Copies::new(&work);
     let mut times: [Vec<f64>; 3] = Default::default();
     for round in 0..bench.rounds + 2 {
@@ -81,19 +82,19 @@ pub fn time_exchange(
 }
 
 /// The routing of one rank, and its rows.
-struct Workload<'a> {
+struct Workload<'a, B: Backend> {
     comm: &'a Communicator,
-    backend: Cpu,
+    backend: &'a B,
     bench: &'a ExchangeBench,
     route: Route,
-    x: <Cpu as Backend>::Buf,
+    x: B::Buf,
     /// Values to and from each rank if every choice's row travels.
     sent: Vec<usize>,
     received: Vec<usize>,
 }
 
-impl<'a> Workload<'a> {
-    fn new(comm: &'a Communicator, bench: &'a ExchangeBench) -> Result<Self, CommError> {
+impl<'a, B: Backend> Workload<'a, B> {
+    fn new(comm: &'a Communicator, backend: &'a B, bench: &'a ExchangeBench) -> Result<Self, CommError> {
         let refuse = |error: unisono_mesh::MeshError| CommError::Transport(error.to_string());
         let fold = Fold::new(bench.grid, comm.size()).map_err(refuse)?;
         let placement = ExpertPlacement::new(fold, bench.experts);
@@ -111,14 +112,13 @@ impl<'a> Workload<'a> {
         };
         let [sent, received] = [&route.order.ranges.sent, &route.order.ranges.received]
             .map(|peers| peers.iter().map(|ranges| values(ranges)).collect::<Vec<_>>());
-        let backend = Cpu::new(1);
         let x = backend.alloc(batch.rows() * bench.width);
         Ok(Self { comm, backend, bench, route, x, sent, received })
     }
 
-    fn wiring(&self) -> Wiring<'_, Cpu> {
+    fn wiring(&self) -> Wiring<'_, B> {
         let (d, wire) = (self.bench.width, wire(&self.bench.shape));
-        Wiring { comm: self.comm, backend: &self.backend, d, wire, overlap: true }
+        Wiring { comm: self.comm, backend: self.backend, d, wire, overlap: true }
     }
 
     /// Bytes that this rank sends to others, both ways together.
@@ -167,7 +167,7 @@ struct Copies {
 }
 
 impl Copies {
-    fn new(work: &Workload<'_>) -> Self {
+    fn new(work: &Workload<'_, impl Backend>) -> Self {
         let total = |values: &[usize]| vec![0.0; values.iter().sum()];
         Self { send: total(&work.sent), receive: total(&work.received), back: total(&work.sent) }
     }
@@ -184,7 +184,11 @@ impl Copies {
         begin.elapsed()
     }
 
-    fn native(&mut self, native: &dyn Native, work: &Workload<'_>) -> Result<Duration, CommError> {
+    fn native(
+        &mut self,
+        native: &dyn Native,
+        work: &Workload<'_, impl Backend>,
+    ) -> Result<Duration, CommError> {
         let begin = Instant::now();
         native.exchange((&self.send, &work.sent), (&mut self.receive, &work.received))?;
         native.exchange((&self.receive, &work.received), (&mut self.back, &work.sent))?;
@@ -213,6 +217,7 @@ fn choices(bench: &ExchangeBench, slot: usize) -> Vec<u32> {
 mod tests {
     use super::*;
     use unisono_comm::{ThreadRanks, bench::Collective};
+    use unisono_tensor::Cpu;
 
     fn bench(shape: DispatchShape) -> ExchangeBench {
         let grid = Grid { replicas: 4, expert_group: 4, expert_nodes: 2, ..Grid::default() };
@@ -232,8 +237,11 @@ mod tests {
             let timed = ThreadRanks::new(4)
                 .nodes(&[2, 2])
                 .run(|comm| {
-                    assert_eq!(Workload::new(&comm, &bench)?.route.rounds.is_some(), shape.most_rows > 0);
-                    time_exchange(&comm, None, &bench)
+                    assert_eq!(
+                        Workload::new(&comm, &Cpu::new(1), &bench)?.route.rounds.is_some(),
+                        shape.most_rows > 0
+                    );
+                    time_exchange(&comm, &Cpu::new(1), None, &bench)
                 })
                 .expect("the exchange succeeds");
             // What slot s sends to slot p's experts, from the choices themselves.
@@ -276,7 +284,8 @@ mod tests {
     #[test]
     fn the_other_implementation_gets_the_same_counts() {
         let bench = bench(DispatchShape::default());
-        let timed = ThreadRanks::new(4).run(|comm| time_exchange(&comm, Some(&Through(&comm)), &bench));
+        let timed =
+            ThreadRanks::new(4).run(|comm| time_exchange(&comm, &Cpu::new(1), Some(&Through(&comm)), &bench));
         assert!(timed.expect("the exchange succeeds").iter().all(|timed| timed.native_s > Some(0.0)));
     }
 }
