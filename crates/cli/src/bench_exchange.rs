@@ -188,7 +188,7 @@ fn show(args: &Exchange, ranks: usize, rows: &[Row], native: Option<&str>) -> Re
     }
     let mut lines = table(&lines, 1);
     lines.push(
-        "Rows there and back, of the volume that flat dispatch sends in f32 from the busiest rank to others."
+        "Rows there and back, packing included, of the volume that flat dispatch sends in f32 from the busiest rank to others."
             .into(),
     );
     say(&(lines.join("\n") + "\n"));

@@ -40,7 +40,7 @@ pub struct ExchangeTimed {
     pub bytes: usize,
     /// This crate: packing, the exchanges, what a node sums or forwards.
     pub ours_s: f64,
-    /// The other implementation, on packed rows of f32.
+    /// The other implementation, as f32: packing, and an exchange of every choice's row each way.
     pub native_s: Option<f64>,
     /// Every rank at once copies in memory what it would send to others.
     pub copy_s: f64,
@@ -161,6 +161,8 @@ impl<'a, B: Backend> Workload<'a, B> {
 
 /// Plain buffers of as many values.
 struct Copies {
+    /// A rank's rows, in place of those of its tokens.
+    rows: Vec<f32>,
     send: Vec<f32>,
     receive: Vec<f32>,
     back: Vec<f32>,
@@ -169,7 +171,9 @@ struct Copies {
 impl Copies {
     fn new(work: &Workload<'_, impl Backend>) -> Self {
         let total = |values: &[usize]| vec![0.0; values.iter().sum()];
-        Self { send: total(&work.sent), receive: total(&work.received), back: total(&work.sent) }
+        let (sent, received) = (&work.sent, &work.received);
+        let rows = vec![0.0; work.bench.tokens * work.bench.width];
+        Self { rows, send: total(sent), receive: total(received), back: total(sent) }
     }
 
     fn copy(&mut self, bytes: usize) -> Duration {
@@ -190,6 +194,10 @@ impl Copies {
         work: &Workload<'_, impl Backend>,
     ) -> Result<Duration, CommError> {
         let begin = Instant::now();
+        let width = work.bench.width;
+        for (packed, token) in self.send.chunks_exact_mut(width).zip(&work.route.order.tokens) {
+            packed.copy_from_slice(&self.rows[*token as usize * width..][..width]);
+        }
         native.exchange((&self.send, &work.sent), (&mut self.receive, &work.received))?;
         native.exchange((&self.receive, &work.received), (&mut self.back, &work.sent))?;
         Ok(begin.elapsed())
