@@ -152,7 +152,7 @@ fn all_ways(args: &Exchange, comm: &Communicator, place: &Place) -> Result<Vec<R
 
 fn show(args: &Exchange, ranks: usize, rows: &[Row], native: Option<&str>) -> Result<(), CliError> {
     if let Some(path) = &args.plot {
-        write_plot(path, &plot(ranks, rows, native))?;
+        write_plot(path, &plot(rows, native))?;
     }
     if args.json {
         let entry = |row: &Row| {
@@ -195,10 +195,10 @@ fn show(args: &Exchange, ranks: usize, rows: &[Row], native: Option<&str>) -> Re
     Ok(())
 }
 
-fn plot(ranks: usize, rows: &[Row], native: Option<&str>) -> String {
+fn plot(rows: &[Row], native: Option<&str>) -> String {
     let mut panels: Vec<Panel> = Vec::new();
     for row in rows {
-        let title = format!("{}, {ranks} ranks", row.way);
+        let title = row.way.to_string();
         let at = panels.iter().position(|panel| panel.title == title).unwrap_or_else(|| {
             let names = ["unisono".to_string(), "memory copies".to_string()];
             let names = names.into_iter().chain(native.map(|name| format!("{name}'s all-to-all")));
@@ -210,5 +210,5 @@ fn plot(ranks: usize, rows: &[Row], native: Option<&str>) -> String {
             points.push((row.tokens as f64, row.gb_per_s(seconds)));
         }
     }
-    svg(&panels, "GB/s over tokens a rank", |tokens| format!("{tokens:.0}"))
+    svg(&panels, "GB/s by tokens", |tokens| format!("{tokens:.0}"))
 }
