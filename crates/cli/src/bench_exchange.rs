@@ -1,7 +1,5 @@
 //! `unisono bench exchange`: rows to experts and back in every way a layout may choose, over sizes.
 
-use std::path::PathBuf;
-
 use clap::Args;
 use serde_json::json;
 use unisono_comm::bench::Native;
@@ -13,12 +11,9 @@ use unisono_train::TrainError;
 use unisono_train::exchange::{ExchangeBench, ExchangeTimed, time_exchange};
 
 use crate::args::{count, within};
-use crate::bench_collectives::{native_of, write_plot};
 use crate::error::{CliError, DONE};
 use crate::job::Job;
-use crate::plot::{Panel, svg};
-use crate::screen::say;
-use crate::style::table;
+use crate::rates::{Output, Rate, Sheet, native_of};
 
 /// `unisono bench exchange`
 #[derive(Debug, Args)]
@@ -44,12 +39,8 @@ pub struct Exchange {
     /// Times that each is measured
     #[arg(long, value_name = "N", default_value_t = 15, value_parser = count())]
     rounds: usize,
-    /// Print one JSON object
-    #[arg(long)]
-    json: bool,
-    /// Draw the bandwidths into this SVG file
-    #[arg(long, value_name = "FILE")]
-    plot: Option<PathBuf>,
+    #[command(flatten)]
+    output: Output,
 }
 
 /// What was measured of one way with so many tokens.
@@ -57,12 +48,6 @@ struct Row {
     way: &'static str,
     tokens: usize,
     timed: ExchangeTimed,
-}
-
-impl Row {
-    fn gb_per_s(&self, seconds: f64) -> f64 {
-        self.timed.bytes as f64 / seconds / 1e9
-    }
 }
 
 /// `unisono bench exchange`
@@ -95,7 +80,7 @@ fn measure(args: &Exchange, job: &Job) -> Result<u8, CliError> {
     let timed = place.run(&ThreadRanks::new(ranks).nodes(&args.nodes), body).map_err(TrainError::from)?;
     let rows = timed.into_iter().next().unwrap_or_default();
     if job.leads() {
-        show(args, ranks, &rows, native_of(place).map(Native::name).as_deref())?;
+        show(args, ranks, &rows, native_of(place).map(Native::name))?;
     }
     Ok(DONE)
 }
@@ -150,65 +135,28 @@ fn all_ways(args: &Exchange, comm: &Communicator, place: &Place) -> Result<Vec<R
     Ok(rows)
 }
 
-fn show(args: &Exchange, ranks: usize, rows: &[Row], native: Option<&str>) -> Result<(), CliError> {
-    if let Some(path) = &args.plot {
-        write_plot(path, &plot(rows, native))?;
-    }
-    if args.json {
-        let entry = |row: &Row| {
-            json!({
-                "way": row.way, "tokens": row.tokens, "bytes": row.timed.bytes,
-                "gb_per_s": row.gb_per_s(row.timed.ours_s), "copy_gb_per_s": row.gb_per_s(row.timed.copy_s),
-                "native_gb_per_s": row.timed.native_s.map(|seconds| row.gb_per_s(seconds)),
-                "of_native": row.timed.native_s.map(|seconds| seconds / row.timed.ours_s),
-            })
-        };
-        let ways = rows.iter().map(entry).collect::<Vec<_>>();
-        say(&format!("{}\n", json!({ "native": native, "ranks": ranks, "exchanges": ways })));
-        return Ok(());
-    }
-    let mut header = vec!["way", "tokens a rank", "MiB", "GB/s", "of memory copies"];
-    header.extend(native.map(|_| ["MPI_Alltoallv GB/s", "ours / MPI's"]).into_iter().flatten());
-    let mut lines: Vec<Vec<String>> = vec![header.into_iter().map(String::from).collect()];
-    for row in rows {
-        let mut line = vec![
-            row.way.to_string(),
-            row.tokens.to_string(),
-            format!("{:.2}", row.timed.bytes as f64 / f64::from(1 << 20)),
-            format!("{:.2}", row.gb_per_s(row.timed.ours_s)),
-            format!("{:.0}%", 100.0 * row.timed.copy_s / row.timed.ours_s),
-        ];
-        if let Some(seconds) = row.timed.native_s {
-            line.extend([
-                format!("{:.2}", row.gb_per_s(seconds)),
-                format!("{:.2}", seconds / row.timed.ours_s),
-            ]);
-        }
-        lines.push(line);
-    }
-    let mut lines = table(&lines, 1);
-    lines.push(
-        "Rows there and back, packing included, of the volume that flat dispatch sends in f32 from the busiest rank to others."
-            .into(),
-    );
-    say(&(lines.join("\n") + "\n"));
-    Ok(())
-}
-
-fn plot(rows: &[Row], native: Option<&str>) -> String {
-    let mut panels: Vec<Panel> = Vec::new();
-    for row in rows {
-        let title = row.way.to_string();
-        let at = panels.iter().position(|panel| panel.title == title).unwrap_or_else(|| {
-            let names = ["unisono".to_string(), "memory copies".to_string()];
-            let names = names.into_iter().chain(native.map(|name| format!("{name}'s all-to-all")));
-            panels.push(Panel { title, lines: names.map(|name| (name, Vec::new())).collect() });
-            panels.len() - 1
-        });
-        let times = [Some(row.timed.ours_s), Some(row.timed.copy_s), row.timed.native_s];
-        for ((_, points), seconds) in panels[at].lines.iter_mut().zip(times.into_iter().flatten()) {
-            points.push((row.tokens as f64, row.gb_per_s(seconds)));
-        }
-    }
-    svg(&panels, "GB/s by tokens", |tokens| format!("{tokens:.0}"))
+fn show(args: &Exchange, ranks: usize, rows: &[Row], native: Option<String>) -> Result<(), CliError> {
+    let rate = |row: &Row| Rate {
+        panel: (row.way.into(), row.tokens as f64),
+        cells: [row.way.into(), row.tokens.to_string()],
+        entry: json!({"way": row.way, "tokens": row.tokens}),
+        bytes: row.timed.bytes,
+        moved: row.timed.bytes as f64,
+        ours_s: row.timed.ours_s,
+        copy_s: row.timed.copy_s,
+        native_s: row.timed.native_s,
+    };
+    let sheet = Sheet {
+        heads: ["way", "tokens a rank", "GB/s"],
+        native_head: "MPI_Alltoallv GB/s",
+        native_line: format!("{}'s all-to-all", native.as_deref().unwrap_or_default()),
+        title: "GB/s by tokens",
+        label: |tokens| format!("{tokens:.0}"),
+        object: json!({"native": native, "ranks": ranks}),
+        list: "exchanges",
+        note: Some(
+            "Rows there and back, packing included, of the volume that flat dispatch sends in f32 from the busiest rank to others.",
+        ),
+    };
+    sheet.show(&args.output, &rows.iter().map(rate).collect::<Vec<_>>())
 }

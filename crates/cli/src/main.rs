@@ -20,6 +20,7 @@ mod layout;
 mod machine;
 mod plan;
 mod plot;
+mod rates;
 mod screen;
 mod signals;
 mod style;

@@ -62,7 +62,7 @@ impl HostCluster {
             check(value != Some(0), field, 0, || "must be at least 1".into())?;
         }
         let memory = file.memory_gbyte.map(|memory| positive("memory_gbyte", memory)).transpose()?;
-        check(file.hosts == 1 || !file.level.is_empty(), "level", "", || {
+        check(file.hosts == 1 || !file.level.is_empty(), "level", "none", || {
             "must say what lies between hosts: [[level]] with name, gbyte_per_s and latency_us".into()
         })?;
         check(file.hosts > 1 || file.level.is_empty(), "level", file.level.len(), || {
@@ -108,7 +108,7 @@ mod tests {
     fn impossible_files_are_refused_by_name() {
         let said = |text: &str| HostCluster::from_toml(text).unwrap_err().to_string();
         let two = "host = \"local\"\nhosts = 2\n";
-        assert!(said(two).starts_with("cluster level = : must say what lies between hosts"));
+        assert!(said(two).starts_with("cluster level = none: must say what lies between hosts"));
         assert!(
             said(&format!("{two}threads = 0\n{LINK}")).starts_with("cluster threads = 0: must be at least 1")
         );
