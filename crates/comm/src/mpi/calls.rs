@@ -4,6 +4,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use super::incoming::{Incoming, Stream};
+use super::outgoing::Held;
 use super::wire::{Header, Key, fingerprint};
 use crate::error::CallSite;
 use crate::transport::{Call, CallKey, Landing};
@@ -34,6 +35,8 @@ pub(super) struct Active {
     pub incoming: Incoming,
     /// By member.
     pub streams: Vec<Stream>,
+    /// By member: payload that waits for the member's header.
+    pub held: Vec<Option<Held>>,
     /// Messages that are not sent yet.
     pub sends_left: usize,
     /// How long the rank copied and added for it, by link class.

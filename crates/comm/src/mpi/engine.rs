@@ -12,7 +12,7 @@ use super::calls::{Active, Side, key_of};
 use super::groups::{Clash, Groups};
 use super::incoming::{Frame, Incoming, Place, Pool, Stream};
 use super::neighbour::Neighbour;
-use super::outgoing::{Block, blocks, chunks};
+use super::outgoing::{BOTH_WAYS_BYTES, Block, Held, blocks, chunks};
 use super::ranks::MpiOptions;
 use super::raw::{Channel, Completed, Library, Memory, Requests, TAGS};
 use super::verdict::{CERTAIN, Verdict};
@@ -210,13 +210,16 @@ impl State {
         let mut moving = [Duration::ZERO; 3];
         let members = side.members.len();
         let mut sends_left = 0;
+        let mut held: Vec<Option<Held>> = (0..members).map(|_| None).collect();
         // Each rank begins with its neighbour, so that not all send to the same one first.
         for turn in 1..members {
             let member = (call.position + turn) % members;
             if side.talks_to(member) {
                 let to = key_of(&call.key, group, member);
                 let pieces = std::mem::take(&mut call.sends[member]);
-                sends_left += self.post(engine, &side, (key, to), member, pieces, &mut moving)?;
+                let (messages, waits) = self.post(engine, &side, (key, to), member, pieces, &mut moving)?;
+                sends_left += messages;
+                held[member] = waits;
             }
         }
         let begin = Instant::now();
@@ -224,7 +227,7 @@ impl State {
         incoming.sum_up(&mut self.pool);
         moving[LinkClass::SameRank as usize] += begin.elapsed();
         let streams = (0..members).map(|_| Stream::default()).collect();
-        side.active = Some(Active { incoming, streams, sends_left, moving, given_up: false });
+        side.active = Some(Active { incoming, streams, held, sends_left, moving, given_up: false });
         self.sides.insert(key, side);
         let ticket = self.next_ticket;
         self.next_ticket += 1;
@@ -235,7 +238,8 @@ impl State {
         Ok(ticket)
     }
 
-    /// Sends a member its header and payload. Returns how many messages of payload there are.
+    /// Sends a member its header, and its payload unless that has to wait for the member's own header. Returns how many
+    /// messages of payload there are, and what waits.
     fn post(
         &mut self,
         engine: &Engine,
@@ -244,7 +248,7 @@ impl State {
         member: usize,
         pieces: Vec<Piece>,
         moving: &mut [Duration; 3],
-    ) -> Result<usize, CommError> {
+    ) -> Result<(usize, Option<Held>), CommError> {
         let rank = side.members[member];
         let (sent, begin) = (side.bytes[member], Instant::now());
         let mut header = Header {
@@ -263,18 +267,35 @@ impl State {
         if sent <= INLINE_BYTES.min(engine.options.chunk_bytes) as u64 {
             header.payload = pieces.iter().map(Piece::bytes).collect::<Vec<_>>().concat();
             self.tell(rank, &Message::Call(header))?;
-            return Ok(0);
+            return Ok((0, None));
         }
         let blocks = blocks(pieces);
         header.blocks = blocks.iter().map(|block| block.len() as u64).collect();
         moving[engine.link(rank) as usize] += begin.elapsed();
+        let first_tag = header.first_tag;
+        let messages: usize =
+            blocks.iter().map(|block| chunks(block.len(), engine.options.chunk_bytes).count()).sum();
+        self.next_tag[rank] = tag_after(first_tag, messages);
         self.tell(rank, &Message::Call(header))?;
-        let mut messages = 0;
+        let held = Held { blocks, first_tag };
+        let expected = side.expects[member];
+        if engine.link(rank) == LinkClass::OtherNode && sent.min(expected) > BOTH_WAYS_BYTES {
+            return Ok((messages, Some(held)));
+        }
+        self.send_payload(engine, key, rank, held)?;
+        Ok((messages, None))
+    }
+
+    /// Sends what was announced.
+    fn send_payload(
+        &mut self,
+        engine: &Engine,
+        key: Key,
+        rank: usize,
+        Held { blocks, first_tag: mut tag }: Held,
+    ) -> Result<(), CommError> {
         for block in blocks {
-            let len = block.len();
-            for range in chunks(len, engine.options.chunk_bytes) {
-                let tag = self.next_tag[rank];
-                self.next_tag[rank] = (tag + 1) % TAGS;
+            for range in chunks(block.len(), engine.options.chunk_bytes) {
                 let memory = match &block {
                     Block::Piece(piece) => Memory::Piece(piece.clone()),
                     Block::Packed(bytes) => Memory::Bytes(bytes[range.clone()].to_vec()),
@@ -282,10 +303,10 @@ impl State {
                 let range = if matches!(memory, Memory::Bytes(_)) { 0..range.len() } else { range };
                 let to = (Channel::Data, rank, tag);
                 self.requests.send(&self.library, to, memory, range, Purpose::Send(key))?;
-                messages += 1;
+                tag = tag_after(tag, 1);
             }
         }
-        Ok(messages)
+        Ok(())
     }
 
     /// A header has come for a call of this rank.
@@ -315,7 +336,12 @@ impl State {
                 active.moving[engine.link(source) as usize] += begin.elapsed();
             }
         }
+        let held = side.active.as_mut().filter(|_| !disagrees).and_then(|active| active.held[member].take());
         side.headers[member] = Some(Header { blocks: Vec::new(), payload: Vec::new(), ..header });
+        // Before a place is named for the member's payload, see `Held`.
+        if let Some(held) = held {
+            self.send_payload(engine, key, source, held)?;
+        }
         self.go_on(engine, key)
     }
 
@@ -613,13 +639,18 @@ impl State {
     }
 }
 
+/// The tag that follows `messages` later.
+fn tag_after(tag: u32, messages: usize) -> u32 {
+    ((u64::from(tag) + messages as u64) % u64::from(TAGS)) as u32
+}
+
 fn stream_of(header: &Header, chunk_bytes: usize) -> Stream {
     let (mut start, mut tag) = (0, header.first_tag);
     let mut frames = Vec::new();
     for &len in &header.blocks {
         for chunk in chunks(len as usize, chunk_bytes) {
             frames.push(Frame { range: start + chunk.start..start + chunk.end, tag });
-            tag = (tag + 1) % TAGS;
+            tag = tag_after(tag, 1);
         }
         start += len as usize;
     }

@@ -8,6 +8,22 @@ use crate::part::Piece;
 /// Smaller pieces are copied together: a message costs about as much as a copy of this size.
 const PACK_BYTES: usize = 16 << 10;
 
+/// Between nodes, payloads that are larger in both directions wait for each other's headers, see [`Held`]. Smaller ones
+/// leave at once: they save half a round trip.
+pub(super) const BOTH_WAYS_BYTES: u64 = 128 << 10;
+
+/// Payload that was announced and is not sent yet.
+///
+/// Over TCP all that goes to a rank shares one connection. A large message starts with a question, and the receiver's
+/// answer would stand in line behind the payload that it is itself sending: two ranks that send each other much would do
+/// so one after the other. So both must have asked before either answers. A rank sends only when the other's header says
+/// that it takes part, and names the place for the other's payload, which answers, after it has sent its own question.
+pub(super) struct Held {
+    pub blocks: Vec<Block>,
+    /// The tag of its first message.
+    pub first_tag: u32,
+}
+
 /// Consecutive bytes of a stream.
 pub(super) enum Block {
     /// Sent from where they are.
