@@ -223,7 +223,7 @@ impl State {
             }
         }
         let begin = Instant::now();
-        let mut incoming = Incoming::new(call.landing, call.position, &own);
+        let mut incoming = Incoming::new(call.landing, call.position, &own, engine.options.bucket_bytes);
         incoming.sum_up(&mut self.pool);
         moving[LinkClass::SameRank as usize] += begin.elapsed();
         let streams = (0..members).map(|_| Stream::default()).collect();

@@ -13,8 +13,12 @@ use super::raw::{Target, TargetOwner};
 use crate::part::Piece;
 use crate::transport::{Combine, Landing};
 
-/// Buckets that are staged at a time: one is summed while the next arrives.
+/// Buckets that are staged at a time, at least: one is summed while the next arrives.
 const STAGED_BUCKETS: usize = 2;
+/// As many are staged as those of one member would take if there were so many, from all members together: a bucket's place
+/// is named to its sender behind all that this rank is itself sending there, so over TCP the next must be asked for long
+/// before the last has arrived.
+const STAGED_OF_ONE: usize = 8;
 
 /// One message of a stream.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -76,6 +80,8 @@ struct Sum {
     next: usize,
     /// Bytes still to come, by bucket.
     left: Vec<u64>,
+    /// How many buckets are staged at a time.
+    ahead: usize,
     /// `[bucket - next][member]`
     staged: VecDeque<Vec<Option<Arc<Target>>>>,
     position: usize,
@@ -116,8 +122,8 @@ fn spans(lens: impl Iterator<Item = (usize, usize)>) -> Vec<Span> {
 }
 
 impl Incoming {
-    /// `own` is what the rank sends to itself.
-    pub fn new(landing: Landing, position: usize, own: &[Piece]) -> Self {
+    /// `own` is what the rank sends to itself; a bucket has about `bucket_bytes` of a member.
+    pub fn new(landing: Landing, position: usize, own: &[Piece], bucket_bytes: usize) -> Self {
         match landing {
             Landing::Copy { buffer, ranges } => {
                 let spans: Vec<Vec<Span>> = ranges
@@ -145,8 +151,10 @@ impl Incoming {
                         left[span.at] += span.stream.len() as u64;
                     }
                 }
+                let largest = left.iter().max().map_or(1, |&bytes| bytes.max(1) as usize);
+                let ahead = (STAGED_OF_ONE.saturating_mul(bucket_bytes) / largest).max(STAGED_BUCKETS);
                 let (staged, own) = (VecDeque::new(), own.iter().cloned().collect());
-                let body = Body::Sum(Sum { sum, pieces, own, next: 0, left, staged, position });
+                let body = Body::Sum(Sum { sum, pieces, own, next: 0, left, ahead, staged, position });
                 Self { left: others(&spans, position), spans, body }
             }
         }
@@ -184,7 +192,7 @@ impl Incoming {
     /// Up to where a member's stream may be received now.
     fn open_until(&self, member: usize) -> usize {
         let Body::Sum(sum) = &self.body else { return usize::MAX };
-        let open = |span: &&Span| span.at < sum.next + STAGED_BUCKETS;
+        let open = |span: &&Span| span.at < sum.next + sum.ahead;
         self.spans[member].iter().rev().find(open).map_or(0, |span| span.stream.end)
     }
 
@@ -326,7 +334,7 @@ mod tests {
             buffer: own::<u8, Vec<u8>>(vec![0; 12]),
             ranges: vec![vec![8..10], vec![0..3, 5..5, 4..8]],
         };
-        let mut incoming = Incoming::new(landing, 2, &[]);
+        let mut incoming = Incoming::new(landing, 2, &[], 1);
         let mut pool = Pool::default();
         let frame = |range, tag| Frame { range, tag };
         let mut stream = Stream::new([frame(0..2, 0), frame(2..5, 1), frame(5..7, 2)]);
@@ -361,23 +369,31 @@ mod tests {
 
     #[test]
     fn buckets_are_summed_in_order_and_few_are_staged() {
+        // Buckets of two bytes: 8 x 1 are four of them, of two members with more it is never fewer than two.
+        for (bucket_bytes, staged) in [(1, 4), (0, STAGED_BUCKETS)] {
+            sum_buckets(bucket_bytes, staged);
+        }
+    }
+
+    fn sum_buckets(bucket_bytes: usize, most: usize) {
         let (sender, sums) = std::sync::mpsc::channel();
-        let pieces = (0..4).map(|_| vec![vec![2], vec![1, 1]]).collect();
+        let pieces = (0..6).map(|_| vec![vec![2], vec![1, 1]]).collect();
         let landing = Landing::Combine { sum: Box::new(Record(sender)), pieces };
-        let bytes = Arc::new(vec![50u8, 51, 52, 53, 54, 55, 56, 57]);
-        let own: Vec<Piece> = (0..4)
+        let bytes: Arc<Vec<u8>> = Arc::new((50..62).collect());
+        let own: Vec<Piece> = (0..6)
             .map(|i| crate::Part::<u8>::new(Arc::clone(&bytes), 2 * i..2 * i + 2).into_piece())
             .collect();
-        let mut incoming = Incoming::new(landing, 0, &own);
+        let mut incoming = Incoming::new(landing, 0, &own, bucket_bytes);
         let mut pool = Pool::default();
-        let mut stream = Stream::new((0..4).map(|i| Frame { range: 2 * i..2 * i + 2, tag: i as u32 }));
+        let mut stream = Stream::new((0..6).map(|i| Frame { range: 2 * i..2 * i + 2, tag: i as u32 }));
         let mut open = VecDeque::new();
         let mut got = Vec::new();
+        let mut seen = 0;
         while !incoming.complete() {
             while let Some((frame, place)) = incoming.next_frame(1, &mut stream, &mut pool) {
                 open.push_back((frame, place));
             }
-            assert!(open.len() <= STAGED_BUCKETS);
+            seen = seen.max(open.len());
             // The newest first: sums still come in order.
             let (frame, place) = open.pop_back().unwrap();
             let Place::Direct(target, at) = place else { panic!("a bucket is one place") };
@@ -387,7 +403,8 @@ mod tests {
             incoming.sum_up(&mut pool);
             got.extend(sums.try_iter());
         }
-        let expected: Vec<_> = (0..4u8)
+        assert_eq!(seen, most);
+        let expected: Vec<_> = (0..6u8)
             .map(|i| (usize::from(i), vec![vec![50 + 2 * i, 51 + 2 * i], vec![2 * i, 2 * i + 1]]))
             .collect();
         assert_eq!(got, expected);
