@@ -28,6 +28,11 @@ const GATHER_EVIDENCE: Duration = Duration::from_secs(1);
 /// How often a rank says that it gets on with work that it does alone, at most.
 const BEAT: Duration = Duration::from_millis(250);
 
+/// So many buckets of a sum are asked for ahead where a rank is on another node, if they are of one rank; of several,
+/// fewer. A question stands in line behind all that this rank is itself sending there, so the next bucket must be asked for long
+/// before the last has arrived. Inside a node it need not, and few buckets stay in the cache.
+const AHEAD: usize = 8;
+
 /// This process's side of the job.
 pub(super) struct Engine {
     pub rank: usize,
@@ -223,7 +228,9 @@ impl State {
             }
         }
         let begin = Instant::now();
-        let mut incoming = Incoming::new(call.landing, call.position, &own, engine.options.bucket_bytes);
+        let far = side.members.iter().any(|&rank| engine.link(rank) == LinkClass::OtherNode);
+        let ahead_bytes = if far { engine.options.bucket_bytes.saturating_mul(AHEAD) } else { 0 };
+        let mut incoming = Incoming::new(call.landing, call.position, &own, ahead_bytes);
         incoming.sum_up(&mut self.pool);
         moving[LinkClass::SameRank as usize] += begin.elapsed();
         let streams = (0..members).map(|_| Stream::default()).collect();

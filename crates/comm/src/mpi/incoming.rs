@@ -15,11 +15,6 @@ use crate::transport::{Combine, Landing};
 
 /// Buckets that are staged at a time, at least: one is summed while the next arrives.
 const STAGED_BUCKETS: usize = 2;
-/// As many are staged as those of one member would take if there were so many, from all members together: a bucket's place
-/// is named to its sender behind all that this rank is itself sending there, so over TCP the next must be asked for long
-/// before the last has arrived.
-const STAGED_OF_ONE: usize = 8;
-
 /// One message of a stream.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct Frame {
@@ -122,8 +117,8 @@ fn spans(lens: impl Iterator<Item = (usize, usize)>) -> Vec<Span> {
 }
 
 impl Incoming {
-    /// `own` is what the rank sends to itself; a bucket has about `bucket_bytes` of a member.
-    pub fn new(landing: Landing, position: usize, own: &[Piece], bucket_bytes: usize) -> Self {
+    /// `own` is what the rank sends to itself. Buckets are received ahead up to `ahead_bytes` from all members.
+    pub fn new(landing: Landing, position: usize, own: &[Piece], ahead_bytes: usize) -> Self {
         match landing {
             Landing::Copy { buffer, ranges } => {
                 let spans: Vec<Vec<Span>> = ranges
@@ -152,7 +147,7 @@ impl Incoming {
                     }
                 }
                 let largest = left.iter().max().map_or(1, |&bytes| bytes.max(1) as usize);
-                let ahead = (STAGED_OF_ONE.saturating_mul(bucket_bytes) / largest).max(STAGED_BUCKETS);
+                let ahead = (ahead_bytes / largest).max(STAGED_BUCKETS);
                 let (staged, own) = (VecDeque::new(), own.iter().cloned().collect());
                 let body = Body::Sum(Sum { sum, pieces, own, next: 0, left, ahead, staged, position });
                 Self { left: others(&spans, position), spans, body }
@@ -369,13 +364,13 @@ mod tests {
 
     #[test]
     fn buckets_are_summed_in_order_and_few_are_staged() {
-        // Buckets of two bytes: 8 x 1 are four of them, of two members with more it is never fewer than two.
-        for (bucket_bytes, staged) in [(1, 4), (0, STAGED_BUCKETS)] {
-            sum_buckets(bucket_bytes, staged);
+        // Buckets of two bytes.
+        for (ahead_bytes, staged) in [(9, 4), (0, STAGED_BUCKETS)] {
+            sum_buckets(ahead_bytes, staged);
         }
     }
 
-    fn sum_buckets(bucket_bytes: usize, most: usize) {
+    fn sum_buckets(ahead_bytes: usize, most: usize) {
         let (sender, sums) = std::sync::mpsc::channel();
         let pieces = (0..6).map(|_| vec![vec![2], vec![1, 1]]).collect();
         let landing = Landing::Combine { sum: Box::new(Record(sender)), pieces };
@@ -383,7 +378,7 @@ mod tests {
         let own: Vec<Piece> = (0..6)
             .map(|i| crate::Part::<u8>::new(Arc::clone(&bytes), 2 * i..2 * i + 2).into_piece())
             .collect();
-        let mut incoming = Incoming::new(landing, 0, &own, bucket_bytes);
+        let mut incoming = Incoming::new(landing, 0, &own, ahead_bytes);
         let mut pool = Pool::default();
         let mut stream = Stream::new((0..6).map(|i| Frame { range: 2 * i..2 * i + 2, tag: i as u32 }));
         let mut open = VecDeque::new();
