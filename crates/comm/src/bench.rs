@@ -23,6 +23,9 @@ pub enum Collective {
     ReduceScatter,
     /// Every rank gets the whole sum: a reduce-scatter and an all-gather.
     AllReduce,
+    /// The two halves of an all-reduce as a training step runs them: each rank gets its part of the sum, and then every rank's
+    /// part beside its own, which is where it belongs already.
+    ReduceThenGather,
     /// Every rank sends every rank a part.
     AllToAll,
     /// Every rank gets rank 0's vector.
@@ -31,8 +34,14 @@ pub enum Collective {
 
 impl Collective {
     /// All of them.
-    pub const ALL: [Self; 5] =
-        [Self::AllGather, Self::ReduceScatter, Self::AllReduce, Self::AllToAll, Self::Broadcast];
+    pub const ALL: [Self; 6] = [
+        Self::AllGather,
+        Self::ReduceScatter,
+        Self::AllReduce,
+        Self::ReduceThenGather,
+        Self::AllToAll,
+        Self::Broadcast,
+    ];
 
     /// Its name.
     pub fn name(self) -> &'static str {
@@ -40,6 +49,7 @@ impl Collective {
             Self::AllGather => "all-gather",
             Self::ReduceScatter => "reduce-scatter",
             Self::AllReduce => "all-reduce",
+            Self::ReduceThenGather => "reduce, gather",
             Self::AllToAll => "all-to-all",
             Self::Broadcast => "broadcast",
         }
@@ -51,7 +61,7 @@ impl Collective {
         let others = (ranks as f64 - 1.0) / ranks as f64;
         bytes as f64
             * match self {
-                Self::AllReduce => 2.0 * others,
+                Self::AllReduce | Self::ReduceThenGather => 2.0 * others,
                 Self::Broadcast => 1.0,
                 _ => others,
             }
@@ -63,7 +73,8 @@ pub trait Native {
     /// Its name.
     fn name(&self) -> String;
 
-    /// Runs a collective on this rank: `send` as this module sends it, the result in `receive`.
+    /// Runs a collective on this rank: `send` as this module sends it, the result in `receive`. Never
+    /// [`ReduceThenGather`](Collective::ReduceThenGather).
     ///
     /// # Errors
     /// If it fails.
@@ -113,6 +124,7 @@ pub fn time_collective(
     rounds: usize,
 ) -> Result<Timed, CommError> {
     let mut work = Workload::new(comm, collective, bytes)?;
+    let native = native.filter(|_| collective != Collective::ReduceThenGather);
     let mut times: [Vec<f64>; 3] = Default::default();
     // Two more rounds warm up.
     for round in 0..rounds + 2 {
@@ -184,7 +196,8 @@ impl Workload {
         let segment = Segment { items: size, held, shards: parts.clone() };
         let reducer = ReducePlan { segments: vec![segment] }.compile(comm)?;
         let segment = GatherSegment { shards: parts.clone(), wanted: vec![true; size], offset: 0 };
-        let gatherer = GatherPlan { segments: vec![segment] }.compile(comm)?;
+        let in_place = collective == Collective::ReduceThenGather;
+        let gatherer = GatherPlan { segments: vec![segment], in_place }.compile(comm)?;
         let sent = if collective == Collective::AllGather { part } else { elements };
         Ok(Self {
             comm: comm.clone(),
@@ -208,7 +221,7 @@ impl Workload {
         (self.receive, self.shard) = match self.collective {
             Collective::AllGather => (self.gatherer.all_gather(Arc::clone(&self.send), receive)?, shard),
             Collective::ReduceScatter => (receive, self.reducer.reduce_scatter(&roots, shard)?),
-            Collective::AllReduce => {
+            Collective::AllReduce | Collective::ReduceThenGather => {
                 let sum = Arc::new(self.reducer.reduce_scatter(&roots, shard)?);
                 let receive = self.gatherer.all_gather(Arc::clone(&sum), receive)?;
                 let held = || CommError::Transport("a send buffer is still held".into());
@@ -258,6 +271,11 @@ mod tests {
                 match collective {
                     Collective::ReduceScatter => assert!(work.shard.iter().all(|x| *x == sum)),
                     Collective::AllReduce => assert!(work.receive.iter().all(|x| *x == sum)),
+                    Collective::ReduceThenGather => {
+                        assert!(work.shard.iter().all(|x| *x == sum));
+                        let others = |(i, part): (usize, &[f32])| i == me || part.iter().all(|x| *x == sum);
+                        assert!(work.receive.chunks(84).enumerate().all(others));
+                    }
                     Collective::AllGather | Collective::AllToAll => {
                         assert!(
                             work.receive

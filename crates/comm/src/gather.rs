@@ -25,6 +25,8 @@ pub struct GatherSegment {
 pub struct GatherPlan {
     /// The segments, in order.
     pub segments: Vec<GatherSegment>,
+    /// Each rank's own shards stand in its receive buffer before the call, and are not copied there.
+    pub in_place: bool,
 }
 
 /// A compiled [`GatherPlan`], reused every step.
@@ -58,7 +60,7 @@ impl GatherPlan {
             }
             let mine = shard_len..shard_len + segment.shards[me].len();
             shard_len = mine.end;
-            for peer in 0..size {
+            for peer in (0..size).filter(|&peer| peer != me || !self.in_place) {
                 let theirs = &segment.shards[peer];
                 if segment.wanted[peer] {
                     extend(&mut sends[peer], mine.clone());
@@ -88,7 +90,8 @@ impl Gatherer {
     }
 
     /// Sends this rank's shards (concatenated in the order of the segments, as a reduce-scatter writes them) to all
-    /// that want them, and fills the segments this rank wants, its own shards included, in `recv`.
+    /// that want them, and fills the segments this rank wants in `recv`: with its own shards, too, unless the plan is
+    /// [in place](GatherPlan::in_place).
     ///
     /// # Errors
     /// If a buffer is too short, segments overlap in `recv`, or the run fails.

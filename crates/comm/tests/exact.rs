@@ -10,7 +10,7 @@ use proptest::prelude::*;
 use unisono_comm::{
     CommError, Communicator, GatherPlan, GatherSegment, Part, ReducePlan, Segment, ThreadRanks, run_ranks,
 };
-use unisono_mesh::tree;
+use unisono_mesh::{LinkClass, tree};
 
 /// Leaf `item` of a segment: values of many magnitudes, so that another order of additions shows.
 fn leaf(segment: usize, item: usize, len: usize) -> Vec<f32> {
@@ -257,7 +257,7 @@ fn several_reductions_are_under_way_and_finish_in_any_order() {
 #[test]
 fn shards_come_back_whole_to_those_who_want_them() {
     within_seconds(60, || {
-        for ranks in 1..=8 {
+        for (ranks, in_place) in (1..=8).flat_map(|ranks| [(ranks, false), (ranks, true)]) {
             let lens = [13usize, 0, 40, 7];
             let turn = |segment: usize| cover(lens[segment], &[5, 3, 11, 2, 30, 7, 1, 13], ranks, segment);
             let wants = |segment: usize, rank: usize| segment != 2 || rank.is_multiple_of(2);
@@ -271,11 +271,20 @@ fn shards_come_back_whole_to_those_who_want_them() {
                     wanted: (0..ranks).map(|rank| wants(i, rank)).collect(),
                     offset: offsets[i],
                 });
-                let gatherer = GatherPlan { segments: segments.collect() }.compile(&comm)?;
+                let gatherer = GatherPlan { segments: segments.collect(), in_place }.compile(&comm)?;
                 let own: Vec<f64> =
                     (0..4).flat_map(|i| turn(i)[me].clone().map(move |e| value(i, e))).collect();
                 assert_eq!(gatherer.shard_len(), own.len());
-                let got = gatherer.all_gather(Arc::new(own), vec![-1.0; 100])?;
+                let mut recv = vec![-1.0; 100];
+                if in_place {
+                    for i in (0..4).filter(|&i| wants(i, me)) {
+                        turn(i)[me].clone().for_each(|e| recv[offsets[i] + e] = value(i, e));
+                    }
+                }
+                let got = gatherer.all_gather(Arc::new(own), recv)?;
+                let mut rows = comm.ledger().rows.into_iter();
+                let copied = rows.any(|row| row.link == LinkClass::SameRank && row.bytes_sent > 0);
+                assert!(!in_place || !copied, "nothing is copied on the rank");
                 let mut expected = vec![-1.0; 100];
                 for i in (0..4).filter(|&i| wants(i, me)) {
                     (0..lens[i]).for_each(|e| expected[offsets[i] + e] = value(i, e));

@@ -121,7 +121,7 @@ fn volumes(ranks: usize, items: usize, elements: usize, bucket_bytes: usize) -> 
         let shard = reducer.reduce_scatter(&[vec![root; roots]], vec![0.0f32; reducer.shard_len()])?;
         let reduced = comm.ledger().bytes_sent();
         let segment = GatherSegment { shards: shards.clone(), wanted: vec![true; ranks], offset: 0 };
-        let gatherer = GatherPlan { segments: vec![segment] }.compile(&comm)?;
+        let gatherer = GatherPlan { segments: vec![segment], in_place: false }.compile(&comm)?;
         let all = gatherer.all_gather(Arc::new(shard), vec![0.0f32; elements])?;
         assert!(all.iter().all(|&x| x == (roots * ranks) as f32 || !items.is_multiple_of(ranks)));
         Ok::<_, CommError>((reduced, comm.ledger().bytes_sent() - reduced))

@@ -359,7 +359,7 @@ fn sums(comm: &Communicator) -> Result<Vec<f32>, CommError> {
         offset += len;
         GatherSegment { shards: segment.shards.clone(), wanted: vec![true; size], offset: start }
     };
-    let plan = GatherPlan { segments: segments.iter().zip(&lens).map(gathered).collect() };
+    let plan = GatherPlan { segments: segments.iter().zip(&lens).map(gathered).collect(), in_place: false };
     let total: usize = lens.iter().sum();
     let all = plan.compile(comm)?.all_gather(Part::whole(Arc::new(out)), vec![0.0f32; total])?;
     let losses = comm.all_reduce_tree(

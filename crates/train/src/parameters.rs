@@ -73,7 +73,8 @@ impl<B: Backend> ShardedParameters<B> {
         profile: Profile,
     ) -> Result<Self, CommError> {
         let (rank, in_shards) = (comm.rank(), config.zero >= 3);
-        // Whole units keep what only one rank holds where it is; shards are always copied together.
+        // Whole units keep what only one rank holds, and this rank's own shards, where they are; shards are always copied
+        // together.
         let moves = |segment: &ShardedSegment| in_shards || segment.is_shared();
         let mut units = Vec::with_capacity(layout.units());
         for unit in 0..layout.units() {
@@ -84,7 +85,7 @@ impl<B: Backend> ShardedParameters<B> {
                 start + shard.start..start + shard.end
             });
             units.push(UnitPlan {
-                gatherer: gather_plan(shards, unit, moves, place).compile(comm)?,
+                gatherer: gather_plan(shards, unit, !in_shards, moves, place).compile(comm)?,
                 len: layout.unit_len(unit) + experts * layout.expert_len(),
                 sent: sent.collect(),
             });
@@ -263,10 +264,11 @@ fn start_gather_whole<B: Backend>(
 }
 
 /// The all-gather of those of a unit's segments that are `chosen`. `offset` says where a segment lies in this rank's
-/// receive buffer (any value if the rank does not hold it).
+/// receive buffer (any value if the rank does not hold it), which holds the rank's own shards already if it is `in_place`.
 fn gather_plan(
     shards: &Shards,
     unit: usize,
+    in_place: bool,
     chosen: impl Fn(&ShardedSegment) -> bool,
     offset: impl Fn(SegmentKind) -> usize,
 ) -> GatherPlan {
@@ -276,7 +278,7 @@ fn gather_plan(
         wanted: (0..segment.held.len()).map(|rank| segment.is_held(rank)).collect(),
         offset: offset(segment.kind),
     });
-    GatherPlan { segments: segments.collect() }
+    GatherPlan { segments: segments.collect(), in_place }
 }
 
 /// Where a segment starts in its whole unit: dense tensors, then the experts the rank holds.

@@ -52,6 +52,9 @@ impl Native for MpiRanks {
                     ffi::MPI_Alltoallv(from, counts, places, float, to, counts, places, float, comm)
                 }
                 Collective::Broadcast => ffi::MPI_Bcast(to, whole, float, 0, comm),
+                Collective::ReduceThenGather => {
+                    return Err(CommError::Transport("the library has no such call".into()));
+                }
             }
         };
         if code == 0 {

@@ -99,7 +99,8 @@ impl<'a> FixedCalls<'a> {
         let moves = |segment: &&ShardedSegment| in_shards || segment.is_shared();
         for segment in self.shards.of_unit(unit).iter().filter(moves) {
             let bytes = |rank: usize| segment.shards[rank].len() as u64 * ELEMENT;
-            for peer in 0..self.ranks() {
+            // Whole units keep a rank's own shards where they are.
+            for peer in (0..self.ranks()).filter(|&peer| in_shards || peer != self.rank) {
                 if segment.is_held(peer) {
                     volume.sent[peer] += bytes(self.rank);
                 }
