@@ -194,7 +194,12 @@ const FIGURES: [Figure; 12] = {
         figure(
             "MiB synchronised a step",
             "synchronised_bytes_per_step",
-            |s| a_step(s, &[kind::REDUCE_SCATTER, kind::REDUCE_IN_NODE, kind::ALL_GATHER]),
+            |s| {
+                a_step(
+                    s,
+                    &[kind::REDUCE_SCATTER, kind::REDUCE_IN_NODE, kind::ALL_GATHER, kind::GATHER_IN_NODE],
+                )
+            },
             mebibytes,
         ),
         figure(

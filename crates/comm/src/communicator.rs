@@ -25,6 +25,8 @@ pub mod kind {
     pub const BROADCAST: &str = "broadcast";
     /// Every rank's part to all.
     pub const ALL_GATHER: &str = "all_gather";
+    /// Shards that have crossed between nodes, and those of the node itself, to all that want them inside it.
+    pub const GATHER_IN_NODE: &str = "gather_in_node";
     /// A part from every rank to every rank.
     pub const ALL_TO_ALL: &str = "all_to_all";
     /// One rank to another.
@@ -185,6 +187,18 @@ impl Communicator {
     /// If `rank` is not below [`Communicator::size`].
     pub fn node(&self, rank: usize) -> usize {
         self.core.transport.node(self.world_rank(rank))
+    }
+
+    /// The node of every rank, numbered by first appearance.
+    pub(crate) fn node_numbers(&self) -> Vec<usize> {
+        let mut nodes: Vec<usize> = Vec::new();
+        let number = |node: usize| {
+            nodes.iter().position(|known| *known == node).unwrap_or_else(|| {
+                nodes.push(node);
+                nodes.len() - 1
+            })
+        };
+        (0..self.size()).map(|rank| self.node(rank)).map(number).collect()
     }
 
     /// Says which step this rank is in, as errors and the flight recorder name it. Holds for all handles of the rank.

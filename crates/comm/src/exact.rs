@@ -70,15 +70,7 @@ impl ReducePlan {
     /// # Errors
     /// As [`compile`](Self::compile).
     pub fn compile_hierarchical(&self, comm: &Communicator) -> Result<Reducer, CommError> {
-        let mut nodes: Vec<usize> = Vec::new();
-        let number = |node: usize| {
-            nodes.iter().position(|known| *known == node).unwrap_or_else(|| {
-                nodes.push(node);
-                nodes.len() - 1
-            })
-        };
-        let node_of: Vec<usize> = (0..comm.size()).map(|rank| comm.node(rank)).map(number).collect();
-        self.compile_over(comm, &node_of)
+        self.compile_over(comm, &comm.node_numbers())
     }
 
     fn compile_over(&self, comm: &Communicator, node_of: &[usize]) -> Result<Reducer, CommError> {

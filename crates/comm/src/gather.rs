@@ -1,8 +1,11 @@
 //! All-gather of the shards of many segments in one call: the way back of a reduce-scatter.
 
+use std::any::Any;
 use std::ops::Range;
+use std::sync::{Arc, Mutex, PoisonError};
 
 use bytemuck::Pod;
+use unisono_mesh::gathering::Gathering;
 
 use crate::communicator::{Communicator, kind};
 use crate::error::CommError;
@@ -33,23 +36,62 @@ pub struct GatherPlan {
 #[derive(Clone)]
 pub struct Gatherer {
     comm: Communicator,
-    /// Per rank: ranges of this rank's shards to send.
-    sends: Vec<Vec<Range<usize>>>,
+    ways: Arc<Ways>,
+}
+
+/// Who sends what to whom.
+#[derive(Default)]
+struct Ways {
+    shard_len: usize,
+    /// What crosses to nodes where several ranks want it, if anything does.
+    across: Option<Across>,
+    /// Per rank: what this rank sends it.
+    sends: Vec<Vec<(Origin, Range<usize>)>>,
     /// Per rank: ranges of the receive buffer to fill.
     receives: Vec<Vec<Range<usize>>>,
-    shard_len: usize,
+    /// Staging of earlier calls, to be used again.
+    spare: Mutex<Vec<Box<dyn Any + Send>>>,
+}
+
+/// What goes between nodes, before what goes inside them.
+#[derive(Default)]
+struct Across {
+    /// Per rank: ranges of this rank's shards to send.
+    sends: Vec<Vec<Range<usize>>>,
+    /// Per rank: ranges of the staging to fill.
+    receives: Vec<Vec<Range<usize>>>,
+    /// Elements that this rank passes on.
+    staged: usize,
+}
+
+/// Where a rank has what it sends.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Origin {
+    /// Among its shards.
+    Shards,
+    /// In the staging.
+    Staged,
 }
 
 impl GatherPlan {
-    /// Checks the plan and works out who sends what to whom.
+    /// Checks the plan and works out who sends what to whom: every rank its shards to all that want them.
     ///
     /// # Errors
     /// If lists do not have one entry per rank.
     pub fn compile(&self, comm: &Communicator) -> Result<Gatherer, CommError> {
+        self.compile_over(comm, &vec![0; comm.size()])
+    }
+
+    /// The same for ranks on several nodes: a shard crosses to each node once, and goes on to others inside.
+    ///
+    /// # Errors
+    /// As [`compile`](Self::compile).
+    pub fn compile_hierarchical(&self, comm: &Communicator) -> Result<Gatherer, CommError> {
+        self.compile_over(comm, &comm.node_numbers())
+    }
+
+    fn compile_over(&self, comm: &Communicator, node_of: &[usize]) -> Result<Gatherer, CommError> {
         let (size, me) = (comm.size(), comm.rank());
-        let mut sends = vec![Vec::new(); size];
-        let mut receives = vec![Vec::new(); size];
-        let mut shard_len = 0;
         for (index, segment) in self.segments.iter().enumerate() {
             let (shards, wanted) = (segment.shards.len(), segment.wanted.len());
             if shards != size || wanted != size {
@@ -58,35 +100,85 @@ impl GatherPlan {
                 );
                 return Err(comm.refuse(kind::ALL_GATHER, reason));
             }
+        }
+        let owners = |segment: &GatherSegment| {
+            let shards = segment.shards.clone();
+            (0..size).filter(move |&owner| !shards[owner].is_empty())
+        };
+        let saves = |segment: &GatherSegment| {
+            Gathering::new(node_of, |rank| segment.wanted[rank]).saves(owners(segment))
+        };
+        // All ranks come to the same answer.
+        let crosses = self.segments.iter().any(saves);
+        let one_node = vec![0; size];
+        let node_of = if crosses { node_of } else { &one_node };
+
+        let lists = || vec![Vec::new(); size];
+        let mut across = Across { sends: lists(), receives: lists(), staged: 0 };
+        let (mut sends, mut receives) = (vec![Vec::new(); size], lists());
+        let mut shard_len = 0;
+        for segment in &self.segments {
+            let ways = Gathering::new(node_of, |rank| segment.wanted[rank]);
             let mine = shard_len..shard_len + segment.shards[me].len();
             shard_len = mine.end;
-            for peer in (0..size).filter(|&peer| peer != me || !self.in_place) {
-                let theirs = &segment.shards[peer];
-                if segment.wanted[peer] {
-                    extend(&mut sends[peer], mine.clone());
+            for owner in owners(segment) {
+                let shard = &segment.shards[owner];
+                let place = segment.offset + shard.start..segment.offset + shard.end;
+                for &receiver in ways.near(owner) {
+                    if self.in_place && receiver == owner {
+                        continue;
+                    }
+                    if owner == me {
+                        extend_from(&mut sends[receiver], Origin::Shards, mine.clone());
+                    }
+                    if receiver == me {
+                        extend(&mut receives[owner], place.clone());
+                    }
                 }
-                if segment.wanted[me] {
-                    extend(&mut receives[peer], segment.offset + theirs.start..segment.offset + theirs.end);
+                for (relay, receivers) in ways.far(owner) {
+                    if owner == me {
+                        extend(&mut across.sends[relay], mine.clone());
+                    }
+                    let staged = across.staged..across.staged + shard.len();
+                    if relay == me {
+                        across.staged = staged.end;
+                        extend(&mut across.receives[owner], staged.clone());
+                        for &receiver in receivers {
+                            extend_from(&mut sends[receiver], Origin::Staged, staged.clone());
+                        }
+                    }
+                    if receivers.contains(&me) {
+                        extend(&mut receives[relay], place.clone());
+                    }
                 }
             }
         }
-        Ok(Gatherer { comm: comm.clone(), sends, receives, shard_len })
+        let across = crosses.then_some(across);
+        let ways = Ways { shard_len, across, sends, receives, spare: Mutex::default() };
+        Ok(Gatherer { comm: comm.clone(), ways: Arc::new(ways) })
     }
 }
 
 /// Adds a range to a list; neighbours become one.
 fn extend(list: &mut Vec<Range<usize>>, range: Range<usize>) {
     match list.last_mut() {
-        _ if range.is_empty() => {}
         Some(last) if last.end == range.start => last.end = range.end,
         _ => list.push(range),
+    }
+}
+
+/// The same where ranges are of two buffers.
+fn extend_from(list: &mut Vec<(Origin, Range<usize>)>, origin: Origin, range: Range<usize>) {
+    match list.last_mut() {
+        Some((of, last)) if *of == origin && last.end == range.start => last.end = range.end,
+        _ => list.push((origin, range)),
     }
 }
 
 impl Gatherer {
     /// How many elements this rank owns: its shards of all segments.
     pub fn shard_len(&self) -> usize {
-        self.shard_len
+        self.ways.shard_len
     }
 
     /// Sends this rank's shards (concatenated in the order of the segments, as a reduce-scatter writes them) to all
@@ -97,30 +189,110 @@ impl Gatherer {
     /// If a buffer is too short, segments overlap in `recv`, or the run fails.
     pub fn all_gather<T, R>(&self, shards: impl Into<Part<T>>, recv: R) -> Result<R, CommError>
     where
-        T: Pod,
+        T: Pod + Send + Sync,
         R: AsMut<[T]> + Send + 'static,
     {
         self.start_all_gather(shards, recv)?.finish()
     }
 
-    /// Starts an [`all_gather`](Self::all_gather).
+    /// Starts an [`all_gather`](Self::all_gather). All ranks finish hierarchical ones in the same order.
     ///
     /// # Errors
     /// As the finished call.
-    pub fn start_all_gather<T, R>(&self, shards: impl Into<Part<T>>, recv: R) -> Result<Pending<R>, CommError>
+    pub fn start_all_gather<T, R>(
+        &self,
+        shards: impl Into<Part<T>>,
+        recv: R,
+    ) -> Result<PendingGather<T, R>, CommError>
     where
-        T: Pod,
+        T: Pod + Send + Sync,
         R: AsMut<[T]> + Send + 'static,
     {
         let shards = shards.into();
-        if shards.len() < self.shard_len {
-            let (have, need) = (shards.len(), self.shard_len);
+        if shards.len() < self.ways.shard_len {
+            let (have, need) = (shards.len(), self.ways.shard_len);
             let reason = format!("the send buffer has {have} elements, this rank's shards have {need}");
             return Err(self.comm.refuse(kind::ALL_GATHER, reason));
         }
-        let parts =
-            |ranges: &Vec<Range<usize>>| ranges.iter().map(|range| shards.slice(range.clone())).collect();
-        let sends = self.sends.iter().map(parts).collect();
-        self.comm.start_exchange(kind::ALL_GATHER, sends, recv, self.receives.clone())
+        let stage = match &self.ways.across {
+            None => Stage::Last(self.start_last(kind::ALL_GATHER, &shards, None, recv)?),
+            Some(across) => {
+                let parts = |ranges: &Vec<Range<usize>>| {
+                    ranges.iter().map(|range| shards.slice(range.clone())).collect()
+                };
+                let sends = across.sends.iter().map(parts).collect();
+                let staging = self.staging(across.staged);
+                let receives = across.receives.clone();
+                let pending = self.comm.start_exchange(kind::ALL_GATHER, sends, staging, receives)?;
+                Stage::Across { pending, shards, recv }
+            }
+        };
+        Ok(PendingGather { gatherer: self.clone(), stage })
+    }
+
+    /// Starts what goes to ranks of this rank's node, or to all if nothing has crossed before.
+    fn start_last<T, R>(
+        &self,
+        kind: &'static str,
+        shards: &Part<T>,
+        staged: Option<&Arc<Vec<T>>>,
+        recv: R,
+    ) -> Result<Pending<R>, CommError>
+    where
+        T: Pod + Send + Sync,
+        R: AsMut<[T]> + Send + 'static,
+    {
+        let part = |(origin, range): &(Origin, Range<usize>)| match (origin, staged) {
+            (Origin::Staged, Some(staged)) => Part::new(Arc::clone(staged), range.clone()),
+            _ => shards.slice(range.clone()),
+        };
+        let sends = self.ways.sends.iter().map(|list| list.iter().map(part).collect()).collect();
+        self.comm.start_exchange(kind, sends, recv, self.ways.receives.clone())
+    }
+
+    fn staging<T: Pod>(&self, len: usize) -> Vec<T> {
+        let mut spare = self.ways.spare.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut staging =
+            spare.pop().and_then(|any| any.downcast::<Vec<T>>().ok()).map_or_else(Vec::new, |b| *b);
+        staging.resize(len, T::zeroed());
+        staging
+    }
+}
+
+/// A started [`Gatherer::all_gather`].
+#[must_use = "a started call must be finished"]
+pub struct PendingGather<T: Pod, R> {
+    gatherer: Gatherer,
+    stage: Stage<T, R>,
+}
+
+enum Stage<T: Pod, R> {
+    /// Between nodes.
+    Across { pending: Pending<Vec<T>>, shards: Part<T>, recv: R },
+    /// Everything at once.
+    Last(Pending<R>),
+}
+
+impl<T: Pod + Send + Sync, R: AsMut<[T]> + Send + 'static> PendingGather<T, R> {
+    /// Waits for the shards, passes on inside the node what has crossed, and hands the receive buffer back; no clone of the
+    /// send buffer is left.
+    ///
+    /// # Errors
+    /// [`CommError::Failed`] if the run fails.
+    pub fn finish(self) -> Result<R, CommError> {
+        let Self { gatherer, stage } = self;
+        match stage {
+            Stage::Last(pending) => pending.finish(),
+            Stage::Across { pending, shards, recv } => {
+                let staged = Arc::new(pending.finish()?);
+                let inside = gatherer.start_last(kind::GATHER_IN_NODE, &shards, Some(&staged), recv)?;
+                let recv = inside.finish()?;
+                if let Some(staging) = Arc::into_inner(staged) {
+                    let mut spare = gatherer.ways.spare.lock().unwrap_or_else(PoisonError::into_inner);
+                    spare.push(Box::new(staging));
+                }
+                Ok(recv)
+            }
+        }
     }
 }

@@ -38,7 +38,7 @@ pub use communicator::{Communicator, kind};
 pub use error::{CallSite, Cause, CommError, Failure, RunError, Waiting};
 pub use exact::{PendingReduce, ReducePlan, Reducer, Segment};
 pub use flight::{CallState, FlightEntry, FlightRecorder, Message};
-pub use gather::{GatherPlan, GatherSegment, Gatherer};
+pub use gather::{GatherPlan, GatherSegment, Gatherer, PendingGather};
 pub use ledger::{Ledger, RankTraffic, Row};
 pub use part::Part;
 pub use pending::Pending;

@@ -171,3 +171,34 @@ fn a_node_sends_the_roots_of_what_its_ranks_hold_together() {
         assert_eq!((between_nodes(&[2, 2, 2, 2], true), between_nodes(&[8], true)), (24 * shard, 0));
     });
 }
+
+/// Bytes that cross nodes of the given sizes when 8 ranks gather a vector of 840 elements, and the most that one of them sends
+/// across.
+fn gathered_between_nodes(sizes: &[usize], hierarchical: bool) -> (u64, u64) {
+    let shards: Vec<_> = (0..8).map(|i| i * 105..(i + 1) * 105).collect();
+    let plan = GatherPlan {
+        segments: vec![GatherSegment { shards, wanted: vec![true; 8], offset: 0 }],
+        in_place: false,
+    };
+    let run = ThreadRanks::new(8).nodes(sizes).run(|comm| {
+        let gatherer = if hierarchical { plan.compile_hierarchical(&comm)? } else { plan.compile(&comm)? };
+        let all = gatherer.all_gather(Arc::new(vec![comm.rank() as f32; 105]), vec![-1.0f32; 840])?;
+        assert!(all.chunks(105).enumerate().all(|(i, shard)| shard == [i as f32; 105]));
+        let far = |row: &&Row| row.link == LinkClass::OtherNode;
+        Ok::<_, CommError>(comm.ledger().rows.iter().filter(far).map(|row| row.bytes_sent).sum::<u64>())
+    });
+    let sent = run.unwrap();
+    (sent.iter().sum(), sent.into_iter().max().unwrap())
+}
+
+#[test]
+fn a_shard_crosses_to_each_node_once() {
+    within_seconds(20, || {
+        let shard = 105 * 4;
+        assert_eq!(gathered_between_nodes(&[4, 4], true), (8 * shard, shard));
+        assert_eq!(gathered_between_nodes(&[4, 4], false), (32 * shard, 4 * shard));
+        assert_eq!(gathered_between_nodes(&[3, 5], true), (8 * shard, shard));
+        assert_eq!(gathered_between_nodes(&[3, 5], false), (30 * shard, 5 * shard));
+        assert_eq!(gathered_between_nodes(&[1, 1, 6], true), (16 * shard, 2 * shard));
+    });
+}

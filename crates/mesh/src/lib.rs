@@ -5,6 +5,7 @@
 
 mod experts;
 mod fold;
+pub mod gathering;
 mod grid;
 mod link;
 pub mod reduction;

@@ -36,6 +36,7 @@ fn layout(ranks: usize, per_host: usize, zero: usize, overlap: bool) -> EngineLa
         node_of: (0..ranks).map(|rank| rank / per_host).collect(),
         fold,
         hierarchical_reduce: false,
+        hierarchical_gather: false,
         dispatch: DispatchShape::default(),
     }
 }
@@ -123,6 +124,7 @@ fn a_link_carries_the_bytes_that_the_engine_sends() {
             let mut layout = layout(ranks, per_host, zero, true);
             layout.dispatch.hierarchical = hierarchical;
             layout.hierarchical_reduce = hierarchical;
+            layout.hierarchical_gather = hierarchical;
             layout.step.reduce_stages = if hierarchical { 2 } else { 1 };
             let machine = machine(&layout);
             let price = machine.price_on(&hosts(ranks / per_host, 0.01, 1e-9), &layout, ROWS, 1);

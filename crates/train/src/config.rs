@@ -146,6 +146,8 @@ pub struct LayoutConfig {
     pub overlap: bool,
     /// Whether gradients are joined inside a node before they cross to others, where ranks are on several.
     pub hierarchical_reduce: bool,
+    /// Whether parameters cross to a node once and go on to its other ranks inside, where ranks are on several.
+    pub hierarchical_gather: bool,
     /// How rows travel to their experts.
     pub dispatch: DispatchConfig,
     /// Exchanges that a wave's tokens are cut into, so that they overlap with the experts' products.
@@ -160,6 +162,7 @@ impl Default for LayoutConfig {
             zero: 1,
             overlap: true,
             hierarchical_reduce: true,
+            hierarchical_gather: true,
             dispatch: DispatchConfig::Flat,
             dispatch_chunks: 1,
             dispatch_rows: 0,

@@ -53,6 +53,7 @@ pub fn engine_layout(config: &RunConfig, fold: &Fold, node: impl Fn(usize) -> us
         },
         node_of,
         hierarchical_reduce,
+        hierarchical_gather: config.layout.hierarchical_gather,
         dispatch: dispatch_shape(config),
     }
 }

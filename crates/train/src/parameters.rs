@@ -7,7 +7,7 @@ use std::ops::Range;
 use std::rc::{Rc, Weak};
 use std::sync::Arc;
 
-use unisono_comm::{CommError, Communicator, GatherPlan, GatherSegment, Gatherer, Part, Pending};
+use unisono_comm::{CommError, Communicator, GatherPlan, GatherSegment, Gatherer, Part, PendingGather};
 use unisono_model::{ParameterSource, Profile, UnitParameters};
 use unisono_plan::{Layout, Piece, SegmentKind, ShardedSegment, Shards};
 use unisono_tensor::{Backend, Buffer};
@@ -49,13 +49,13 @@ enum Store<B: Backend> {
     /// Every unit.
     Whole(Vec<Rc<B::Buf>>),
     /// This rank's shards of every unit, as they are sent.
-    Shards { shards: Vec<Arc<B::Host>>, gathered: RefCell<Gathered<B>>, overlap: bool },
+    Shards { shards: Vec<Arc<B::Host>>, gathered: Box<RefCell<Gathered<B>>>, overlap: bool },
 }
 
 /// Units in use, and the one that is on its way.
 struct Gathered<B: Backend> {
     used: Vec<Weak<B::Buf>>,
-    coming: Option<(usize, Pending<B::Host>)>,
+    coming: Option<(usize, PendingGather<f32, B::Host>)>,
 }
 
 impl<B: Backend> ShardedParameters<B> {
@@ -84,8 +84,12 @@ impl<B: Backend> ShardedParameters<B> {
                 let (start, shard) = (place(segment.kind), &segment.shards[rank]);
                 start + shard.start..start + shard.end
             });
+            let plan = gather_plan(shards, unit, !in_shards, moves, place);
             units.push(UnitPlan {
-                gatherer: gather_plan(shards, unit, !in_shards, moves, place).compile(comm)?,
+                gatherer: match config.hierarchical_gather {
+                    true => plan.compile_hierarchical(comm)?,
+                    false => plan.compile(comm)?,
+                },
                 len: layout.unit_len(unit) + experts * layout.expert_len(),
                 sent: sent.collect(),
             });
@@ -99,10 +103,10 @@ impl<B: Backend> ShardedParameters<B> {
                 let zeros = |unit| backend.zeros(shards.owned_of_unit(rank, unit));
                 Store::Shards {
                     shards: (0..layout.units()).map(|u| Arc::new(backend.hand_to_host(zeros(u)))).collect(),
-                    gathered: RefCell::new(Gathered {
+                    gathered: Box::new(RefCell::new(Gathered {
                         used: std::iter::repeat_with(Weak::new).take(layout.units()).collect(),
                         coming: None,
-                    }),
+                    })),
                     overlap: config.overlap,
                 }
             }
@@ -204,7 +208,11 @@ impl<B: Backend> ShardedParameters<B> {
         }
     }
 
-    fn start_gather(&self, shard: &Arc<B::Host>, unit: usize) -> Result<Pending<B::Host>, CommError> {
+    fn start_gather(
+        &self,
+        shard: &Arc<B::Host>,
+        unit: usize,
+    ) -> Result<PendingGather<f32, B::Host>, CommError> {
         let UnitPlan { gatherer, len, .. } = &self.units[unit];
         let whole = self.backend.alloc_host(*len);
         self.profile.communicate("gather parameters", || {
@@ -252,7 +260,7 @@ fn start_gather_whole<B: Backend>(
     backend: &B,
     plan: &UnitPlan,
     whole: B::Buf,
-) -> Result<Pending<B::Host>, CommError> {
+) -> Result<PendingGather<f32, B::Host>, CommError> {
     let mut send = backend.alloc(plan.gatherer.shard_len());
     let mut next = 0;
     for range in &plan.sent {

@@ -120,6 +120,7 @@ fn check_grid(replicas: usize, expert_group: usize, num_experts: usize) {
                     zero,
                     overlap: round(3, 2) == 0,
                     hierarchical_reduce: round(5, 3) > 0,
+                    hierarchical_gather: round(3, 3) > 0,
                     dispatch: [DispatchConfig::Hierarchical, DispatchConfig::Flat][round(1, 2)],
                     dispatch_chunks: [1, 3, 1, 2, 1][round(1, 5)],
                     dispatch_rows: [0, 0, 24][round(1, 3)],

@@ -1,5 +1,6 @@
 //! The calls whose bytes the layout alone decides.
 
+use unisono_mesh::gathering::Gathering;
 use unisono_mesh::reduction::{Reduction, Source};
 use unisono_mesh::{ExpertPlacement, tree};
 
@@ -13,6 +14,7 @@ use crate::shards::{ShardedSegment, Shards};
 mod kind {
     pub const ALL_GATHER: &str = "all_gather";
     pub const ALL_REDUCE: &str = "all_reduce";
+    pub const GATHER_IN_NODE: &str = "gather_in_node";
     pub const REDUCE_IN_NODE: &str = "reduce_in_node";
     pub const REDUCE_SCATTER: &str = "reduce_scatter";
     pub const VALUES: &str = "all_gather_values";
@@ -60,7 +62,7 @@ impl<'a> FixedCalls<'a> {
             }
             ExchangeKind::GradientNorm => self.values(|rank| self.norm_roots(rank)),
             ExchangeKind::Times => self.values(|_| TIME_VALUES),
-            ExchangeKind::GatherParameters => vec![(kind::ALL_GATHER, self.gather(unit))],
+            ExchangeKind::GatherParameters => self.gather(unit),
             ExchangeKind::ReduceGradients => self.reduce(unit),
             _ => Vec::new(),
         }
@@ -92,24 +94,41 @@ impl<'a> FixedCalls<'a> {
         ranges.map(|range| tree::roots(range, chunks).len() as u64).sum()
     }
 
-    /// A unit's parameters from their owners to those that compute with them.
-    fn gather(&self, unit: usize) -> Volume {
-        let mut volume = Volume::none(self.ranks());
+    /// A unit's parameters from their owners to those that compute with them, to each node once where that saves copies.
+    fn gather(&self, unit: usize) -> Vec<(&'static str, Volume)> {
+        let flat = vec![0; self.ranks()];
         let in_shards = self.layout.step.zero >= 3;
         let moves = |segment: &&ShardedSegment| in_shards || segment.is_shared();
-        for segment in self.shards.of_unit(unit).iter().filter(moves) {
-            let bytes = |rank: usize| segment.shards[rank].len() as u64 * ELEMENT;
-            // Whole units keep a rank's own shards where they are.
-            for peer in (0..self.ranks()).filter(|&peer| in_shards || peer != self.rank) {
-                if segment.is_held(peer) {
-                    volume.sent[peer] += bytes(self.rank);
+        let segments: Vec<&ShardedSegment> = self.shards.of_unit(unit).iter().filter(moves).collect();
+        let owners = |segment: &ShardedSegment| {
+            let shards = segment.shards.clone();
+            (0..self.ranks()).filter(move |&owner| !shards[owner].is_empty())
+        };
+        let node_of = &self.layout.node_of;
+        let saves = |segment: &&ShardedSegment| {
+            Gathering::new(node_of, |rank| segment.is_held(rank)).saves(owners(segment))
+        };
+        let crosses = self.layout.hierarchical_gather && segments.iter().any(saves);
+        let node_of = if crosses { node_of } else { &flat };
+        let (mut across, mut inside) = (Volume::none(self.ranks()), Volume::none(self.ranks()));
+        for segment in segments {
+            let ways = Gathering::new(node_of, |rank| segment.is_held(rank));
+            for owner in owners(segment) {
+                let bytes = segment.shards[owner].len() as u64 * ELEMENT;
+                // Whole units keep a rank's own shards where they are.
+                for &receiver in ways.near(owner).iter().filter(|&&receiver| in_shards || receiver != owner) {
+                    self.add(&mut inside, owner, receiver, bytes);
                 }
-                if segment.is_held(self.rank) {
-                    volume.received[peer] += bytes(peer);
+                for (relay, receivers) in ways.far(owner) {
+                    self.add(&mut across, owner, relay, bytes);
+                    receivers.iter().for_each(|&receiver| self.add(&mut inside, relay, receiver, bytes));
                 }
             }
         }
-        volume
+        match crosses {
+            true => vec![(kind::ALL_GATHER, across), (kind::GATHER_IN_NODE, inside)],
+            false => vec![(kind::ALL_GATHER, inside)],
+        }
     }
 
     /// A unit's gradients to the owners of their shards, inside nodes first where that saves roots.

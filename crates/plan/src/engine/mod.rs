@@ -33,6 +33,8 @@ pub struct EngineLayout {
     pub step: EngineStep,
     /// Whether gradients are joined inside nodes before they cross to others.
     pub hierarchical_reduce: bool,
+    /// Whether parameters cross to a node once and go on inside.
+    pub hierarchical_gather: bool,
     /// How rows travel between tokens and experts.
     pub dispatch: DispatchShape,
 }
