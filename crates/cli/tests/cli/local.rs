@@ -159,7 +159,9 @@ fn layouts_on_hosts_are_priced_with_what_lies_between_them() {
     let said = run(folder, 0, &["plan", TINY, "hosts.toml", "--emit", "plan.toml"]).out;
     assert!(said.contains("Ethernet over 2: 0.001 GB/s") && said.contains("--cluster hosts.toml"), "{said}");
     let emitted = std::fs::read_to_string(folder.join("plan.toml")).unwrap();
-    assert!(emitted.contains("# mpirun -n 2 --map-by ppr:1:node unisono train THIS_FILE"), "{emitted}");
+    let ranks = of(&slow, "ranks") as usize;
+    let command = format!("# mpirun -n {ranks} --map-by ppr:{}:node unisono train THIS_FILE", ranks / 2);
+    assert!(emitted.contains(&command), "{command}: {emitted}");
     let said = run(folder, 2, &["plan", TINY, "hosts.toml", "--layout", "dp2"]).err;
     assert!(said.starts_with("error: --layout is for clusters of GPUs"), "{said}");
     let said = run(folder, 2, &["train", TINY, "--cluster", "hosts.toml"]).err;
