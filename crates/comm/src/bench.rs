@@ -194,10 +194,10 @@ impl Workload {
         let parts: Vec<_> = (0..size).map(|rank| rank * part..(rank + 1) * part).collect();
         let held = (0..size).map(|rank| rank..rank + 1).collect();
         let segment = Segment { items: size, held, shards: parts.clone() };
-        let reducer = ReducePlan { segments: vec![segment] }.compile(comm)?;
+        let reducer = ReducePlan { segments: vec![segment] }.compile_hierarchical(comm)?;
         let segment = GatherSegment { shards: parts.clone(), wanted: vec![true; size], offset: 0 };
         let in_place = collective == Collective::ReduceThenGather;
-        let gatherer = GatherPlan { segments: vec![segment], in_place }.compile(comm)?;
+        let gatherer = GatherPlan { segments: vec![segment], in_place }.compile_hierarchical(comm)?;
         let sent = if collective == Collective::AllGather { part } else { elements };
         Ok(Self {
             comm: comm.clone(),
