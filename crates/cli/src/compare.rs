@@ -153,6 +153,10 @@ struct Figure {
     show: fn(f64) -> String,
 }
 
+/// What brings gradients to their owners and parameters back.
+const SYNCHRONISING: [&str; 4] =
+    [kind::REDUCE_SCATTER, kind::REDUCE_IN_NODE, kind::ALL_GATHER, kind::GATHER_IN_NODE];
+
 const FIGURES: [Figure; 12] = {
     const fn figure(
         label: &'static str,
@@ -194,12 +198,7 @@ const FIGURES: [Figure; 12] = {
         figure(
             "MiB synchronised a step",
             "synchronised_bytes_per_step",
-            |s| {
-                a_step(
-                    s,
-                    &[kind::REDUCE_SCATTER, kind::REDUCE_IN_NODE, kind::ALL_GATHER, kind::GATHER_IN_NODE],
-                )
-            },
+            |s| a_step(s, &SYNCHRONISING),
             mebibytes,
         ),
         figure(

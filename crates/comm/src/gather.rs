@@ -1,8 +1,7 @@
 //! All-gather of the shards of many segments in one call: the way back of a reduce-scatter.
 
-use std::any::Any;
 use std::ops::Range;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 
 use bytemuck::Pod;
 use unisono_mesh::gathering::Gathering;
@@ -40,7 +39,6 @@ pub struct Gatherer {
 }
 
 /// Who sends what to whom.
-#[derive(Default)]
 struct Ways {
     shard_len: usize,
     /// What crosses to nodes where several ranks want it, if anything does.
@@ -49,12 +47,9 @@ struct Ways {
     sends: Vec<Vec<(Origin, Range<usize>)>>,
     /// Per rank: ranges of the receive buffer to fill.
     receives: Vec<Vec<Range<usize>>>,
-    /// Staging of earlier calls, to be used again.
-    spare: Mutex<Vec<Box<dyn Any + Send>>>,
 }
 
 /// What goes between nodes, before what goes inside them.
-#[derive(Default)]
 struct Across {
     /// Per rank: ranges of this rank's shards to send.
     sends: Vec<Vec<Range<usize>>>,
@@ -154,7 +149,7 @@ impl GatherPlan {
             }
         }
         let across = crosses.then_some(across);
-        let ways = Ways { shard_len, across, sends, receives, spare: Mutex::default() };
+        let ways = Ways { shard_len, across, sends, receives };
         Ok(Gatherer { comm: comm.clone(), ways: Arc::new(ways) })
     }
 }
@@ -203,10 +198,29 @@ impl Gatherer {
         &self,
         shards: impl Into<Part<T>>,
         recv: R,
-    ) -> Result<PendingGather<T, R>, CommError>
+    ) -> Result<PendingGather<T, R, Vec<T>>, CommError>
     where
         T: Pod + Send + Sync,
         R: AsMut<[T]> + Send + 'static,
+    {
+        self.start_all_gather_by(shards, recv, |len| vec![T::zeroed(); len])
+    }
+
+    /// The same with a buffer of `staging(len)` elements for what this rank passes on inside its node, if it does; it is let
+    /// go when the call is finished.
+    ///
+    /// # Errors
+    /// As the finished call.
+    pub fn start_all_gather_by<T, R, S>(
+        &self,
+        shards: impl Into<Part<T>>,
+        recv: R,
+        staging: impl FnOnce(usize) -> S,
+    ) -> Result<PendingGather<T, R, S>, CommError>
+    where
+        T: Pod,
+        R: AsMut<[T]> + Send + 'static,
+        S: AsRef<[T]> + AsMut<[T]> + Send + Sync + 'static,
     {
         let shards = shards.into();
         if shards.len() < self.ways.shard_len {
@@ -215,13 +229,13 @@ impl Gatherer {
             return Err(self.comm.refuse(kind::ALL_GATHER, reason));
         }
         let stage = match &self.ways.across {
-            None => Stage::Last(self.start_last(kind::ALL_GATHER, &shards, None, recv)?),
+            None => Stage::Last(self.start_last(kind::ALL_GATHER, &shards, None::<&Arc<S>>, recv)?),
             Some(across) => {
                 let parts = |ranges: &Vec<Range<usize>>| {
                     ranges.iter().map(|range| shards.slice(range.clone())).collect()
                 };
                 let sends = across.sends.iter().map(parts).collect();
-                let staging = self.staging(across.staged);
+                let staging = staging(across.staged);
                 let receives = across.receives.clone();
                 let pending = self.comm.start_exchange(kind::ALL_GATHER, sends, staging, receives)?;
                 Stage::Across { pending, shards, recv }
@@ -231,16 +245,17 @@ impl Gatherer {
     }
 
     /// Starts what goes to ranks of this rank's node, or to all if nothing has crossed before.
-    fn start_last<T, R>(
+    fn start_last<T, R, S>(
         &self,
         kind: &'static str,
         shards: &Part<T>,
-        staged: Option<&Arc<Vec<T>>>,
+        staged: Option<&Arc<S>>,
         recv: R,
     ) -> Result<Pending<R>, CommError>
     where
-        T: Pod + Send + Sync,
+        T: Pod,
         R: AsMut<[T]> + Send + 'static,
+        S: AsRef<[T]> + Send + Sync + 'static,
     {
         let part = |(origin, range): &(Origin, Range<usize>)| match (origin, staged) {
             (Origin::Staged, Some(staged)) => Part::new(Arc::clone(staged), range.clone()),
@@ -249,31 +264,28 @@ impl Gatherer {
         let sends = self.ways.sends.iter().map(|list| list.iter().map(part).collect()).collect();
         self.comm.start_exchange(kind, sends, recv, self.ways.receives.clone())
     }
-
-    fn staging<T: Pod>(&self, len: usize) -> Vec<T> {
-        let mut spare = self.ways.spare.lock().unwrap_or_else(PoisonError::into_inner);
-        let mut staging =
-            spare.pop().and_then(|any| any.downcast::<Vec<T>>().ok()).map_or_else(Vec::new, |b| *b);
-        staging.resize(len, T::zeroed());
-        staging
-    }
 }
 
 /// A started [`Gatherer::all_gather`].
 #[must_use = "a started call must be finished"]
-pub struct PendingGather<T: Pod, R> {
+pub struct PendingGather<T, R, S> {
     gatherer: Gatherer,
-    stage: Stage<T, R>,
+    stage: Stage<T, R, S>,
 }
 
-enum Stage<T: Pod, R> {
+enum Stage<T, R, S> {
     /// Between nodes.
-    Across { pending: Pending<Vec<T>>, shards: Part<T>, recv: R },
+    Across { pending: Pending<S>, shards: Part<T>, recv: R },
     /// Everything at once.
     Last(Pending<R>),
 }
 
-impl<T: Pod + Send + Sync, R: AsMut<[T]> + Send + 'static> PendingGather<T, R> {
+impl<T, R, S> PendingGather<T, R, S>
+where
+    T: Pod,
+    R: AsMut<[T]> + Send + 'static,
+    S: AsRef<[T]> + Send + Sync + 'static,
+{
     /// Waits for the shards, passes on inside the node what has crossed, and hands the receive buffer back; no clone of the
     /// send buffer is left.
     ///
@@ -285,13 +297,7 @@ impl<T: Pod + Send + Sync, R: AsMut<[T]> + Send + 'static> PendingGather<T, R> {
             Stage::Last(pending) => pending.finish(),
             Stage::Across { pending, shards, recv } => {
                 let staged = Arc::new(pending.finish()?);
-                let inside = gatherer.start_last(kind::GATHER_IN_NODE, &shards, Some(&staged), recv)?;
-                let recv = inside.finish()?;
-                if let Some(staging) = Arc::into_inner(staged) {
-                    let mut spare = gatherer.ways.spare.lock().unwrap_or_else(PoisonError::into_inner);
-                    spare.push(Box::new(staging));
-                }
-                Ok(recv)
+                gatherer.start_last(kind::GATHER_IN_NODE, &shards, Some(&staged), recv)?.finish()
             }
         }
     }

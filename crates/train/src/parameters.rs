@@ -52,10 +52,13 @@ enum Store<B: Backend> {
     Shards { shards: Vec<Arc<B::Host>>, gathered: Box<RefCell<Gathered<B>>>, overlap: bool },
 }
 
+/// A unit on its way.
+type Gathering<B> = PendingGather<f32, <B as Backend>::Host, <B as Backend>::Host>;
+
 /// Units in use, and the one that is on its way.
 struct Gathered<B: Backend> {
     used: Vec<Weak<B::Buf>>,
-    coming: Option<(usize, PendingGather<f32, B::Host>)>,
+    coming: Option<(usize, Gathering<B>)>,
 }
 
 impl<B: Backend> ShardedParameters<B> {
@@ -208,15 +211,13 @@ impl<B: Backend> ShardedParameters<B> {
         }
     }
 
-    fn start_gather(
-        &self,
-        shard: &Arc<B::Host>,
-        unit: usize,
-    ) -> Result<PendingGather<f32, B::Host>, CommError> {
+    fn start_gather(&self, shard: &Arc<B::Host>, unit: usize) -> Result<Gathering<B>, CommError> {
         let UnitPlan { gatherer, len, .. } = &self.units[unit];
         let whole = self.backend.alloc_host(*len);
         self.profile.communicate("gather parameters", || {
-            gatherer.start_all_gather(Part::whole(Arc::clone(shard)), whole)
+            gatherer.start_all_gather_by(Part::whole(Arc::clone(shard)), whole, |len| {
+                self.backend.alloc_host(len)
+            })
         })
     }
 }
@@ -260,7 +261,7 @@ fn start_gather_whole<B: Backend>(
     backend: &B,
     plan: &UnitPlan,
     whole: B::Buf,
-) -> Result<PendingGather<f32, B::Host>, CommError> {
+) -> Result<Gathering<B>, CommError> {
     let mut send = backend.alloc(plan.gatherer.shard_len());
     let mut next = 0;
     for range in &plan.sent {
@@ -268,7 +269,7 @@ fn start_gather_whole<B: Backend>(
         next += range.len();
     }
     let send = Part::whole(Arc::new(backend.hand_to_host(send)));
-    plan.gatherer.start_all_gather(send, backend.hand_to_host(whole))
+    plan.gatherer.start_all_gather_by(send, backend.hand_to_host(whole), |len| backend.alloc_host(len))
 }
 
 /// The all-gather of those of a unit's segments that are `chosen`. `offset` says where a segment lies in this rank's

@@ -15,6 +15,7 @@ use crate::transport::{Combine, Landing};
 
 /// Buckets that are staged at a time, at least: one is summed while the next arrives.
 const STAGED_BUCKETS: usize = 2;
+
 /// One message of a stream.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct Frame {
