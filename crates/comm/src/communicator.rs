@@ -379,6 +379,26 @@ impl Communicator {
         &self,
         kind: &'static str,
         sends: Vec<Vec<Part<T>>>,
+        recv: R,
+        recv_ranges: Vec<Vec<Range<usize>>>,
+    ) -> Result<Pending<R>, CommError>
+    where
+        T: Pod,
+        R: AsMut<[T]> + Send + 'static,
+    {
+        self.start_exchange_around(kind, 0, sends, recv, recv_ranges)
+    }
+
+    /// As [`start_exchange`](Self::start_exchange), for a caller that has itself put what this rank sends to itself where
+    /// it lands in `recv`: `placed` elements, which the ledger counts as if they had been sent.
+    ///
+    /// # Errors
+    /// As the finished call.
+    pub fn start_exchange_around<T, R>(
+        &self,
+        kind: &'static str,
+        placed: usize,
+        sends: Vec<Vec<Part<T>>>,
         mut recv: R,
         recv_ranges: Vec<Vec<Range<usize>>>,
     ) -> Result<Pending<R>, CommError>
@@ -392,7 +412,8 @@ impl Communicator {
             recv_ranges.into_iter().map(|list| list.into_iter().map(bytes_of::<T>).collect()).collect();
         let landing = Landing::Copy { buffer: own::<T, R>(recv), ranges };
         let route = self.collective::<T>(kind, false);
-        self.launch(route, sends, landing, Take::Landed(disown::<T, R>))
+        let placed = (placed * size_of::<T>()) as u64;
+        self.launch_around(route, placed, sends, landing, Take::Landed(disown::<T, R>))
     }
 
     /// [`start_exchange`](Self::start_exchange), finished.
@@ -590,8 +611,22 @@ impl Communicator {
         landing: Landing,
         take: Take<R>,
     ) -> Result<Pending<R>, CommError> {
+        self.launch_around(route, 0, sends, landing, take)
+    }
+
+    /// Starts a call beside which the caller has moved `placed` bytes of its own.
+    fn launch_around<R>(
+        &self,
+        route: Route,
+        placed: u64,
+        sends: Vec<Vec<Piece>>,
+        landing: Landing,
+        take: Take<R>,
+    ) -> Result<Pending<R>, CommError> {
         let core = &self.core;
-        let volume = self.volume(&route, &sends, &landing.expected());
+        let mut volume = self.volume(&route, &sends, &landing.expected());
+        volume.sent[LinkClass::SameRank as usize] += placed;
+        volume.received[LinkClass::SameRank as usize] += placed;
         if core.stall.get() == Some(&(self.step(), route.kind)) {
             return Err(self.stall());
         }

@@ -210,7 +210,11 @@ impl<B: Backend> Transformer<B> {
     }
 
     /// Starts to bring rows of `x` `[rows, d]` to their experts.
-    fn start_dispatch<'a>(&'a self, route: &'a Route, x: &B::Buf) -> Result<Dispatching<'a, B>, CommError> {
+    fn start_dispatch<'a>(
+        &'a self,
+        route: &'a Route,
+        x: &'a B::Buf,
+    ) -> Result<Dispatching<'a, B>, CommError> {
         self.profile.communicate("dispatch", || Dispatching::start(self.wiring(), route, x))
     }
 

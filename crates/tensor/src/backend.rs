@@ -431,7 +431,7 @@ pub trait Backend: Clone + Send + Sync + 'static {
         dlogits: Mut<'_, Self>,
     );
 
-    /// `dst[i] = src[index[i]]`, rows of `d`.
+    /// `dst[i] = src[index[i]]`, rows of `d`; a row of `dst` whose index is [`NO_ROW`] stays as it is.
     fn gather_rows(&self, src: Ref<'_, Self>, d: usize, index: &[u32], dst: Mut<'_, Self>);
     /// The combine: `out[row] = base[row] + (shared[row] + sum over expert nodes ascending of (sum over the row's experts on
     /// that node, ascending, of src[index[row, choice]]))`. `experts`, `index` `[rows, top_k]`, `node_size` experts a

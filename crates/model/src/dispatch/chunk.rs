@@ -52,6 +52,12 @@ pub(crate) struct Chunk {
     pub returned: Vec<Vec<Range<usize>>>,
     /// The first returned row.
     pub first_returned: usize,
+    /// Where nothing crosses, what this rank sends to itself, which no call moves: `[rows]` the token row behind each
+    /// received row, `[own rows]` the result behind each returned row, [`NO_ROW`] for those of others.
+    pub own_received: Vec<u32>,
+    pub own_returned: Vec<u32>,
+    /// How many these are.
+    pub placed: usize,
 }
 
 impl Chunk {
@@ -78,6 +84,7 @@ impl Chunk {
 
 /// All chunks of a layer.
 pub(crate) struct Plan {
+    /// The token row behind each row sent; [`NO_ROW`] where the row is placed without being sent.
     pub tokens: Vec<u32>,
     pub places: Vec<u32>,
     pub chunks: Vec<Chunk>,
@@ -137,6 +144,9 @@ impl Plan {
             chunks.push(chunk);
         }
         builder.place_own(&chunks);
+        if !group.crosses() {
+            chunks.iter_mut().for_each(|chunk| builder.keep_own(chunk));
+        }
         let Builder { tokens, places, returned, .. } = builder;
         Ok(Self { tokens, places, chunks, returned_rows: returned })
     }
@@ -383,6 +393,20 @@ impl Builder<'_> {
             let chunk = &chunks[part];
             self.places[choice] = (chunk.first_returned + *place as usize - chunk.own.start) as u32;
             *place += 1;
+        }
+    }
+
+    /// Takes what this rank sends to itself out of a chunk's exchange.
+    fn keep_own(&mut self, chunk: &mut Chunk) {
+        let me = self.group.me();
+        (chunk.own_received, chunk.own_returned) = (vec![NO_ROW; chunk.rows], vec![NO_ROW; chunk.own.len()]);
+        let sent = std::mem::take(&mut chunk.inside[me]);
+        let received = std::mem::take(&mut chunk.received[me]);
+        let rows = sent.into_iter().flat_map(|(_, range)| range);
+        for (sent, received) in rows.zip(received.into_iter().flatten()) {
+            chunk.own_received[received] = std::mem::replace(&mut self.tokens[sent], NO_ROW);
+            chunk.own_returned[sent - chunk.own.start] = received as u32;
+            chunk.placed += 1;
         }
     }
 }

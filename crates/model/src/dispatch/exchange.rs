@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use unisono_comm::{CommError, Communicator, Part, Pending};
 use unisono_plan::dispatch::{Round, kind};
-use unisono_tensor::{Backend, Buffer, Wire};
+use unisono_tensor::{Backend, Buffer, NO_ROW, Wire};
 
 use super::chunk::{Chunk, Origin};
 use super::{Route, parts, scaled};
@@ -53,25 +53,35 @@ impl<B: Backend> Wiring<'_, B> {
         }
     }
 
-    /// The rows `index` of `rows` as they travel, for sending.
-    fn gather(&self, rows: &B::Buf, index: &[u32]) -> Arc<B::Host> {
+    /// The rows `index` of `rows`, for sending; nothing where all of them are [`NO_ROW`].
+    fn gather(&self, rows: &Travelling<'_, B>, index: &[u32]) -> Arc<B::Host> {
         let width = self.width();
-        let mut sent = self.backend.alloc(index.len() * width);
-        match self.wire {
-            Wire::F32 => self.backend.gather_rows(rows.all(), width, index, sent.all_mut()),
-            Wire::Bf16 => {
-                let mut packed = self.backend.alloc(rows.len() / self.d * width);
-                self.backend.pack_bf16(rows.all(), self.d, packed.all_mut());
-                self.backend.gather_rows(packed.all(), width, index, sent.all_mut());
-            }
+        let none = index.iter().all(|row| *row == NO_ROW);
+        let mut sent = self.backend.alloc(if none { 0 } else { index.len() * width });
+        if !none {
+            self.backend.gather_rows(rows.get().all(), width, index, sent.all_mut());
         }
         Arc::new(self.backend.hand_to_host(sent))
     }
 
-    /// Starts to move `width` elements a row: `sent` rows of `rows` by peer, into `received` rows of a buffer.
+    /// A tensor's rows as they travel.
+    fn travelling<'x>(&self, rows: &'x B::Buf) -> Travelling<'x, B> {
+        match self.wire {
+            Wire::F32 => Travelling::Own(rows),
+            Wire::Bf16 => {
+                let mut packed = self.backend.alloc(rows.len() / self.d * self.width());
+                self.backend.pack_bf16(rows.all(), self.d, packed.all_mut());
+                Travelling::Packed(packed)
+            }
+        }
+    }
+
+    /// Starts to move `width` elements a row: `sent` rows of `rows` by peer, into `received` rows of a buffer, which has
+    /// `placed` rows already that this rank would have sent to itself.
     fn start(
         &self,
         kind: &'static str,
+        placed: usize,
         rows: &Arc<B::Host>,
         sent: &[Vec<Range<usize>>],
         recv: B::Host,
@@ -79,7 +89,23 @@ impl<B: Backend> Wiring<'_, B> {
         width: usize,
     ) -> Result<Moving<B>, CommError> {
         let sends = sent.iter().map(|list| parts(rows, list, width)).collect();
-        self.comm.start_exchange(kind, sends, recv, received.iter().map(|list| scaled(list, width)).collect())
+        let received = received.iter().map(|list| scaled(list, width)).collect();
+        self.comm.start_exchange_around(kind, placed * width, sends, recv, received)
+    }
+}
+
+/// A tensor's rows as they travel.
+enum Travelling<'a, B: Backend> {
+    Own(&'a B::Buf),
+    Packed(B::Buf),
+}
+
+impl<B: Backend> Travelling<'_, B> {
+    fn get(&self) -> &B::Buf {
+        match self {
+            Self::Own(rows) => rows,
+            Self::Packed(rows) => rows,
+        }
     }
 }
 
@@ -88,7 +114,9 @@ impl<B: Backend> Wiring<'_, B> {
 pub(crate) struct Dispatching<'a, B: Backend> {
     wiring: Wiring<'a, B>,
     route: &'a Route,
-    /// Own rows, as they travel; none once all are sent.
+    /// The tensor's rows; none once all have left.
+    source: Option<Travelling<'a, B>>,
+    /// Rows to send; none once all are sent.
     rows: Arc<B::Host>,
     under_way: Option<Moving<B>>,
     /// Chunks that have not left.
@@ -100,10 +128,14 @@ impl<'a, B: Backend> Dispatching<'a, B> {
     ///
     /// # Errors
     /// If the run has failed.
-    pub fn start(wiring: Wiring<'a, B>, route: &'a Route, x: &B::Buf) -> Result<Self, CommError> {
-        let rows = wiring.gather(x, &route.tokens);
+    pub fn start(wiring: Wiring<'a, B>, route: &'a Route, x: &'a B::Buf) -> Result<Self, CommError> {
+        let source = wiring.travelling(x);
+        let rows = wiring.gather(&source, &route.tokens);
+        // Where rows cross, they are all sent from `rows`.
+        let source = (!route.crosses).then_some(source);
         let overlap = wiring.overlap;
-        let mut dispatching = Self { wiring, route, rows, under_way: None, waiting: route.chunks.iter() };
+        let mut dispatching =
+            Self { wiring, route, source, rows, under_way: None, waiting: route.chunks.iter() };
         if overlap {
             dispatching.start_next()?;
         }
@@ -117,16 +149,29 @@ impl<'a, B: Backend> Dispatching<'a, B> {
     }
 
     fn start_chunk(&self, chunk: &Chunk) -> Result<Moving<B>, CommError> {
-        if self.route.crosses { self.start_across(chunk) } else { self.start_inside(chunk, None) }
+        if self.route.crosses {
+            return self.start_across(chunk);
+        }
+        let width = self.wiring.width();
+        let mut recv = self.wiring.backend.alloc(chunk.rows * width);
+        if let Some(source) = &self.source {
+            self.wiring.backend.gather_rows(source.get().all(), width, &chunk.own_received, recv.all_mut());
+        }
+        self.start_inside(chunk, None, self.wiring.backend.hand_to_host(recv))
     }
 
     fn start_across(&self, chunk: &Chunk) -> Result<Moving<B>, CommError> {
         let width = self.wiring.width();
         let recv = self.wiring.backend.alloc_host(chunk.arrived_rows * width);
-        self.wiring.start(kind::DISPATCH, &self.rows, &chunk.across, recv, &chunk.arrived, width)
+        self.wiring.start(kind::DISPATCH, 0, &self.rows, &chunk.across, recv, &chunk.arrived, width)
     }
 
-    fn start_inside(&self, chunk: &Chunk, forwarded: Option<&Arc<B::Host>>) -> Result<Moving<B>, CommError> {
+    fn start_inside(
+        &self,
+        chunk: &Chunk,
+        forwarded: Option<&Arc<B::Host>>,
+        recv: B::Host,
+    ) -> Result<Moving<B>, CommError> {
         let width = self.wiring.width();
         let part = |(origin, range): &(Origin, Range<usize>)| {
             let range = range.start * width..range.end * width;
@@ -139,10 +184,9 @@ impl<'a, B: Backend> Dispatching<'a, B> {
             list.iter().filter(|(_, range)| !range.is_empty()).map(part).collect()
         };
         let sends = chunk.inside.iter().map(filled).collect();
-        let recv = self.wiring.backend.alloc_host(chunk.rows * width);
         let ranges = chunk.received.iter().map(|list| scaled(list, width)).collect();
         let kind = if forwarded.is_some() { kind::DISPATCH_INSIDE } else { kind::DISPATCH };
-        self.wiring.comm.start_exchange(kind, sends, recv, ranges)
+        self.wiring.comm.start_exchange_around(kind, chunk.placed * width, sends, recv, ranges)
     }
 
     /// Waits for the next chunk's rows and puts them where they stand among the layer's, `into` `[received rows, d]`.
@@ -164,10 +208,12 @@ impl<'a, B: Backend> Dispatching<'a, B> {
             let mut forwarded = backend.alloc(chunk.forward.len() * width);
             backend.gather_rows(arrived.all(), width, &chunk.forward, forwarded.all_mut());
             let forwarded = Arc::new(backend.hand_to_host(forwarded));
-            received = self.start_inside(chunk, Some(&forwarded))?.finish()?;
+            let recv = backend.alloc_host(chunk.rows * width);
+            received = self.start_inside(chunk, Some(&forwarded), recv)?.finish()?;
         }
         let received = backend.take_from_host(received);
         if self.wiring.overlap && self.under_way.is_none() {
+            self.source = None;
             self.rows = Arc::new(backend.alloc_host(0));
         }
         if self.route.chunks.len() == 1 {
@@ -228,20 +274,44 @@ impl<'a, B: Backend> Combining<'a, B> {
     /// If an exchange fails.
     pub fn send_back(&mut self, chunk: &Chunk, results: B::Buf) -> Result<(), CommError> {
         let width = self.wiring.width();
-        let results = Arc::new(self.wiring.backend.hand_to_host(self.wiring.pack(results)));
+        let results = self.wiring.pack(results);
         if !self.route.crosses {
-            let returned = self.settle()?;
-            let landing = chunk.landing(chunk.first_returned, 0);
-            let moving =
-                self.wiring.start(kind::COMBINE, &results, &chunk.received, returned, &landing, width)?;
-            return self.go_on(moving);
+            return self.send_straight(chunk, results);
         }
+        let results = Arc::new(self.wiring.backend.hand_to_host(results));
         let gathered = self.wiring.backend.alloc_host(chunk.gathered_rows() * width);
         let landing = chunk.landing(0, chunk.own.len());
-        let moving =
-            self.wiring.start(kind::COMBINE_INSIDE, &results, &chunk.received, gathered, &landing, width)?;
+        let moving = self.wiring.start(
+            kind::COMBINE_INSIDE,
+            0,
+            &results,
+            &chunk.received,
+            gathered,
+            &landing,
+            width,
+        )?;
         let gathered = self.wiring.backend.take_from_host(moving.finish()?);
         self.send_across(chunk, gathered)
+    }
+
+    /// Sends results to where they came from, but for those of own rows, which are placed.
+    fn send_straight(&mut self, chunk: &Chunk, results: B::Buf) -> Result<(), CommError> {
+        let (backend, width) = (self.wiring.backend, self.wiring.width());
+        let landing = chunk.landing(chunk.first_returned, 0);
+        let (results, returned) = if self.route.alone() {
+            (backend.alloc(0), results)
+        } else {
+            let mut returned = backend.take_from_host(self.settle()?);
+            let rows = chunk.first_returned..chunk.first_returned + chunk.own.len();
+            let own = returned.slice_mut(rows.start * width..rows.end * width);
+            backend.gather_rows(results.all(), width, &chunk.own_returned, own);
+            (results, returned)
+        };
+        let (results, returned) = (Arc::new(backend.hand_to_host(results)), backend.hand_to_host(returned));
+        let received = &chunk.received;
+        let moving =
+            self.wiring.start(kind::COMBINE, chunk.placed, &results, received, returned, &landing, width)?;
+        self.go_on(moving)
     }
 
     /// Sums by expert node what goes back across, and sends it; own results pass through to their place.
@@ -293,7 +363,7 @@ pub(crate) struct Rounds<'a, B: Backend> {
 impl<'a, B: Backend> Rounds<'a, B> {
     /// Rows of `x` `[rows, d]`, ready to be sent.
     pub fn new(wiring: Wiring<'a, B>, route: &Route, x: &B::Buf) -> Self {
-        let rows = wiring.gather(x, &route.tokens);
+        let rows = wiring.gather(&wiring.travelling(x), &route.tokens);
         Self { wiring, rows, kinds: [kind::DISPATCH, kind::COMBINE] }
     }
 
@@ -311,7 +381,7 @@ impl<'a, B: Backend> Rounds<'a, B> {
         let width = self.wiring.width();
         let recv = self.wiring.backend.alloc_host(round.rows * width);
         let [kind, _] = self.kinds;
-        let moving = self.wiring.start(kind, &self.rows, &round.sent, recv, &round.received, width)?;
+        let moving = self.wiring.start(kind, 0, &self.rows, &round.sent, recv, &round.received, width)?;
         Ok(self.wiring.unpack(self.wiring.backend.take_from_host(moving.finish()?)))
     }
 
@@ -328,7 +398,7 @@ impl<'a, B: Backend> Rounds<'a, B> {
         let width = self.wiring.width();
         let results = Arc::new(self.wiring.backend.hand_to_host(self.wiring.pack(results)));
         let [_, kind] = self.kinds;
-        self.wiring.start(kind, &results, &round.received, returned, &round.sent, width)?.finish()
+        self.wiring.start(kind, 0, &results, &round.received, returned, &round.sent, width)?.finish()
     }
 
     /// All returned rows `[returned rows, d]`.

@@ -27,7 +27,7 @@ use order::Order;
 /// Where every row of one layer's routing goes, on both ends.
 #[derive(Debug, Clone)]
 pub(crate) struct Route {
-    /// The token row behind each row sent.
+    /// The token row behind each row sent; [`unisono_tensor::NO_ROW`] where this rank has the experts and nothing is sent.
     pub tokens: Vec<u32>,
     /// `[rows, top_k]` which returned row each choice is; [`unisono_tensor::NO_ROW`] for one that an earlier choice's row contains.
     pub places: Vec<u32>,
@@ -84,6 +84,13 @@ impl Route {
     /// Rows that this rank's experts receive.
     pub fn received_rows(&self) -> usize {
         self.runs.last().map_or(0, |run| run.end)
+    }
+
+    /// Whether all rows are this rank's own, whose results stand in the order in which they return.
+    fn alone(&self) -> bool {
+        let chunk = self.chunks.first();
+        self.chunks.len() == 1
+            && chunk.is_some_and(|chunk| chunk.placed == chunk.rows && chunk.placed == chunk.own.len())
     }
 
     /// Puts per-choice values `[rows, top_k]` into the order in which single values travel.

@@ -27,6 +27,7 @@ fn row_of(src: &[f32], d: usize, index: u32) -> &[f32] {
 }
 
 pub(super) fn embedding(threads: &Threads, ids: &[u32], table: &[f32], d: usize, out: &mut [f32]) {
+    assert!(!ids.contains(&NO_ROW), "embedding: row {NO_ROW} of a table of {} rows", table.len() / d.max(1));
     gather_rows(threads, table, d, ids, out);
 }
 
@@ -51,7 +52,9 @@ pub(super) fn gather_rows(threads: &Threads, src: &[f32], d: usize, index: &[u32
     assert_eq!(dst.len(), index.len() * d, "gather_rows: {} rows of {d}", index.len());
     let rows = rows_per_task(d);
     threads.chunks_mut(dst, rows * d, |task, dst| {
-        for (dst, &index) in dst.chunks_exact_mut(d).zip(&index[task * rows..]) {
+        let filled =
+            dst.chunks_exact_mut(d).zip(&index[task * rows..]).filter(|(_, index)| **index != NO_ROW);
+        for (dst, &index) in filled {
             dst.copy_from_slice(row_of(src, d, index));
         }
     });

@@ -26,17 +26,17 @@ fn embedding_looks_up_and_its_gradient_scatters_in_token_order() {
 }
 
 #[test]
-fn gathering_copies_rows() {
+fn gathering_copies_rows_and_leaves_those_that_have_no_source() {
     let mut rng = Rng::new(1);
-    let (d, index) = (19, [3u32, 0, 3, 69, 2]);
+    let (d, index) = (19, [3u32, 0, NO_ROW, 3, 69, 2, NO_ROW]);
     let src = rng.values(70 * d);
     let got = on_any_threads(|cpu| {
-        let mut dst = poison(index.len() * d);
+        let mut dst = vec![7.5; index.len() * d];
         cpu.gather_rows(&src, d, &index, &mut dst);
         dst.iter().map(|v| v.to_bits()).collect::<Vec<_>>()
     });
-    let want: Vec<f32> = index.iter().flat_map(|&i| src[i as usize * d..][..d].iter().copied()).collect();
-    assert_eq!(got, bits(&want));
+    let row = |&i: &u32| if i == NO_ROW { vec![7.5; d] } else { src[i as usize * d..][..d].to_vec() };
+    assert_eq!(got, bits(&index.iter().flat_map(row).collect::<Vec<_>>()));
 }
 
 /// The nearest bfloat16, found among its neighbours.
