@@ -148,12 +148,15 @@ impl QueryTile<'_> {
         let hd = self.shape.heads.head_dim;
         let columns = self.group() * self.positions.len();
         let width = columns.next_multiple_of(GROUP);
-        let mut queries = Scratch::take(hd * width);
+        let mut queries = Scratch::take(columns * hd);
         let mut scores = Scratch::take(BLOCK * width);
         let mut mixed = Scratch::take(columns * hd);
         let mut state = Scratch::take(5 * width);
         mixed.fill(0.0);
-        self.pack_queries(q, width, &mut queries);
+        vectorized(
+            #[inline(always)]
+            || self.scale_queries(q, &mut queries),
+        );
         let mut softmax = Softmax::new(&mut state, width);
         let starts = self.set_visible(&mut softmax);
         let (k_column, v_column) = (self.kv_head * hd, (self.shape.heads.kv_heads + self.kv_head) * hd);
@@ -165,7 +168,7 @@ impl QueryTile<'_> {
             gemm(
                 dims,
                 kv.matrix(row, k_column),
-                Matrix::rows(&queries, width),
+                Matrix::columns(&queries, hd),
                 MatrixMut::rows(&mut scores, width),
                 false,
             );
@@ -198,15 +201,14 @@ impl QueryTile<'_> {
         unsafe { self.write(&mixed, &softmax, out, lse) };
     }
 
-    /// Scaled queries, transposed: `[head_dim, width]`.
-    fn pack_queries(&self, q: Rows<'_>, width: usize, packed: &mut [f32]) {
+    /// Scaled queries: `[columns, head_dim]`.
+    #[inline(always)]
+    fn scale_queries(&self, q: Rows<'_>, scaled: &mut [f32]) {
         let scale = scale(self.shape.heads);
         let (first, count) = (self.first_row(), self.positions.len());
-        for column in 0..self.group() * count {
+        for (column, scaled) in scaled.chunks_exact_mut(self.shape.heads.head_dim).enumerate() {
             let query = q.head(first + column % count, self.head_column(column / count));
-            for (i, value) in query.iter().enumerate() {
-                packed[i * width + column] = value * scale;
-            }
+            scaled.iter_mut().zip(query).for_each(|(scaled, value)| *scaled = value * scale);
         }
     }
 
