@@ -143,9 +143,18 @@ impl<'a, B: Backend> Dispatching<'a, B> {
     }
 
     fn start_next(&mut self) -> Result<(), CommError> {
-        let next = self.waiting.next().map(|chunk| self.start_chunk(chunk)).transpose()?;
+        let next = self.waiting.next().map(|chunk| self.leave(chunk)).transpose()?;
         self.under_way = next;
         Ok(())
+    }
+
+    /// Starts a chunk; the tensor's rows are let go with the last.
+    fn leave(&mut self, chunk: &Chunk) -> Result<Moving<B>, CommError> {
+        let moving = self.start_chunk(chunk)?;
+        if self.route.chunks.last().is_some_and(|last| std::ptr::eq(last, chunk)) {
+            self.source = None;
+        }
+        Ok(moving)
     }
 
     fn start_chunk(&self, chunk: &Chunk) -> Result<Moving<B>, CommError> {
@@ -196,7 +205,7 @@ impl<'a, B: Backend> Dispatching<'a, B> {
     pub fn arrive(&mut self, chunk: &Chunk, into: &mut Option<B::Buf>) -> Result<(), CommError> {
         let moving = match self.under_way.take() {
             Some(moving) => moving,
-            None => self.start_chunk(chunk)?,
+            None => self.leave(chunk)?,
         };
         let (backend, d, width) = (self.wiring.backend, self.wiring.d, self.wiring.width());
         let mut received = moving.finish()?;
@@ -213,7 +222,6 @@ impl<'a, B: Backend> Dispatching<'a, B> {
         }
         let received = backend.take_from_host(received);
         if self.wiring.overlap && self.under_way.is_none() {
-            self.source = None;
             self.rows = Arc::new(backend.alloc_host(0));
         }
         if self.route.chunks.len() == 1 {
