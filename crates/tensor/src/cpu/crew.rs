@@ -5,7 +5,7 @@
 
 use std::any::Any;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
 /// Ranks that help each other. Cloning shares it.
@@ -17,9 +17,30 @@ pub struct Crew {
 /// What one rank lets others do.
 #[derive(Default)]
 struct Desk {
-    /// Whether there is something, for a look without the lock.
-    open: AtomicBool,
+    /// Counts openings and closings: odd while there is something, for a look without the lock.
+    turn: AtomicUsize,
     lent: Mutex<Option<Lent>>,
+}
+
+impl Desk {
+    /// Takes tasks while there are some; whether there were any.
+    fn help(&self) -> bool {
+        let lent = {
+            let lent = self.lent.lock().unwrap_or_else(PoisonError::into_inner);
+            let Some(Lent(work)) = *lent else { return false };
+            // SAFETY: while the pointer lies on the desk, whose lock is held, its owner has not let go of the work.
+            let work = unsafe { &*work };
+            if !work.has_some() {
+                return false;
+            }
+            work.helpers.fetch_add(1, Ordering::Relaxed);
+            work
+        };
+        lent.help();
+        // The owner may let go of the work from here on.
+        lent.helpers.fetch_sub(1, Ordering::Release);
+        true
+    }
 }
 
 /// Work that lies on the stack of the rank that lends it, until [`Opened`] is dropped.
@@ -75,7 +96,7 @@ pub(super) struct Opened<'a> {
 
 impl Drop for Opened<'_> {
     fn drop(&mut self) {
-        self.desk.open.store(false, Ordering::Relaxed);
+        self.desk.turn.fetch_add(1, Ordering::Relaxed);
         *self.desk.lent.lock().unwrap_or_else(PoisonError::into_inner) = None;
         let mut looks = 0u32;
         while self.work.helpers.load(Ordering::Acquire) > 0 {
@@ -105,25 +126,22 @@ impl Crew {
     /// Takes tasks of other ranks while there are some, for the rank `me`; whether there were any.
     pub fn help(&self, me: usize) -> bool {
         let others = (1..self.desks.len()).map(|ahead| &self.desks[(me + ahead) % self.desks.len()]);
-        let mut helped = false;
-        for desk in others.filter(|desk| desk.open.load(Ordering::Relaxed)) {
-            let lent = {
-                let lent = desk.lent.lock().unwrap_or_else(PoisonError::into_inner);
-                let Some(Lent(work)) = *lent else { continue };
-                // SAFETY: while the pointer lies on the desk, whose lock is held, its owner has not let go of the work.
-                let work = unsafe { &*work };
-                if !work.has_some() {
-                    continue;
-                }
-                work.helpers.fetch_add(1, Ordering::Relaxed);
-                work
-            };
-            lent.help();
-            helped = true;
-            // The owner may let go of the work from here on.
-            lent.helpers.fetch_sub(1, Ordering::Release);
+        let open = others.filter(|desk| !desk.turn.load(Ordering::Relaxed).is_multiple_of(2));
+        open.fold(false, |helped, desk| desk.help() | helped)
+    }
+
+    /// As a thread of the rank `me`, takes tasks of its work if it is not the work of turn `seen`, which becomes its turn.
+    pub(super) fn help_own(&self, me: usize, seen: &mut usize) -> bool {
+        self.has_new(me, *seen) && {
+            *seen = self.desks[me].turn.load(Ordering::Relaxed);
+            self.desks[me].help()
         }
-        helped
+    }
+
+    /// Whether the rank `me` has work that is not that of turn `seen`.
+    pub(super) fn has_new(&self, me: usize, seen: usize) -> bool {
+        let turn = self.desks[me].turn.load(Ordering::SeqCst);
+        !turn.is_multiple_of(2) && turn != seen
     }
 
     /// Lets others join in the work of the rank `me`; nothing if it already lends some.
@@ -134,7 +152,7 @@ impl Crew {
             return None;
         }
         *lent = Some(Lent(std::ptr::from_ref(work).cast()));
-        desk.open.store(true, Ordering::Relaxed);
+        desk.turn.fetch_add(1, Ordering::SeqCst);
         Some(Opened { desk, work })
     }
 }

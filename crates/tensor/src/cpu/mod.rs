@@ -20,6 +20,7 @@ mod router;
 mod rows;
 pub mod simd;
 mod system_memory;
+mod team;
 
 pub use crew::Crew;
 pub use gemm::{Matrix, MatrixMut, gemm};

@@ -5,9 +5,8 @@ use std::marker::PhantomData;
 use std::ops::{Deref, DerefMut, Range};
 use std::sync::Arc;
 
-use rayon::{ThreadPool, ThreadPoolBuilder};
-
 use super::crew::{Crew, Work};
+use super::team::Team;
 
 /// Compute threads of one rank. Cloning shares them.
 ///
@@ -15,47 +14,43 @@ use super::crew::{Crew, Work};
 /// nor the order of tasks changes a bit.
 #[derive(Clone)]
 pub struct Threads {
-    pool: Option<Arc<ThreadPool>>,
-    /// Other ranks that may help, and the number of this one.
-    crew: Option<(Crew, usize)>,
+    /// Ranks that may help, this one among them, and its number.
+    crew: Crew,
+    me: usize,
+    /// The threads besides the caller's.
+    team: Option<Arc<Team>>,
 }
 
 impl Threads {
-    /// `count` threads, the calling thread among them: call it on the rank's own thread.
-    ///
-    /// On a thread that already belongs to a pool, `count` new threads do the work while the caller waits. Where the
-    /// system refuses threads, the caller works alone.
+    /// `count` threads, the one that calls [`Threads::run`] among them. Where the system refuses threads, there are fewer.
     pub fn new(count: usize) -> Self {
-        let named =
-            || ThreadPoolBuilder::new().num_threads(count).thread_name(|index| format!("compute-{index}"));
-        let build = || named().use_current_thread().build().or_else(|_| named().build()).ok();
-        Self { pool: if count > 1 { build().map(Arc::new) } else { None }, crew: None }
+        Self::in_crew(count, &Crew::new(1), 0)
     }
 
     /// As [`Threads::new`], for the rank `me` of a crew: ranks that wait help with its tasks.
     pub fn in_crew(count: usize, crew: &Crew, me: usize) -> Self {
         assert!(me < crew.ranks(), "rank {me} of a crew of {}", crew.ranks());
-        Self { crew: (crew.ranks() > 1).then(|| (crew.clone(), me)), ..Self::new(count) }
+        let team = (count > 1).then(|| Arc::new(Team::new(count - 1, crew, me)));
+        Self { crew: crew.clone(), me, team }
     }
 
     /// How many there are.
     pub fn count(&self) -> usize {
-        self.pool.as_ref().map_or(1, |pool| pool.current_num_threads())
+        1 + self.team.as_ref().map_or(0, |team| team.count())
     }
 
     /// Runs `task(0)` to `task(tasks - 1)`, each once, in any order, on all threads: a free thread takes the next one.
     /// Put long tasks first. Allocates nothing.
     pub fn run(&self, tasks: usize, task: impl Fn(usize) + Sync) {
-        let workers = self.count().min(tasks);
-        if tasks < 2 || (workers < 2 && self.crew.is_none()) {
+        if tasks < 2 || (self.count() < 2 && self.crew.ranks() < 2) {
             return (0..tasks).for_each(task);
         }
         let work = Work::new(tasks, &task);
-        let opened = self.crew.as_ref().and_then(|(crew, me)| crew.open(*me, &work));
-        match &self.pool {
-            Some(pool) if workers > 1 => pool.install(|| on_each(workers, &|| work.run())),
-            _ => work.run(),
+        let opened = self.crew.open(self.me, &work);
+        if let (Some(_), Some(team)) = (&opened, &self.team) {
+            team.wake();
         }
+        work.run();
         drop(opened);
     }
 
@@ -75,15 +70,6 @@ impl Threads {
             task(index, unsafe { parts.range(range) });
         });
     }
-}
-
-/// Runs `work` on `workers` threads of the current pool, without allocating.
-fn on_each(workers: usize, work: &(dyn Fn() + Sync)) {
-    if workers < 2 {
-        return work();
-    }
-    let left = workers / 2;
-    rayon::join(|| on_each(left, work), || on_each(workers - left, work));
 }
 
 /// A slice that tasks write disjoint parts of.
