@@ -151,7 +151,7 @@ impl<B: Backend> Transformer<B> {
         self.note("grad.", layer, "qkv", &dqkv);
         drop((dout, qkv, lse));
         backend.rope(self.heads, dqkv.all_mut(), &batch.positions, self.rope.all(), true);
-        let head_norm = self.head_norm_backward(layer, parameters, &mut dqkv, raw);
+        let (dqkv, head_norm) = self.head_norm_backward(layer, parameters, dqkv, raw);
         let dnormed = self.project_back(&dqkv, tensors.wqkv.range(), self.model.hidden_size, parameters);
         self.note("grad.", layer, "qkv_raw", &dqkv);
         self.note("grad.", layer, "attn_norm", &dnormed);
@@ -159,28 +159,31 @@ impl<B: Backend> Transformer<B> {
         (dx, AttentionWeights { dy, out, dqkv, head_norm, normed, dnormed, x, rstd })
     }
 
+    /// Gradient of the products' result from `after`, that of what the norm of heads (if configured) made of it, and what
+    /// the norm's weight gradients need.
     fn head_norm_backward(
         &self,
         layer: usize,
         parameters: &UnitParameters<B>,
-        dqkv: &mut B::Buf,
+        after: B::Buf,
         raw: Option<(B::Buf, B::Buf)>,
-    ) -> Option<(B::Buf, B::Buf, B::Buf)> {
-        let [q_norm, k_norm] = self.layout.layers[layer].qk_norm.as_ref()?;
-        let (raw, rstd) = raw?;
-        let mut after = self.backend.alloc(dqkv.len());
-        self.backend.copy(dqkv.all(), after.all_mut());
+    ) -> (B::Buf, Option<(B::Buf, B::Buf, B::Buf)>) {
+        let (Some([q_norm, k_norm]), Some((raw, rstd))) = (&self.layout.layers[layer].qk_norm, raw) else {
+            return (after, None);
+        };
+        let mut dqkv = self.backend.alloc(after.len());
         let q_weight = parameters.values.slice(q_norm.range());
         let k_weight = parameters.values.slice(k_norm.range());
         self.backend.head_norm_backward(
             self.heads,
-            dqkv.all_mut(),
+            after.all(),
             raw.all(),
             q_weight,
             k_weight,
             rstd.all(),
+            dqkv.all_mut(),
         );
-        Some((after, raw, rstd))
+        (dqkv, Some((after, raw, rstd)))
     }
 
     /// Adds the weight gradients, each slot's to its own accumulator.

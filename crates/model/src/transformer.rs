@@ -275,9 +275,8 @@ impl<B: Backend> Transformer<B> {
         parameters: &UnitParameters<B>,
     ) -> B::Buf {
         let mut dx = self.backend.alloc(dy.len());
-        self.backend.copy(dy.all(), dx.all_mut());
-        let weight = parameters.values.slice(weight.range());
-        self.backend.rms_norm_backward(dnormed.all(), x.all(), weight, rstd.all(), dx.all_mut());
+        let (weight, base) = (parameters.values.slice(weight.range()), Some(dy.all()));
+        self.backend.rms_norm_backward(dnormed.all(), x.all(), weight, rstd.all(), base, dx.all_mut());
         dx
     }
 
@@ -584,9 +583,9 @@ impl<B: Backend> Transformer<B> {
         }
         self.note_as(&normed, || "act.final_norm".into());
         self.note_as(&dnormed, || "grad.act.final_norm".into());
-        let mut dx = self.backend.zeros(x.len());
+        let mut dx = self.backend.alloc(x.len());
         let weight = last.values.slice(self.layout.final_norm.range());
-        self.backend.rms_norm_backward(dnormed.all(), x.all(), weight, rstd.all(), dx.all_mut());
+        self.backend.rms_norm_backward(dnormed.all(), x.all(), weight, rstd.all(), None, dx.all_mut());
         dx
     }
 }

@@ -290,13 +290,14 @@ pub trait Backend: Clone + Send + Sync + 'static {
         y: Mut<'_, Self>,
         rstd: Mut<'_, Self>,
     );
-    /// Gradient of the input: `dx += ...` (accumulates: `dx` holds the residual branch's gradient).
+    /// Gradient of the input: `dx = base + ...`, `base` the residual branch's gradient or none.
     fn rms_norm_backward(
         &self,
         dy: Ref<'_, Self>,
         x: Ref<'_, Self>,
         weight: Ref<'_, Self>,
         rstd: Ref<'_, Self>,
+        base: Option<Ref<'_, Self>>,
         dx: Mut<'_, Self>,
     );
     /// Gradient of the weight: `dweight += sum over rows of dy * x * rstd`: blocks of [`TOKEN_BLOCK`] rows, each
@@ -322,18 +323,18 @@ pub trait Backend: Clone + Send + Sync + 'static {
         out: Mut<'_, Self>,
         rstd: Mut<'_, Self>,
     );
-    /// Gradient of `raw`, in place of `d` (the gradient of `out`) `[rows, qkv_width]`; values pass through.
+    /// Gradient `draw` of `raw` from `dout` of `out`, `[rows, qkv_width]`; values pass through.
     fn head_norm_backward(
         &self,
         heads: Heads,
-        d: Mut<'_, Self>,
+        dout: Ref<'_, Self>,
         raw: Ref<'_, Self>,
         q_weight: Ref<'_, Self>,
         k_weight: Ref<'_, Self>,
         rstd: Ref<'_, Self>,
+        draw: Mut<'_, Self>,
     );
     /// Gradients of both weights, accumulated; blocks of [`TOKEN_BLOCK`] rows ascending, heads ascending within a row.
-    /// `dout` is the gradient of `out`, before [`Backend::head_norm_backward`] turns it in place.
     fn head_norm_weight_grad(
         &self,
         heads: Heads,

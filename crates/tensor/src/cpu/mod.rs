@@ -108,8 +108,16 @@ impl Backend for Cpu {
     fn rms_norm(&self, x: &[f32], weight: &[f32], epsilon: f32, y: &mut [f32], rstd: &mut [f32]) {
         norm::rms_norm(self.threads(), x, weight, epsilon, y, rstd)
     }
-    fn rms_norm_backward(&self, dy: &[f32], x: &[f32], weight: &[f32], rstd: &[f32], dx: &mut [f32]) {
-        norm::rms_norm_backward(self.threads(), dy, x, weight, rstd, dx)
+    fn rms_norm_backward(
+        &self,
+        dy: &[f32],
+        x: &[f32],
+        weight: &[f32],
+        rstd: &[f32],
+        base: Option<&[f32]>,
+        dx: &mut [f32],
+    ) {
+        norm::rms_norm_backward(self.threads(), dy, x, weight, rstd, base, dx)
     }
     fn rms_norm_weight_grad(&self, dy: &[f32], x: &[f32], rstd: &[f32], d: usize, dweight: &mut [f32]) {
         norm::rms_norm_weight_grad(self.threads(), dy, x, rstd, d, dweight)
@@ -129,13 +137,14 @@ impl Backend for Cpu {
     fn head_norm_backward(
         &self,
         heads: Heads,
-        d: &mut [f32],
+        dout: &[f32],
         raw: &[f32],
         q_weight: &[f32],
         k_weight: &[f32],
         rstd: &[f32],
+        draw: &mut [f32],
     ) {
-        norm::head_norm_backward(self.threads(), heads, d, raw, q_weight, k_weight, rstd)
+        norm::head_norm_backward(self.threads(), heads, dout, raw, q_weight, k_weight, rstd, draw)
     }
     fn head_norm_weight_grad(
         &self,

@@ -1,16 +1,11 @@
 //! RMSNorm over rows, and over the heads of queries and keys.
 
-use std::ops::Range;
-
-use super::parallel::{DisjointMut, Threads};
+use super::parallel::{DisjointMut, Scratch, Threads};
 use super::simd::{LANES, join, sum, vectorized};
 use crate::backend::{Heads, TOKEN_BLOCK};
 
 /// Rows of a task.
 const ROWS: usize = 32;
-
-/// Columns of a weight gradient that a task owns.
-const COLUMNS: usize = 32;
 
 pub(super) fn rms_norm(
     threads: &Threads,
@@ -53,25 +48,36 @@ pub(super) fn rms_norm_backward(
     x: &[f32],
     weight: &[f32],
     rstd: &[f32],
+    base: Option<&[f32]>,
     dx: &mut [f32],
 ) {
     let d = weight.len();
     assert_eq!([x.len(), dy.len(), dx.len()], [rstd.len() * d; 3], "rms_norm_backward: rows of {d}");
+    assert!(base.is_none_or(|base| base.len() == dx.len()), "rms_norm_backward: base is not shaped like dx");
     threads.chunks_mut(dx, ROWS * d, |task, dx| {
-        let (dy, x, rstd) = (&dy[task * ROWS * d..], &x[task * ROWS * d..], &rstd[task * ROWS..]);
-        let rows = dx.chunks_exact_mut(d).zip(dy.chunks_exact(d)).zip(x.chunks_exact(d)).zip(rstd);
-        for (((dx, dy), x), &rstd) in rows {
+        for (i, dx) in dx.chunks_exact_mut(d).enumerate() {
+            let row = task * ROWS + i;
+            let part = row * d..(row + 1) * d;
+            let base = base.map(|base| &base[part.clone()]);
             vectorized(
                 #[inline(always)]
-                || {
-                    let along = slope_along(dy, x, weight, rstd);
-                    for (((dx, dy), x), w) in dx.iter_mut().zip(dy).zip(x).zip(weight) {
-                        *dx += dy * w * rstd - x * along;
-                    }
-                },
+                || turn_gradient(&dy[part.clone()], &x[part.clone()], weight, rstd[row], base, dx),
             );
         }
     });
+}
+
+/// One row of [`rms_norm_backward`].
+#[inline(always)]
+fn turn_gradient(dy: &[f32], x: &[f32], weight: &[f32], rstd: f32, base: Option<&[f32]>, dx: &mut [f32]) {
+    let along = slope_along(dy, x, weight, rstd);
+    let terms = dx.iter_mut().zip(dy).zip(x).zip(weight);
+    match base {
+        Some(base) => {
+            terms.zip(base).for_each(|((((dx, dy), x), w), base)| *dx = base + (dy * w * rstd - x * along));
+        }
+        None => terms.for_each(|(((dx, dy), x), w)| *dx = dy * w * rstd - x * along),
+    }
 }
 
 /// The part of the gradient that points along `x`: `rstd^3 * mean(dy * weight * x)`.
@@ -160,26 +166,30 @@ fn norm_heads(
 pub(super) fn head_norm_backward(
     threads: &Threads,
     heads: Heads,
-    d: &mut [f32],
+    dout: &[f32],
     raw: &[f32],
     q_weight: &[f32],
     k_weight: &[f32],
     rstd: &[f32],
+    draw: &mut [f32],
 ) {
     let (width, normed) = (heads.qkv_width(), heads.heads + heads.kv_heads);
-    assert_eq!([raw.len(), d.len()], [rstd.len() / normed * width; 2], "head_norm_backward: rows of {width}");
+    let len = rstd.len() / normed * width;
+    assert_eq!([raw.len(), dout.len(), draw.len()], [len; 3], "head_norm_backward: rows of {width}");
     assert_eq!(
         [q_weight.len(), k_weight.len()],
         [heads.head_dim; 2],
         "head_norm_backward: weights of a head"
     );
-    threads.chunks_mut(d, ROWS * width, |task, d| {
-        let (raw, rstd) = (&raw[task * ROWS * width..], &rstd[task * ROWS * normed..]);
-        let rows = d.chunks_exact_mut(width).zip(raw.chunks_exact(width)).zip(rstd.chunks_exact(normed));
-        for ((d, raw), rstd) in rows {
+    threads.chunks_mut(draw, ROWS * width, |task, draw| {
+        for (i, draw) in draw.chunks_exact_mut(width).enumerate() {
+            let row = task * ROWS + i;
+            let part = row * width..(row + 1) * width;
+            let (dout, raw) = (&dout[part.clone()], &raw[part]);
+            let rstd = &rstd[row * normed..(row + 1) * normed];
             vectorized(
                 #[inline(always)]
-                || turn_head_gradients(heads, d, raw, q_weight, k_weight, rstd),
+                || turn_head_gradients(heads, dout, raw, q_weight, k_weight, rstd, draw),
             );
         }
     });
@@ -189,21 +199,21 @@ pub(super) fn head_norm_backward(
 #[inline(always)]
 fn turn_head_gradients(
     heads: Heads,
-    d: &mut [f32],
+    dout: &[f32],
     raw: &[f32],
     q_weight: &[f32],
     k_weight: &[f32],
     rstd: &[f32],
+    draw: &mut [f32],
 ) {
     let hd = heads.head_dim;
-    let parts = d.chunks_exact_mut(hd).zip(raw.chunks_exact(hd)).zip(rstd);
-    for (head, ((d, x), &rstd)) in parts.enumerate() {
+    let parts = draw.chunks_exact_mut(hd).zip(dout.chunks_exact(hd)).zip(raw.chunks_exact(hd)).zip(rstd);
+    for (head, (((draw, dout), raw), &rstd)) in parts.enumerate() {
         let weight = if head < heads.heads { q_weight } else { k_weight };
-        let along = slope_along(d, x, weight, rstd);
-        for ((d, x), w) in d.iter_mut().zip(x).zip(weight) {
-            *d = *d * w * rstd - x * along;
-        }
+        turn_gradient(dout, raw, weight, rstd, None, draw);
     }
+    let values = rstd.len() * hd;
+    draw[values..].copy_from_slice(&dout[values..]);
 }
 
 pub(super) fn head_norm_weight_grad(
@@ -252,42 +262,37 @@ struct HeadRows {
 }
 
 /// `dweight += dy * x * rstd` over all rows and their heads: each block of [`TOKEN_BLOCK`] rows from zero, rows and
-/// heads ascending; blocks ascending. Tasks own columns.
+/// heads ascending; blocks ascending.
 fn weight_grad(threads: &Threads, dy: &[f32], x: &[f32], rstd: &[f32], heads: HeadRows, dweight: &mut [f32]) {
-    let (width, rstd_width) = (heads.width, heads.rstd_width);
-    threads.chunks_mut(dweight, COLUMNS, |task, dweight| {
-        let columns = task * COLUMNS..task * COLUMNS + dweight.len();
-        let blocks = dy.chunks(TOKEN_BLOCK * width).zip(x.chunks(TOKEN_BLOCK * width));
-        for ((dy, x), rstd) in blocks.zip(rstd.chunks(TOKEN_BLOCK * rstd_width)) {
-            vectorized(
-                #[inline(always)]
-                || add_block(dy, x, rstd, heads, columns.clone(), dweight),
-            );
-        }
+    let rows = rstd.len() / heads.rstd_width;
+    let mut sums = Scratch::take(rows.div_ceil(TOKEN_BLOCK) * heads.head_dim);
+    threads.chunks_mut(&mut sums, heads.head_dim, |block, sum| {
+        let rows = block * TOKEN_BLOCK..rows.min((block + 1) * TOKEN_BLOCK);
+        let part = rows.start * heads.width..rows.end * heads.width;
+        let rstd = &rstd[rows.start * heads.rstd_width..rows.end * heads.rstd_width];
+        vectorized(
+            #[inline(always)]
+            || sum_block(&dy[part.clone()], &x[part], rstd, heads, sum),
+        );
     });
+    for sum in sums.chunks_exact(heads.head_dim) {
+        dweight.iter_mut().zip(sum).for_each(|(d, s)| *d += s);
+    }
 }
 
 /// One block of [`weight_grad`].
 #[inline(always)]
-fn add_block(
-    dy: &[f32],
-    x: &[f32],
-    rstd: &[f32],
-    heads: HeadRows,
-    columns: Range<usize>,
-    dweight: &mut [f32],
-) {
-    let mut sum = [0f32; COLUMNS];
+fn sum_block(dy: &[f32], x: &[f32], rstd: &[f32], heads: HeadRows, sum: &mut [f32]) {
+    sum.fill(0.0);
     let rows = dy.chunks_exact(heads.width).zip(x.chunks_exact(heads.width));
     for ((dy, x), rstd) in rows.zip(rstd.chunks_exact(heads.rstd_width)) {
         for head in 0..heads.count {
             let start = heads.first + head * heads.head_dim;
-            let part = start + columns.start..start + columns.end;
+            let part = start..start + heads.head_dim;
             let rstd = rstd[heads.rstd_first + head];
             for ((sum, dy), x) in sum.iter_mut().zip(&dy[part.clone()]).zip(&x[part]) {
                 *sum += dy * x * rstd;
             }
         }
     }
-    dweight.iter_mut().zip(&sum).for_each(|(d, s)| *d += s);
 }

@@ -28,8 +28,8 @@ fn rms_norm_is_the_reference_and_its_gradients_are_its_differences() {
         let (dy, before) = (rng.values(rows * d), rng.values(rows * d));
         let (y, dx, dweight) = on_any_threads(|cpu| {
             let (y, rstd) = forward(cpu, &x, &weight);
-            let (mut dx, mut dweight) = (before.clone(), weight.clone());
-            cpu.rms_norm_backward(&dy, &x, &weight, &rstd, &mut dx);
+            let (mut dx, mut dweight) = (poison(x.len()), weight.clone());
+            cpu.rms_norm_backward(&dy, &x, &weight, &rstd, Some(&before), &mut dx);
             cpu.rms_norm_weight_grad(&dy, &x, &rstd, d, &mut dweight);
             (y, dx, dweight)
         });
@@ -53,14 +53,14 @@ fn a_row_is_normed_alike_wherever_it_stands() {
     let (x, weight, dy) = (rng.values(rows * d), rng.values(d), rng.values(rows * d));
     let cpu = Cpu::new(2);
     let (y, rstd) = forward(&cpu, &x, &weight);
-    let mut dx = vec![0.0; rows * d];
-    cpu.rms_norm_backward(&dy, &x, &weight, &rstd, &mut dx);
+    let mut dx = poison(rows * d);
+    cpu.rms_norm_backward(&dy, &x, &weight, &rstd, None, &mut dx);
     for (first, last) in [(0, 1), (199, 200), (63, 66), (17, 150)] {
         let part = first * d..last * d;
         let (y_part, rstd_part) = forward(&cpu, &x[part.clone()], &weight);
         assert_eq!(bits(&y_part), bits(&y[part.clone()]));
-        let mut dx_part = vec![0.0; part.len()];
-        cpu.rms_norm_backward(&dy[part.clone()], &x[part.clone()], &weight, &rstd_part, &mut dx_part);
+        let mut dx_part = poison(part.len());
+        cpu.rms_norm_backward(&dy[part.clone()], &x[part.clone()], &weight, &rstd_part, None, &mut dx_part);
         assert_eq!(bits(&dx_part), bits(&dx[part]));
     }
 }
@@ -106,8 +106,8 @@ fn head_norm(cpu: &Cpu, heads: Heads, raw: &[f32], weights: [&[f32]; 2], dout: &
     cpu.head_norm(heads, raw, q_weight, k_weight, EPSILON, &mut out, &mut rstd);
     let (mut dq_weight, mut dk_weight) = (q_weight.to_vec(), k_weight.to_vec());
     cpu.head_norm_weight_grad(heads, dout, raw, &rstd, &mut dq_weight, &mut dk_weight);
-    let mut draw = dout.to_vec();
-    cpu.head_norm_backward(heads, &mut draw, raw, q_weight, k_weight, &rstd);
+    let mut draw = poison(raw.len());
+    cpu.head_norm_backward(heads, dout, raw, q_weight, k_weight, &rstd, &mut draw);
     HeadNorm { out, draw, dq_weight, dk_weight }
 }
 
