@@ -201,6 +201,11 @@ impl Communicator {
         (0..self.size()).map(|rank| self.node(rank)).map(number).collect()
     }
 
+    /// Lends `workers`, the rank's threads, to what its calls copy and add on the thread that finishes them.
+    pub fn set_workers(&self, workers: impl Fn(usize, &(dyn Fn(usize) + Sync)) + Send + Sync + 'static) {
+        self.core.transport.set_workers(Arc::new(workers));
+    }
+
     /// Says which step this rank is in, as errors and the flight recorder name it. Holds for all handles of the rank.
     pub fn set_step(&self, step: u64) {
         self.core.step.store(step, Relaxed);

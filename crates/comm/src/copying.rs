@@ -1,12 +1,47 @@
 //! Copies between buffers.
 
 use std::ops::Range;
+use std::sync::{Mutex, PoisonError};
 
-/// Copies the stream of `pieces` into the stream of `ranges` of `target`; both have the same total length.
+use crate::transport::Workers;
+
+/// Bytes that one thread takes at a time; not more are copied at once by the caller.
+const COPIED_AT_ONCE: usize = 256 << 10;
+
+/// Copies the stream of `pieces` into the stream of `ranges` of `target`, which are disjoint; both have the same total length.
 pub(crate) fn copy_stream<'a>(
     pieces: impl Iterator<Item = &'a [u8]>,
     target: &mut [u8],
     ranges: &[Range<usize>],
+    workers: &Workers,
+) {
+    if ranges.iter().map(Range::len).sum::<usize>() <= COPIED_AT_ONCE {
+        return cut_stream(pieces, ranges, |range, piece| copy(piece, &mut target[range]));
+    }
+    let mut parts: Vec<(Range<usize>, &[u8])> = Vec::new();
+    cut_stream(pieces, ranges, |range, piece| {
+        let cut = range.clone().step_by(COPIED_AT_ONCE).zip(piece.chunks(COPIED_AT_ONCE));
+        parts.extend(cut.map(|(start, piece)| (start..start + piece.len(), piece)));
+    });
+    parts.sort_unstable_by_key(|(range, _)| range.start);
+    let (mut rest, mut before) = (target, 0);
+    let mut copies = Vec::with_capacity(parts.len());
+    for (range, piece) in parts {
+        let (target, later) = rest[range.start - before..].split_at_mut(piece.len());
+        (rest, before) = (later, range.end);
+        copies.push(Mutex::new((target, piece)));
+    }
+    workers(copies.len(), &|index| {
+        let (target, piece) = &mut *copies[index].lock().unwrap_or_else(PoisonError::into_inner);
+        copy(piece, target);
+    });
+}
+
+/// Calls `with` with each range to fill and what goes there.
+fn cut_stream<'a>(
+    pieces: impl Iterator<Item = &'a [u8]>,
+    ranges: &[Range<usize>],
+    mut with: impl FnMut(Range<usize>, &'a [u8]),
 ) {
     let mut ranges = ranges.iter().cloned();
     let mut free = 0..0;
@@ -19,7 +54,7 @@ pub(crate) fn copy_stream<'a>(
                 }
             }
             let (now, later) = piece.split_at(piece.len().min(free.len()));
-            copy(now, &mut target[free.start..free.start + now.len()]);
+            with(free.start..free.start + now.len(), now);
             free.start += now.len();
             piece = later;
         }
@@ -41,13 +76,31 @@ pub(crate) fn copy(source: &[u8], target: &mut [u8]) {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::transport::alone;
+
+    #[test]
+    fn large_streams_are_copied_in_parts_wherever_their_ranges_lie() {
+        let bytes: Vec<u8> = (0..3 * COPIED_AT_ONCE + 5).map(|i| (i % 251) as u8).collect();
+        let pieces = [&bytes[..7], &bytes[7..2 * COPIED_AT_ONCE], &bytes[2 * COPIED_AT_ONCE..]];
+        let cut = COPIED_AT_ONCE + 3;
+        let ranges = [bytes.len() - cut + 10..bytes.len() + 10, 4..bytes.len() - cut + 4];
+        let mut target = vec![255; bytes.len() + 20];
+        copy_stream(pieces.into_iter(), &mut target, &ranges, &|tasks, task| {
+            assert!(tasks > 3);
+            (0..tasks).rev().for_each(task);
+        });
+        let mut want = vec![255; bytes.len() + 20];
+        want[ranges[0].clone()].copy_from_slice(&bytes[..cut]);
+        want[ranges[1].clone()].copy_from_slice(&bytes[cut..]);
+        assert!(target == want);
+    }
 
     #[test]
     fn streams_are_cut_anew_across_empty_pieces_and_ranges() {
         let bytes: Vec<u8> = (0..100).collect();
         let pieces = [&bytes[0..0], &bytes[0..7], &bytes[7..7], &bytes[7..10]];
         let mut target = [255u8; 12];
-        copy_stream(pieces.into_iter(), &mut target, &[4..4, 8..12, 0..5, 5..6]);
+        copy_stream(pieces.into_iter(), &mut target, &[4..4, 8..12, 0..5, 5..6], &alone);
         assert_eq!(target, [4, 5, 6, 7, 8, 9, 255, 255, 0, 1, 2, 3]);
     }
 }

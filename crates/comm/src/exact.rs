@@ -16,7 +16,7 @@ use crate::error::CommError;
 use crate::part::Part;
 use crate::pending::Pending;
 use crate::reduce_route::{Cut, Job, Layout, Route, Stage};
-use crate::transport::{Combine, Landing};
+use crate::transport::{Combine, Landing, Workers};
 use crate::tree_sum::Real;
 
 /// One vector to be summed over ranks and handed out in shards.
@@ -317,6 +317,9 @@ impl<R: AsMut<[f32]> + Send + 'static> PendingReduce<R> {
     }
 }
 
+/// Elements of a sum that one thread takes at a time.
+const SUMMED_AT_ONCE: usize = 64 * 1024;
+
 /// Adds up the jobs of each bucket.
 struct Sum<R> {
     out: R,
@@ -324,16 +327,28 @@ struct Sum<R> {
 }
 
 impl<R: AsMut<[f32]> + 'static> Combine for Sum<R> {
-    fn combine(&mut self, bucket: usize, received: &[Vec<&[u8]>]) {
-        let out = self.out.as_mut();
-        let mut scratch = Vec::new();
-        let mut sources: Vec<&[f32]> = Vec::new();
+    fn combine(&mut self, bucket: usize, received: &[Vec<&[u8]>], workers: &Workers) {
+        // Jobs of a bucket stand in the order of what they fill.
+        let (mut rest, mut before) = (self.out.as_mut(), 0);
+        let mut parts = Vec::new();
         for job in &self.jobs[bucket] {
-            sources.clear();
-            sources
-                .extend(job.sources.iter().map(|&(rank, piece)| bytemuck::cast_slice(received[rank][piece])));
-            job.tree.run(&sources, &mut out[job.out.clone()], &mut scratch);
+            rest = &mut rest[job.out.start - before..];
+            before = job.out.end;
+            for start in (0..job.out.len()).step_by(SUMMED_AT_ONCE) {
+                let range = start..job.out.len().min(start + SUMMED_AT_ONCE);
+                let (out, later) = rest.split_at_mut(range.len());
+                rest = later;
+                parts.push(Mutex::new((job, range, out)));
+            }
         }
+        workers(parts.len(), &|index| {
+            let part = &mut *parts[index].lock().unwrap_or_else(PoisonError::into_inner);
+            let (job, range, out) = part;
+            let of =
+                |&(rank, piece): &(usize, usize)| &bytemuck::cast_slice(received[rank][piece])[range.clone()];
+            let sources: Vec<&[f32]> = job.sources.iter().map(of).collect();
+            job.tree.run(&sources, out, &mut Vec::new());
+        });
     }
 }
 

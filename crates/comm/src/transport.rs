@@ -51,8 +51,16 @@ pub trait ByteBuffer: Any {
 /// What adds up received pieces where they are.
 pub trait Combine: Any {
     /// Called once for each bucket, in order, when all of it is there: `received[member][piece]`, cut as it was sent.
-    /// Pieces are aligned as their elements need it.
-    fn combine(&mut self, bucket: usize, received: &[Vec<&[u8]>]);
+    /// Pieces are aligned as their elements need it. `workers` may help.
+    fn combine(&mut self, bucket: usize, received: &[Vec<&[u8]>], workers: &Workers);
+}
+
+/// Called with `tasks` and `task`: runs `task(0)` to `task(tasks - 1)`, each once, in any order, on several threads.
+pub type Workers = dyn Fn(usize, &(dyn Fn(usize) + Sync)) + Send + Sync;
+
+/// [`Workers`] that are the calling thread.
+pub fn alone(tasks: usize, task: &(dyn Fn(usize) + Sync)) {
+    (0..tasks).for_each(task);
 }
 
 /// Where received bytes go.
@@ -149,6 +157,9 @@ pub trait Transport: Send + Sync {
 
     /// Says which step the rank is in.
     fn set_step(&self, step: u64);
+
+    /// Lends the rank's threads to what the transport copies and adds on the rank's own one, if it does any of that there.
+    fn set_workers(&self, _workers: Arc<Workers>) {}
 
     /// This rank's flight recorder.
     fn recorder(&self) -> &FlightRecorder;

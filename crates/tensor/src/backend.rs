@@ -246,6 +246,10 @@ pub trait Backend: Clone + Send + Sync + 'static {
     fn take_from_host(&self, host: Self::Host) -> Self::Buf;
     /// A host buffer of `len` elements with unspecified contents.
     fn alloc_host(&self, len: usize) -> Self::Host;
+    /// Runs `task(0)` to `task(tasks - 1)`, each once, in any order, on the threads that the backend has on the host.
+    fn on_host(&self, tasks: usize, task: &(dyn Fn(usize) + Sync)) {
+        (0..tasks).for_each(task);
+    }
     /// Bytes held now and at most since the start by this rank's buffers, `(now, peak)`.
     fn memory(&self) -> (usize, usize);
     /// Writes host values into `dst` (same length).

@@ -158,6 +158,8 @@ impl<'a, B: Backend> RankState<'a, B> {
         comm: Communicator,
         profile: Profile,
     ) -> Result<Self, TrainError> {
+        let host = backend.clone();
+        comm.set_workers(move |tasks, task| host.on_host(tasks, task));
         let (model, shards, parameters) =
             initial_model(config, backend.clone(), fold, &comm, profile.clone())?;
         let layout = model.layout();

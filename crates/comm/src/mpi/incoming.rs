@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 
 use super::raw::{Target, TargetOwner};
 use crate::part::Piece;
-use crate::transport::{Combine, Landing};
+use crate::transport::{Combine, Landing, alone};
 
 /// Buckets that are staged at a time, at least: one is summed while the next arrives.
 const STAGED_BUCKETS: usize = 2;
@@ -304,7 +304,7 @@ impl Sum {
         for (list, lens) in received.iter_mut().zip(&self.pieces[bucket]) {
             list.resize(lens.len(), &[]);
         }
-        self.sum.combine(bucket, &received);
+        self.sum.combine(bucket, &received, &alone);
         drop(received);
         for target in areas.into_iter().flatten().filter_map(Arc::into_inner) {
             if let TargetOwner::Staging(buffer) = target.into_owner() {
@@ -357,7 +357,7 @@ mod tests {
     struct Record(std::sync::mpsc::Sender<(usize, Vec<Vec<u8>>)>);
 
     impl Combine for Record {
-        fn combine(&mut self, bucket: usize, received: &[Vec<&[u8]>]) {
+        fn combine(&mut self, bucket: usize, received: &[Vec<&[u8]>], _: &crate::transport::Workers) {
             let joined = received.iter().map(|pieces| pieces.concat()).collect();
             self.0.send((bucket, joined)).unwrap();
         }

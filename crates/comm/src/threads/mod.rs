@@ -6,7 +6,7 @@ mod world;
 
 use std::collections::VecDeque;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
 pub use launch::{ThreadRanks, run_ranks};
@@ -15,7 +15,7 @@ use unisono_mesh::LinkClass;
 use crate::copying::copy_stream;
 use crate::error::{Cause, CommError, Failure};
 use crate::flight::FlightRecorder;
-use crate::transport::{Call, CallKey, Done, GroupId, Landing, Ticket, Transport};
+use crate::transport::{Call, CallKey, Done, GroupId, Landing, Ticket, Transport, Workers, alone};
 use board::Sends;
 use world::World;
 
@@ -51,6 +51,8 @@ struct ThreadTransport {
     started: Mutex<VecDeque<Started>>,
     tickets: AtomicU64,
     random: AtomicU64,
+    /// The rank's threads.
+    workers: OnceLock<Arc<Workers>>,
 }
 
 /// A started call of this rank.
@@ -82,6 +84,7 @@ impl ThreadTransport {
             started: Mutex::default(),
             tickets: AtomicU64::new(0),
             random: AtomicU64::new(seed ^ (rank as u64 + 1).wrapping_mul(0xA076_1D64_78BD_642F)),
+            workers: OnceLock::new(),
         }
     }
 
@@ -121,13 +124,14 @@ impl ThreadTransport {
     fn land(&self, call: &mut Started, ready: Vec<(usize, Arc<Sends>)>) -> Result<(), CommError> {
         let from: Vec<usize> = ready.iter().map(|(peer, _)| *peer).collect();
         let me = call.position;
+        let workers: &Workers = self.workers.get().map_or(&alone, |workers| &**workers);
         match &mut call.landing {
             Landing::Copy { buffer, ranges } => {
                 let target = buffer.bytes_mut();
                 for (peer, sends) in &ready {
                     let begin = Instant::now();
                     let pieces = sends[me].iter().map(|piece| piece.bytes());
-                    copy_stream(pieces, target, &ranges[*peer]);
+                    copy_stream(pieces, target, &ranges[*peer], workers);
                     call.moving[self.link(call.members[*peer]) as usize] += begin.elapsed();
                 }
             }
@@ -149,7 +153,7 @@ impl ThreadTransport {
                 for (bucket, members) in pieces.iter().enumerate() {
                     let take = |(list, lens): (&mut Vec<_>, &Vec<usize>)| list.drain(..lens.len()).collect();
                     let bucket_pieces: Vec<Vec<&[u8]>> = received.iter_mut().zip(members).map(take).collect();
-                    sum.combine(bucket, &bucket_pieces);
+                    sum.combine(bucket, &bucket_pieces, workers);
                 }
                 let links = from.iter().map(|&peer| self.link(call.members[peer]));
                 call.moving[links.max().unwrap_or(LinkClass::SameRank) as usize] += begin.elapsed();
@@ -261,6 +265,11 @@ impl Transport for ThreadTransport {
 
     fn bucket_bytes(&self) -> usize {
         self.world.bucket_bytes
+    }
+
+    fn set_workers(&self, workers: Arc<Workers>) {
+        // A rank has one set of threads; a second is not needed.
+        let _ = self.workers.set(workers);
     }
 
     fn set_step(&self, step: u64) {

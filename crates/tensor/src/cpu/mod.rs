@@ -72,6 +72,9 @@ impl Backend for Cpu {
     fn alloc_host(&self, len: usize) -> HostBuffer {
         self.pool.take(len)
     }
+    fn on_host(&self, tasks: usize, task: &(dyn Fn(usize) + Sync)) {
+        self.threads().run(tasks, task);
+    }
     fn memory(&self) -> (usize, usize) {
         self.pool.memory()
     }
