@@ -5,8 +5,9 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use super::pace::Activity;
 use super::record::{FlightRecord, Identity, Reason, RecordError};
+use super::watchdog::tell_of_death;
 use crate::communicator::Communicator;
-use crate::error::Failure;
+use crate::error::{Cause, Failure};
 
 /// The ranks of this process and where their flight records go. Clones are handles on the same deck.
 #[derive(Clone, Default)]
@@ -17,7 +18,7 @@ struct Seats {
     place: Option<(PathBuf, Identity)>,
     ranks: Vec<Communicator>,
     /// The watchdog has written the records: what comes later may be a consequence.
-    stalled: bool,
+    written: bool,
 }
 
 impl std::fmt::Debug for FlightDeck {
@@ -73,34 +74,39 @@ impl FlightDeck {
     /// # Errors
     /// The first record that could not be written; the others are written all the same.
     pub fn write(&self, reason: &Reason) -> Result<(), RecordError> {
-        if self.has_stalled() {
+        if self.watchdog_has_written() {
             return Ok(());
         }
         self.write_all(&self.records(reason))
     }
 
-    fn has_stalled(&self) -> bool {
-        self.lock().as_ref().is_some_and(|seats| seats.stalled)
+    fn watchdog_has_written(&self) -> bool {
+        self.lock().as_ref().is_some_and(|seats| seats.written)
     }
 
     /// Writes what the watchdog has found.
-    pub(super) fn write_stalled(&self, records: &[FlightRecord]) -> Result<(), RecordError> {
+    pub(super) fn write_last(&self, records: &[FlightRecord]) -> Result<(), RecordError> {
         if let Some(seats) = self.lock().as_mut() {
-            seats.stalled = true;
+            seats.written = true;
         }
         self.write_all(records)
     }
 
     /// Writes the flight records after a failure: calls as they were when the run failed, where that is known. Where the
-    /// watchdog has written records, only a rank that tells of itself writes another.
+    /// watchdog has written records, only a rank that tells of itself writes another. That a rank has died is told to other
+    /// processes, too.
     ///
     /// # Errors
     /// As [`FlightDeck::write`].
     pub fn write_failure(&self, failure: &Failure) -> Result<(), RecordError> {
+        if let (Cause::Died, Some((folder, run))) = (&failure.cause, self.place()) {
+            // Most hear it anyway.
+            let _ = tell_of_death(&folder, &run, failure.rank);
+        }
         let message = failure.cause.to_string();
         let (step, call) = (Some(failure.step), failure.call.clone());
         let mut records = self.records(&Reason::Failed { rank: failure.rank, message, step, call });
-        if self.has_stalled() {
+        if self.watchdog_has_written() {
             records.retain(|record| record.rank == failure.rank);
         }
         for record in &mut records {

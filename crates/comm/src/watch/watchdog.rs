@@ -15,11 +15,13 @@ use super::record::{FlightRecord, Identity, Reason, read_records};
 use crate::error::{Cause, Failure, Waiting};
 
 /// How often it looks, at most and at least.
-const TICKS: [Duration; 2] = [Duration::from_millis(20), Duration::from_secs(1)];
+const TICKS: [Duration; 2] = [Duration::from_millis(20), Duration::from_millis(200)];
 /// Looks within the shortest time-out.
 const LOOKS: u32 = 8;
 /// The name of the file by which a process asks the others for their records.
 const ASKED: &str = "asked";
+/// The name of the file by which a process tells others that a rank has died.
+const DIED: &str = "died";
 
 /// How long the watchdog gives others, in its own ticks.
 #[derive(Debug, Clone, Copy)]
@@ -43,6 +45,9 @@ impl Default for Grace {
 /// the flight records of their ranks, read those of the others, and end the run with [`Cause::Stalled`], which names the
 /// rank, its step and call, and who waits. Time is counted in looks of the watchdog's own, so that a process that was
 /// stopped and goes on (Ctrl-Z, a suspended machine) raises no alarm.
+///
+/// Where another process tells by a file that a rank has died ([`tell_of_death`]), and the ranks of this one do not hear it from
+/// their transport, which may hang for that reason, it writes their flight records and gives them up.
 #[derive(Debug)]
 pub struct Watchdog {
     stop: Option<Sender<()>>,
@@ -69,7 +74,8 @@ struct Wait {
 
 impl Watchdog {
     /// Watches the ranks of `deck`. If they do not come back after the run has failed because one is stuck outside of all
-    /// calls, `abandon` is called with the failure: only the end of the process helps then.
+    /// calls, or in the transport after another has died, `abandon` is called with the failure: only the end of the process
+    /// helps then.
     ///
     /// # Errors
     /// If the thread cannot be started.
@@ -101,6 +107,9 @@ impl<F: Fn(&Failure)> Watch<F> {
     fn run(&self) {
         let mut waits = Vec::new();
         while let Some(gap) = self.sleep() {
+            if let Some(dead) = self.told_of_death() {
+                return self.outlive(dead);
+            }
             let ranks = self.deck.ranks();
             waits.resize(ranks.len(), Wait::default());
             let mut longest = None;
@@ -152,6 +161,24 @@ impl<F: Fn(&Failure)> Watch<F> {
         !self.is_alone() && is_asked_in(&folder, &run)
     }
 
+    fn told_of_death(&self) -> Option<usize> {
+        let (folder, run) = self.deck.place()?;
+        if self.is_alone() { None } else { death_in(&folder, &run) }
+    }
+
+    /// Rank `dead` has died. The ranks of this process have a tick to come back by themselves.
+    fn outlive(&self, dead: usize) {
+        if self.sleep().is_none() {
+            return;
+        }
+        let message = Cause::Died.to_string();
+        // If it cannot be written, there is nobody left to tell.
+        let reason = Reason::Failed { rank: dead, message, step: None, call: None };
+        let _ = self.deck.write_last(&self.deck.records(&reason));
+        let (waiting, flights) = (Vec::new(), Vec::new());
+        (self.abandon)(&Failure { rank: dead, step: 0, call: None, cause: Cause::Died, waiting, flights });
+    }
+
     /// A rank has waited for `waited`; None if another process has found that. Returns whether that has ended the run, or the
     /// watch has ended.
     fn alarm(&self, waited: Option<Duration>) -> bool {
@@ -169,7 +196,7 @@ impl<F: Fn(&Failure)> Watch<F> {
     fn diagnosed(&self, waited: Option<Duration>) -> Option<Failure> {
         let mut records = self.deck.records(&Reason::Stalled);
         // What cannot be written is still known here.
-        let _ = self.deck.write_stalled(&records);
+        let _ = self.deck.write_last(&records);
         if !self.is_alone() && !self.ask_others(&mut records) {
             return None;
         }
@@ -254,4 +281,40 @@ fn is_asked_in(folder: &Path, run: &Identity) -> bool {
     let file = fs::File::open(folder.join(ASKED));
     let read = file.and_then(|file| file.take(1 + expected.len() as u64).read_to_end(&mut found));
     read.is_ok() && found == expected.as_bytes()
+}
+
+/// Tells the processes of this start of the run that `rank` has died, by a file in the `folder` of flight records. Several may
+/// say it at once.
+///
+/// # Errors
+/// If it cannot be written.
+pub fn tell_of_death(folder: &Path, run: &Identity, rank: usize) -> std::io::Result<()> {
+    fs::create_dir_all(folder)?;
+    fs::write(folder.join(DIED), format!("{} {rank}\n", request(run)))
+}
+
+/// The rank that has died, if the file says so of this start.
+fn death_in(folder: &Path, run: &Identity) -> Option<usize> {
+    let expected = request(run);
+    let mut found = String::new();
+    let file = fs::File::open(folder.join(DIED)).ok()?;
+    file.take(expected.len() as u64 + 32).read_to_string(&mut found).ok()?;
+    found.strip_prefix(&expected)?.strip_prefix(' ')?.strip_suffix('\n')?.parse().ok()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_death_is_told_to_the_same_start_only() {
+        let folder = tempfile::tempdir().unwrap();
+        let start = |epoch| Identity { run_id: "a-1".into(), epoch };
+        assert_eq!(death_in(folder.path(), &start(1)), None);
+        tell_of_death(folder.path(), &start(1), 12).unwrap();
+        assert_eq!(death_in(folder.path(), &start(1)), Some(12));
+        assert_eq!(death_in(folder.path(), &start(11)), None);
+        fs::write(folder.path().join(DIED), "a-1 1 1").unwrap();
+        assert_eq!(death_in(folder.path(), &start(1)), None, "it is not written to its end");
+    }
 }
