@@ -48,6 +48,8 @@ pub(super) struct Engine {
     pub waits: AtomicBool,
     /// The process was told to end: others are told so, too, and their ends say nothing.
     pub ending: AtomicBool,
+    /// The library has returned an error: what this rank fails with may be another one's death.
+    pub library_failed: AtomicBool,
     /// How often others have said that they get on.
     pub beats: AtomicU64,
     state: Mutex<State>,
@@ -124,6 +126,7 @@ impl Engine {
             native_sums: AtomicBool::new(false),
             waits: AtomicBool::new(false),
             ending: AtomicBool::new(false),
+            library_failed: AtomicBool::new(false),
             beats: AtomicU64::new(0),
             state: Mutex::new(state),
         })

@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 use super::engine::Engine;
 use super::raw::Library;
 use super::start::{FIRST, telling};
-use super::verdict::CERTAIN;
+use super::verdict::{CERTAIN, DOUBTFUL};
 use super::wire::Message;
 use crate::communicator::Communicator;
 use crate::error::{Cause, CommError, Failure, RunError, SHOWN, Waiting};
@@ -150,7 +150,9 @@ impl MpiRanks {
 
     fn settle(&self, cause: Cause) -> Arc<Failure> {
         let mut state = self.engine.lock();
-        state.report(&self.engine, self.engine.failure(cause), CERTAIN);
+        let doubtful = self.engine.library_failed.load(Ordering::Relaxed);
+        let weight = if doubtful { DOUBTFUL } else { CERTAIN };
+        state.report(&self.engine, self.engine.failure(cause), weight);
         loop {
             if let Some(failure) = state.verdict.failure() {
                 return Arc::clone(failure);
@@ -291,6 +293,14 @@ impl MpiTransport {
         Self { engine, cores_for_all }
     }
 
+    /// Keeps in mind that the library has failed, if that is the error.
+    fn noted<T>(&self, outcome: Result<T, CommError>) -> Result<T, CommError> {
+        if matches!(outcome, Err(CommError::Transport(_))) {
+            self.engine.library_failed.store(true, Ordering::Relaxed);
+        }
+        outcome
+    }
+
     fn poll(&self, ticket: Ticket) -> Result<Done, CommError> {
         let engine = &self.engine;
         let mut looks = 0u32;
@@ -362,17 +372,17 @@ impl Transport for MpiTransport {
     }
 
     fn open_group(&self, name: &str, members: &[usize]) -> Result<GroupId, CommError> {
-        self.engine.lock().open_group(&self.engine, name, members)
+        self.noted(self.engine.lock().open_group(&self.engine, name, members))
     }
 
     fn start(&self, call: Call) -> Result<Ticket, CommError> {
-        self.engine.lock().start(&self.engine, call).map(Ticket)
+        self.noted(self.engine.lock().start(&self.engine, call)).map(Ticket)
     }
 
     fn finish(&self, ticket: Ticket) -> Result<Done, CommError> {
         let begin = Instant::now();
         self.engine.waits.store(true, Ordering::Release);
-        let done = self.poll(ticket);
+        let done = self.noted(self.poll(ticket));
         self.engine.waits.store(false, Ordering::Release);
         let done = done?;
         let moving: Duration = done.moving.iter().sum();

@@ -1,8 +1,8 @@
 //! One reason why a job has failed, the same on all ranks.
 //!
 //! Several ranks may find something wrong at once. Each reports to rank 0, which decides: an error or a panic counts at
-//! once; where calls do not match, it waits a moment for the report of the rank that saw most of it. All ranks then get
-//! the verdict. A rank that hears none in time stands by its own report.
+//! once; where calls do not match, or MPI itself fails in a rank's hands, it waits a moment for the report of the rank that saw
+//! most of it. All ranks then get the verdict. A rank that hears none in time stands by its own report.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -16,6 +16,8 @@ const PATIENCE: Duration = Duration::from_secs(2);
 
 /// The weight of a report that needs no other.
 pub(super) const CERTAIN: u32 = u32::MAX;
+/// The weight of a report that any other counts for more than, if it comes in time.
+pub(super) const DOUBTFUL: u32 = 0;
 
 /// What a rank knows about the job's failure.
 #[derive(Default)]
