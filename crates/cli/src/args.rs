@@ -48,6 +48,10 @@ pub enum Command {
     /// Measure this machine: steps, products, folds, collectives, baselines
     #[command(subcommand)]
     Bench(crate::bench::Bench),
+    /// Outlive a rank of an MPI job; started by the rank
+    #[cfg(feature = "mpi")]
+    #[command(hide = true)]
+    Guard(Guard),
 }
 
 impl Command {
@@ -56,6 +60,8 @@ impl Command {
         match self {
             Self::Train(_) | Self::Verify(_) => true,
             Self::Bench(bench) => bench.can_be_one_of_several(),
+            #[cfg(feature = "mpi")]
+            Self::Guard(_) => true,
             _ => false,
         }
     }
@@ -241,6 +247,18 @@ pub struct Doctor {
     /// Print one JSON object
     #[arg(long)]
     pub json: bool,
+}
+
+/// `unisono guard`
+#[cfg(feature = "mpi")]
+#[derive(Debug, Args)]
+pub struct Guard {
+    /// The rank
+    pub rank: usize,
+    /// The process that has started the rank
+    pub daemon: i32,
+    /// Run folder
+    pub folder: PathBuf,
 }
 
 /// `unisono verify`

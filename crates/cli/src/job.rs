@@ -1,6 +1,7 @@
 //! This process as one of a job's: who it is, and how they end together.
 
 use std::cell::Cell;
+use std::path::Path;
 use std::time::Duration;
 #[cfg(feature = "mpi")]
 use std::time::Instant;
@@ -17,6 +18,8 @@ use unisono_train::system::host_name;
 use crate::error::{CliError, USAGE};
 use crate::layout::{ranks_and_threads, threads_each};
 #[cfg(feature = "mpi")]
+use crate::outlive::{Guard, outlive};
+#[cfg(feature = "mpi")]
 use crate::screen::complain;
 use crate::signals::LAST_WORDS;
 #[cfg(feature = "mpi")]
@@ -28,6 +31,9 @@ pub struct Job {
     pub place: Place,
     /// How long ranks that have done their part wait for the others to leave; None for as long as it takes.
     patience: Cell<Option<Duration>>,
+    /// What outlives this process.
+    #[cfg(feature = "mpi")]
+    guard: Cell<Option<Guard>>,
 }
 
 /// For what says nothing else.
@@ -59,7 +65,12 @@ impl Job {
             None => Place::Threads,
             Some(launched) => join(&launched)?,
         };
-        Ok(Self { place, patience: Cell::new(Some(PATIENCE)) })
+        Ok(Self {
+            place,
+            patience: Cell::new(Some(PATIENCE)),
+            #[cfg(feature = "mpi")]
+            guard: Cell::new(None),
+        })
     }
 
     /// Whether this process speaks for the job.
@@ -93,6 +104,18 @@ impl Job {
     /// How long ranks that have done their part wait for the others; None for as long as it takes.
     pub fn wait_at_end(&self, patience: Option<Duration>) {
         self.patience.set(patience);
+    }
+
+    /// The run goes to `folder`: a rank whose death nobody on its host would notice leaves a guard, until the job ends.
+    #[cfg_attr(not(feature = "mpi"), expect(unused_variables, reason = "ranks are threads"))]
+    pub fn guard(&self, folder: &Path) {
+        #[cfg(feature = "mpi")]
+        if let Place::Mpi(ranks) = &self.place
+            && ranks.size() > 1
+            && ranks.ranks_here() == 1
+        {
+            self.guard.set(Guard::start(ranks.rank(), folder));
+        }
     }
 
     /// How many ranks the launcher has started; none if that is up to this process.
@@ -138,6 +161,10 @@ impl Job {
     /// # Errors
     /// What it was given, in a job of one process.
     pub fn end(self, outcome: Result<u8, CliError>) -> Result<u8, CliError> {
+        #[cfg(feature = "mpi")]
+        if let Some(guard) = self.guard.take() {
+            guard.dismiss();
+        }
         match self.place {
             Place::Threads => outcome,
             #[cfg(feature = "mpi")]
@@ -205,7 +232,7 @@ fn end(ranks: &MpiRanks, patience: Option<Duration>, outcome: Result<u8, CliErro
         if ranks.found_dead().is_some() {
             complain("error", &error.message);
         }
-        quit(error.code);
+        outlive(ranks.is_first_here_without(failure.rank), error.code);
     }
     if was_said_meanwhile(ranks, &failure) {
         quit(error.code);

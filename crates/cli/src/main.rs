@@ -18,6 +18,8 @@ mod generate;
 mod job;
 mod layout;
 mod machine;
+#[cfg(feature = "mpi")]
+mod outlive;
 mod plan;
 mod plot;
 mod rates;
@@ -81,5 +83,7 @@ fn run(command: Command) -> Result<u8, CliError> {
         Command::Compare(args) => compare::run(args),
         Command::Bench(args) => bench::run(args),
         Command::Plan(args) => plan::run(*args),
+        #[cfg(feature = "mpi")]
+        Command::Guard(args) => outlive::guard(&args),
     }
 }

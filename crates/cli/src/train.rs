@@ -65,6 +65,7 @@ fn train(args: Train, job: &Job) -> Result<u8, CliError> {
     if leads {
         screen.wait("reading the data");
     }
+    job.guard(&options.folder);
     let outcome = unisono_train::train(&config, &options, &watch);
     signals.quit_at_once();
     let seen = watch.finish();
@@ -86,6 +87,11 @@ fn train(args: Train, job: &Job) -> Result<u8, CliError> {
 
 /// A rank of this process is stuck outside of all calls, so the run can end in no other way.
 pub fn abandon(failure: &Failure) {
+    #[cfg(feature = "mpi")]
+    if failure.cause == unisono_comm::Cause::Died {
+        // Who has noticed says it.
+        crate::outlive::outlive(true, BUG);
+    }
     complain("error", &failure.to_string());
     std::process::exit(i32::from(BUG));
 }

@@ -1,5 +1,11 @@
 //! Who started this process, as launchers say in the environment.
 
+#[cfg(feature = "mpi")]
+use std::fs;
+
+#[cfg(feature = "mpi")]
+use rustix::process::{Pid, Signal, getppid, kill_process};
+
 /// A process that a launcher started as one of several.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Launched {
@@ -34,6 +40,44 @@ fn discover(variable: &dyn Fn(&str) -> Option<String>) -> Option<Launched> {
         let size = sizes.iter().find_map(|name| number(name));
         Some(Launched { rank: number(rank)?, size, by })
     })
+}
+
+/// The programs of Open MPI that start ranks: on the first host, on the others.
+#[cfg(feature = "mpi")]
+const DAEMONS: [&str; 4] = ["mpirun", "mpiexec", "orterun", "orted"];
+
+/// The process of Open MPI that has started this one: `mpirun` itself, or what stands for it on another host.
+#[cfg(feature = "mpi")]
+#[derive(Debug, Clone, Copy)]
+pub struct Daemon(Pid);
+
+#[cfg(feature = "mpi")]
+impl Daemon {
+    /// This process's parent, if that is what it is.
+    pub fn find() -> Option<Self> {
+        getppid().and_then(Self::checked)
+    }
+
+    /// The process with this number, if that is what it is.
+    pub fn of(process: i32) -> Option<Self> {
+        Pid::from_raw(process).and_then(Self::checked)
+    }
+
+    fn checked(process: Pid) -> Option<Self> {
+        let name = fs::read_to_string(format!("/proc/{}/comm", process.as_raw_nonzero())).ok()?;
+        DAEMONS.contains(&name.trim_end()).then_some(Self(process))
+    }
+
+    /// The number of the process.
+    pub fn process(self) -> i32 {
+        self.0.as_raw_nonzero().get()
+    }
+
+    /// Ends the sleep it may be in before it sends its next signal. It is told that one of its processes has ended, looks
+    /// whether any has, and finds none. False if it has ended itself.
+    pub fn wake(self) -> bool {
+        kill_process(self.0, Signal::CHILD).is_ok()
+    }
 }
 
 #[cfg(test)]

@@ -36,6 +36,8 @@ mod verdict;
 #[cfg(feature = "mpi")]
 mod wire;
 
+#[cfg(feature = "mpi")]
+pub use launcher::Daemon;
 pub use launcher::{Launched, launched};
 #[cfg(feature = "mpi")]
 pub use ranks::{MpiOptions, MpiRanks};

@@ -99,6 +99,13 @@ impl MpiRanks {
         self.engine.nodes.iter().filter(|node| **node == here).count()
     }
 
+    /// Whether this rank is the lowest on its node but for `dead`.
+    pub fn is_first_here_without(&self, dead: usize) -> bool {
+        let nodes = &self.engine.nodes;
+        let here = nodes[self.engine.rank];
+        (0..self.engine.size).find(|&rank| rank != dead && nodes[rank] == here) == Some(self.engine.rank)
+    }
+
     /// The MPI library, for example `Open MPI v4.1.4`.
     pub fn library(&self) -> &str {
         &self.engine.version
