@@ -6,7 +6,7 @@
 
 use std::any::Any;
 use std::ops::Range;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 
 use bytemuck::Pod;
 use unisono_mesh::reduction::Source;
@@ -51,8 +51,6 @@ struct Compiled {
     shard_len: usize,
     /// What a reduce-scatter of a library would send, if it could: `(segment, elements)` by receiver, and how many each gets.
     plain: Option<(Vec<(usize, Range<usize>)>, Vec<usize>)>,
-    /// Buffers of earlier inner stages, to be used again.
-    spare: Mutex<Vec<Vec<f32>>>,
 }
 
 impl ReducePlan {
@@ -100,7 +98,6 @@ impl ReducePlan {
                 route: Route::new(&self.segments, &layouts, node_of, me, bucket),
                 plain: self.plain(comm),
                 shard_len: self.segments.iter().map(|segment| segment.shards[me].len()).sum(),
-                spare: Mutex::default(),
             }),
         })
     }
@@ -171,10 +168,28 @@ impl Reducer {
     pub fn start_reduce_scatter<R>(
         &self,
         roots: &[Vec<Part<f32>>],
-        mut out: R,
-    ) -> Result<PendingReduce<R>, CommError>
+        out: R,
+    ) -> Result<PendingReduce<R, Vec<f32>>, CommError>
     where
         R: AsMut<[f32]> + Send + 'static,
+    {
+        self.start_reduce_scatter_by(roots, out, |len| vec![0.0; len])
+    }
+
+    /// The same with a buffer of `staging(len)` elements for what this rank joins inside its node, if it does; it is let go
+    /// when the call is finished.
+    ///
+    /// # Errors
+    /// As the finished call.
+    pub fn start_reduce_scatter_by<R, S>(
+        &self,
+        roots: &[Vec<Part<f32>>],
+        mut out: R,
+        staging: impl FnOnce(usize) -> S,
+    ) -> Result<PendingReduce<R, S>, CommError>
+    where
+        R: AsMut<[f32]> + Send + 'static,
+        S: AsRef<[f32]> + AsMut<[f32]> + Send + Sync + 'static,
     {
         let (len, compiled) = (out.as_mut().len(), &self.compiled);
         if len < compiled.shard_len {
@@ -187,34 +202,40 @@ impl Reducer {
             return Ok(PendingReduce { reducer: self.clone(), stage: PendingStage::Summed(out) });
         }
         let Some(inner) = &compiled.route.inner else {
-            let outer = self.start_outer(roots, None, out)?;
-            return Ok(PendingReduce { reducer: self.clone(), stage: PendingStage::Outer(outer, None) });
+            let outer = self.start_outer(roots, None::<&Arc<S>>, out)?;
+            return Ok(PendingReduce { reducer: self.clone(), stage: PendingStage::Outer(outer) });
         };
-        let spare = compiled.spare.lock().unwrap_or_else(PoisonError::into_inner).pop();
-        let mut joined = spare.unwrap_or_default();
-        joined.resize(compiled.route.joined_len, 0.0);
-        let pending = self.start_stage(kind::REDUCE_IN_NODE, inner, roots, None, joined)?;
+        let joined = staging(compiled.route.joined_len);
+        let pending = self.start_stage(kind::REDUCE_IN_NODE, inner, roots, None::<&Arc<S>>, joined)?;
         let stage = PendingStage::Inner { pending, roots: roots.to_vec(), out };
         Ok(PendingReduce { reducer: self.clone(), stage })
     }
 
-    fn start_outer<R: AsMut<[f32]> + Send + 'static>(
+    fn start_outer<R, S>(
         &self,
         roots: &[Vec<Part<f32>>],
-        joined: Option<&Arc<Vec<f32>>>,
+        joined: Option<&Arc<S>>,
         out: R,
-    ) -> Result<Pending<R>, CommError> {
+    ) -> Result<Pending<R>, CommError>
+    where
+        R: AsMut<[f32]> + Send + 'static,
+        S: AsRef<[f32]> + Send + Sync + 'static,
+    {
         self.start_stage(kind::REDUCE_SCATTER, &self.compiled.route.outer, roots, joined, out)
     }
 
-    fn start_stage<R: AsMut<[f32]> + Send + 'static>(
+    fn start_stage<R, S>(
         &self,
         kind: &'static str,
         stage: &Stage,
         roots: &[Vec<Part<f32>>],
-        joined: Option<&Arc<Vec<f32>>>,
+        joined: Option<&Arc<S>>,
         out: R,
-    ) -> Result<Pending<R>, CommError> {
+    ) -> Result<Pending<R>, CommError>
+    where
+        R: AsMut<[f32]> + Send + 'static,
+        S: AsRef<[f32]> + Send + Sync + 'static,
+    {
         let part = |cut: &Cut| match cut {
             Cut::Root { segment, root, range } => Some(roots[*segment][*root].slice(range.clone())),
             Cut::Joined(range) => Some(Part::new(Arc::clone(joined?), range.clone())),
@@ -263,21 +284,25 @@ impl Reducer {
 
 /// A started [`Reducer::reduce_scatter`].
 #[must_use = "a started call must be finished"]
-pub struct PendingReduce<R> {
+pub struct PendingReduce<R, S> {
     reducer: Reducer,
-    stage: PendingStage<R>,
+    stage: PendingStage<R, S>,
 }
 
-enum PendingStage<R> {
+enum PendingStage<R, S> {
     /// Sums inside nodes.
-    Inner { pending: Pending<Vec<f32>>, roots: Vec<Vec<Part<f32>>>, out: R },
-    /// Sums of the receivers, and what this rank has joined for them.
-    Outer(Pending<R>, Option<Arc<Vec<f32>>>),
+    Inner { pending: Pending<S>, roots: Vec<Vec<Part<f32>>>, out: R },
+    /// Sums of the receivers.
+    Outer(Pending<R>),
     /// The sums, which were the library's.
     Summed(R),
 }
 
-impl<R: AsMut<[f32]> + Send + 'static> PendingReduce<R> {
+impl<R, S> PendingReduce<R, S>
+where
+    R: AsMut<[f32]> + Send + 'static,
+    S: AsRef<[f32]> + AsMut<[f32]> + Send + Sync + 'static,
+{
     /// Finishes the sums inside nodes, if they are under way, and starts what goes between nodes.
     ///
     /// # Errors
@@ -287,8 +312,7 @@ impl<R: AsMut<[f32]> + Send + 'static> PendingReduce<R> {
         let stage = match stage {
             PendingStage::Inner { pending, roots, out } => {
                 let joined = Arc::new(pending.finish()?);
-                let outer = reducer.start_outer(&roots, Some(&joined), out)?;
-                PendingStage::Outer(outer, Some(joined))
+                PendingStage::Outer(reducer.start_outer(&roots, Some(&joined), out)?)
             }
             later => later,
         };
@@ -302,13 +326,7 @@ impl<R: AsMut<[f32]> + Send + 'static> PendingReduce<R> {
     pub fn finish(self) -> Result<R, CommError> {
         let Self { reducer, stage } = self.advance()?;
         match stage {
-            PendingStage::Outer(pending, joined) => {
-                let out = pending.finish()?;
-                if let Some(joined) = joined.and_then(Arc::into_inner) {
-                    reducer.compiled.spare.lock().unwrap_or_else(PoisonError::into_inner).push(joined);
-                }
-                Ok(out)
-            }
+            PendingStage::Outer(pending) => pending.finish(),
             PendingStage::Summed(out) => Ok(out),
             PendingStage::Inner { .. } => {
                 Err(reducer.refuse("its sums inside nodes are not finished".into()))

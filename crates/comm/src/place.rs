@@ -78,6 +78,15 @@ impl Place {
         }
     }
 
+    /// The node of every rank; `threads` says so if they are threads.
+    pub fn node_of(&self, threads: &ThreadRanks) -> Vec<usize> {
+        match self {
+            Self::Threads => threads.node_of(),
+            #[cfg(feature = "mpi")]
+            Self::Mpi(mpi) => mpi.node_of(),
+        }
+    }
+
     /// How many of a run's `ranks` share this machine's memory.
     pub fn ranks_here(&self, ranks: usize) -> usize {
         match self {

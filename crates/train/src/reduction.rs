@@ -117,7 +117,7 @@ pub struct StepGradients<'a, B: Backend> {
     reducer: &'a GradientReducer<B>,
     pass: Option<Pass>,
     units: Vec<UnitState<B>>,
-    under_way: VecDeque<(usize, PendingReduce<B::Host>)>,
+    under_way: VecDeque<(usize, PendingReduce<B::Host, B::Host>)>,
 }
 
 struct UnitState<B: Backend> {
@@ -177,10 +177,11 @@ impl<B: Backend> StepGradients<'_, B> {
         let reducer = self.reducer;
         let Some(fold) = self.units[unit].fold.take() else { return Ok(()) };
         let roots = fold.into_roots(reducer.shards.of_unit(unit));
-        let out = reducer.backend.alloc_host(reducer.shards.owned_of_unit(reducer.rank, unit));
-        let pending = reducer
-            .profile
-            .communicate("reduce gradients", || reducer.reducers[unit].start_reduce_scatter(&roots, out))?;
+        let room = |len| reducer.backend.alloc_host(len);
+        let out = room(reducer.shards.owned_of_unit(reducer.rank, unit));
+        let pending = reducer.profile.communicate("reduce gradients", || {
+            reducer.reducers[unit].start_reduce_scatter_by(&roots, out, room)
+        })?;
         drop(roots);
         self.under_way.push_back((unit, pending));
         Ok(())

@@ -93,6 +93,11 @@ impl MpiRanks {
         self.engine.size
     }
 
+    /// The node of every rank.
+    pub fn node_of(&self) -> Vec<usize> {
+        self.engine.nodes.clone()
+    }
+
     /// How many ranks are on this rank's node.
     pub fn ranks_here(&self) -> usize {
         let here = self.engine.nodes[self.engine.rank];

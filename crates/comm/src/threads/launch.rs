@@ -102,7 +102,7 @@ impl ThreadRanks {
     }
 
     /// The node of every rank.
-    fn node_of(&self) -> Vec<usize> {
+    pub fn node_of(&self) -> Vec<usize> {
         let sized = self.nodes.iter().enumerate().flat_map(|(node, &size)| std::iter::repeat_n(node, size));
         let sized = sized.chain(std::iter::repeat(self.nodes.len())).skip(self.placed.len());
         self.placed.iter().copied().chain(sized).take(self.ranks).collect()
