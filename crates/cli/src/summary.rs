@@ -212,17 +212,24 @@ fn expert_load(load: &[Vec<u64>], first_layer: usize) -> Vec<String> {
     load.iter().enumerate().map(line).collect()
 }
 
-/// Estimated before the first step, and measured.
+/// Estimated before the first step with even routing and at most, the same for the rows that then came, and measured, next
+/// to the latter.
 fn memory(summary: &Summary) -> Vec<String> {
-    let mut rows = Vec::new();
+    let mut rows = vec![
+        ["", "even routing", "at most", "as routed", "measured", "", "states"].map(String::from).to_vec(),
+    ];
     for (rank, record) in summary.memory.iter().enumerate() {
-        let off = record.measured as f64 / record.estimated.max(1) as f64 - 1.0;
+        let off = record.measured as f64 / record.as_routed.max(1) as f64 - 1.0;
+        let [even, most, routed, measured, states] =
+            [record.even, record.estimated, record.as_routed, record.measured, record.states].map(readable);
         rows.push(vec![
             format!("rank {rank}"),
-            format!("estimated {}", readable(record.estimated)),
-            format!("measured {}", readable(record.measured)),
+            even,
+            most,
+            routed,
+            measured,
             format!("{:+.0}%", 100.0 * off),
-            format!("states {}", readable(record.states)),
+            states,
         ]);
     }
     let mut lines = table(&rows, 1);

@@ -4,6 +4,7 @@ use std::path::Path;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use unisono_mesh::Fold;
+use unisono_plan::MemoryEstimate;
 use unisono_train::system::readable;
 use unisono_train::{Event, NodeRecord, Observer, RunConfig, Started, StepRecord, ValidationRecord};
 
@@ -176,8 +177,8 @@ fn introduction(started: &Started, config: &RunConfig) -> Vec<String> {
                 format!("them {passes:.1} times")
             },
         ),
-        memory_line(started),
     ]);
+    lines.extend(memory_lines(started));
     lines.extend(started.predicted_step_s.map(|seconds| {
         let rate = grouped((started.tokens_per_step as f64 / seconds) as u64);
         format!("step    ~{}, {rate} tokens/s, by what `unisono bench local` measured", duration(seconds))
@@ -250,11 +251,22 @@ fn machine_lines(started: &Started) -> Vec<String> {
     lines
 }
 
-fn memory_line(started: &Started) -> String {
-    let total: u64 = started.memory.iter().map(|(_, bytes)| bytes).sum();
-    let parts: Vec<String> =
-        started.memory.iter().map(|(what, bytes)| format!("{what} {}", mebibytes(*bytes))).collect();
-    format!("memory  ~{} MiB a rank: {}", mebibytes(total), parts.join(", "))
+/// What ranks need with even routing, what the fullest may need while routing is uneven, and the fullest by part.
+fn memory_lines(started: &Started) -> Vec<String> {
+    let ranks = &started.memory;
+    let Some(fullest) = ranks.iter().max_by_key(|rank| rank.total()) else { return Vec::new() };
+    let even = ranks.iter().map(MemoryEstimate::even);
+    let even = match [even.clone().min(), even.max()].map(|bytes| mebibytes(bytes.unwrap_or(0))) {
+        [least, most] if least == most => most,
+        [least, most] => format!("{least} to {most}"),
+    };
+    let uneven = match fullest.imbalance {
+        0 => String::new(),
+        _ => format!(" with even routing, up to {} while a new router's is not", mebibytes(fullest.total())),
+    };
+    let parts = fullest.parts().into_iter().filter(|(what, _)| *what != "imbalance");
+    let parts: Vec<String> = parts.map(|(what, bytes)| format!("{what} {}", mebibytes(bytes))).collect();
+    vec![format!("memory  ~{even} MiB a rank{uneven}"), format!("        fullest: {}", parts.join(", "))]
 }
 
 /// A number of MiB, with a decimal where it is small.

@@ -12,7 +12,6 @@ mod hardware;
 pub mod kernels;
 mod layout;
 mod layout_name;
-mod memory;
 mod model;
 mod outlook;
 mod parallelism;
@@ -36,10 +35,10 @@ pub use architecture::{
 };
 pub use calibration::{Calibration, CommonConstants, Constants, FITTED, GpuConstants, SoftwareConstants};
 pub use dense::{Equal, Synchronisation};
+pub use engine::{KeptActivations, MemoryEstimate, StepMemory};
 pub use hardware::{Cluster, ClusterError, Gpu, Level};
 pub use layout::{Init, LayerTensors, Layout, NORM_CHUNK, TensorSpec};
 pub use layout_name::LayoutNameError;
-pub use memory::{KeptActivations, MemoryEstimate, StateShape, StepShape};
 pub use model::{ModelConfig, ModelError, ScoreFunction};
 pub use outlook::Outlook;
 pub use parallelism::{

@@ -13,13 +13,14 @@ use unisono_model::{
 };
 use unisono_plan::dispatch::Census;
 use unisono_plan::engine::{Traffic, TrafficPlan};
-use unisono_plan::{Layout, SegmentKind, Shards};
+use unisono_plan::{Layout, SegmentKind, Shards, StepMemory};
 use unisono_tensor::{Backend, Buffer};
 
 use crate::config::{RecomputeConfig, ReduceEvery, RunConfig};
 use crate::engine_layout::{dispatch_shape, engine_layout};
 use crate::error::TrainError;
 use crate::feed::{Fed, Feed};
+use crate::memory::slot_rows;
 use crate::optimizer::{ShardedAdamW, adamw_step};
 use crate::parameters::ShardedParameters;
 use crate::record::{StepRecord, ValidationRecord};
@@ -43,6 +44,8 @@ pub struct RankState<'a, B: Backend> {
     traffic: TrafficPlan,
     predicted: Traffic,
     moved: Ledger,
+    memory: StepMemory,
+    memory_as_routed: u64,
 }
 
 /// What changes from step to step besides tensors; the small state of a checkpoint.
@@ -176,6 +179,7 @@ impl<'a, B: Backend> RankState<'a, B> {
         let optimizer = ShardedAdamW::new(backend, layout, shards, &parameters, comm.clone());
         let feed = Feed::new(dataset, config);
         let layout = engine_layout(config, &fold, |rank| comm.node(rank));
+        let memory = StepMemory::of_ranks(&layout, slot_rows(config), comm.rank()..comm.rank() + 1).remove(0);
         let traffic = TrafficPlan::new(layout, comm.rank());
         let progress = Progress::default();
         Ok(Self {
@@ -194,6 +198,8 @@ impl<'a, B: Backend> RankState<'a, B> {
             traffic,
             predicted: Traffic::default(),
             moved: Ledger::default(),
+            memory,
+            memory_as_routed: 0,
         })
     }
 
@@ -245,6 +251,11 @@ impl<'a, B: Backend> RankState<'a, B> {
         self.states_bytes
     }
 
+    /// Bytes that the steps so far needed by the estimate, given the rows that this rank's experts received.
+    pub fn memory_as_routed(&self) -> u64 {
+        self.memory_as_routed
+    }
+
     /// What this rank's steps moved so far, as the planner says from the layout and the routing counts, and as the ledger
     /// counts it.
     pub fn traffic(&self) -> (&Traffic, &Ledger) {
@@ -290,6 +301,10 @@ impl<'a, B: Backend> RankState<'a, B> {
         let seconds = begin.elapsed().as_secs_f64();
         let times = self.times(&moved, busy.as_secs_f64(), seconds)?;
         self.traffic.step(&sums.census, finite, &mut self.predicted);
+        let received =
+            sums.census.iter().enumerate().map(|(pass, layers)| self.traffic.received(pass, layers));
+        let needed = received.map(|rows| self.memory.with_rows(&rows)).max().unwrap_or(0);
+        self.memory_as_routed = self.memory_as_routed.max(needed);
         self.moved.merge(&self.comm.ledger().since(&traffic));
         Ok(self.record(step, totals, norm, rate, !finite, seconds, times, sums.data_s))
     }

@@ -4,6 +4,7 @@ use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 use unisono_comm::Ledger;
+use unisono_plan::MemoryEstimate;
 
 use crate::agreement::{StepTimeRecord, TrafficRecord};
 use crate::survey::WorldRecord;
@@ -155,8 +156,14 @@ pub struct ValidationRecord {
 /// Memory of a rank, in bytes.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct MemoryRecord {
-    /// Estimated before the first step.
+    /// Estimated before the first step: with even routing, and what a new router may need beyond that.
     pub estimated: u64,
+    /// With even routing alone.
+    #[serde(default)]
+    pub even: u64,
+    /// The same estimate for the rows that the rank's experts did receive.
+    #[serde(default)]
+    pub as_routed: u64,
     /// Largest that was in use.
     pub measured: u64,
     /// In use before the last update, when nothing but states is there: parameters, moments, the reduced gradient and
@@ -186,8 +193,8 @@ pub struct Started {
     pub train_tokens: u64,
     /// Seconds that a step is predicted to take, where the machine has been measured.
     pub predicted_step_s: Option<f64>,
-    /// Estimated memory: `(what, bytes)` of the rank that needs most.
-    pub memory: Vec<(&'static str, u64)>,
+    /// `[rank]` estimated memory.
+    pub memory: Vec<MemoryEstimate>,
     /// Hash of the kernels' results on fixed inputs.
     pub probe: String,
     /// Nodes, processors and links.

@@ -16,8 +16,8 @@ use unisono_comm::{
 use unisono_data::{Dataset, Part, Tokenizer, Verify};
 use unisono_mesh::Fold;
 use unisono_model::{Lane, Profile};
-use unisono_plan::Layout;
 use unisono_plan::engine::CallTraffic;
+use unisono_plan::{Layout, MemoryEstimate};
 use unisono_tensor::cpu::Crew;
 use unisono_tensor::{Backend, Cpu};
 
@@ -26,7 +26,7 @@ use crate::checkpointing::Extra;
 use crate::config::{OnNonFinite, RunConfig};
 use crate::crew::lending;
 use crate::error::TrainError;
-use crate::memory::{check_fits, estimate};
+use crate::memory::{check_fits, estimate_all};
 use crate::probe::probe;
 use crate::rank::{Fault, RankState};
 use crate::record::{Event, MemoryRecord, Observer, Started, StepRecord, Summary, ValidationRecord};
@@ -95,6 +95,16 @@ impl RunOptions {
             predicted_step_s: None,
             peak_flops: None,
         }
+    }
+
+    /// The ranks, if they are threads.
+    fn thread_ranks(&self) -> ThreadRanks {
+        ThreadRanks::new(self.ranks).nodes(&self.nodes).placed(&self.placed)
+    }
+
+    /// The node of every rank.
+    pub(crate) fn node_of(&self) -> Vec<usize> {
+        self.place.node_of(&self.thread_ranks())
     }
 }
 
@@ -188,7 +198,8 @@ struct Shared<'a> {
     folder: Mutex<Option<RunFolder>>,
     /// Rank 0's.
     trace: Mutex<Option<TraceWriter>>,
-    memory: Vec<(&'static str, u64)>,
+    /// `[rank]`, before the first step.
+    memory: Vec<MemoryEstimate>,
     /// The ranks of this process.
     crew: Crew,
 }
@@ -227,7 +238,7 @@ pub fn train(
 ) -> Result<Summary, TrainError> {
     config.validate()?;
     let fold = Fold::new(config.grid, options.ranks)?;
-    check_fits(config, &fold, &estimate(config, &fold), &options.place)?;
+    check_fits(config, &fold, &estimate_all(config, &fold, &options.node_of()), &options.place)?;
     let dataset = open_dataset(config, options.ranks * options.threads)?;
     train_on(config, options, &dataset, observer)
 }
@@ -245,12 +256,11 @@ pub fn train_on(
     let fold = Fold::new(config.grid, options.ranks)?;
     check_nodes(&options.nodes, options.ranks)?;
     check_length(config, dataset)?;
-    let memory = estimate(config, &fold);
+    let memory = estimate_all(config, &fold, &options.node_of());
     let (folder, trace) = (Mutex::default(), Mutex::default());
     let place = &options.place;
     let here = place.ranks_here(options.ranks) / place.processes_here();
-    let ranks = ThreadRanks::new(options.ranks).nodes(&options.nodes).placed(&options.placed);
-    let (mut ranks, crew) = lending(ranks, here);
+    let (mut ranks, crew) = lending(options.thread_ranks(), here);
     let shared = Shared { config, options, dataset, observer, fold, folder, trace, memory, crew };
     if let Some(seed) = options.jitter {
         ranks = ranks.jitter(seed);
@@ -377,8 +387,11 @@ fn run_rank(shared: &Shared<'_>, comm: Communicator) -> Result<Summary, TrainErr
         skipped: 0,
     };
     let stopped = run.steps()?;
+    let estimate = shared.memory[run.comm.rank()];
     let memory = MemoryRecord {
-        estimated: shared.memory.iter().map(|(_, bytes)| bytes).sum(),
+        estimated: estimate.total(),
+        even: estimate.even(),
+        as_routed: run.state.memory_as_routed(),
         measured: backend.memory().1 as u64,
         states: run.state.states_bytes() as u64,
     };

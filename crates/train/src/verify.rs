@@ -9,7 +9,7 @@ use unisono_mesh::Fold;
 use crate::comparison::Comparison;
 use crate::config::{LayoutConfig, RunConfig};
 use crate::error::TrainError;
-use crate::memory::{check_fits, estimate};
+use crate::memory::{check_fits, estimate_all};
 use crate::record::{Event, Observer};
 use crate::run::{RunOptions, check_nodes, open_dataset, train_on};
 
@@ -38,14 +38,14 @@ pub fn verify(
 ) -> Result<Option<Comparison>, TrainError> {
     config.validate()?;
     check_nodes(&options.nodes, options.ranks)?;
-    let fits = |config: &RunConfig, ranks: usize, place: &Place| {
-        let fold = Fold::new(config.grid, ranks)?;
-        check_fits(config, &fold, &estimate(config, &fold), place)
+    let fits = |config: &RunConfig, node_of: &[usize], place: &Place| {
+        let fold = Fold::new(config.grid, node_of.len())?;
+        check_fits(config, &fold, &estimate_all(config, &fold, node_of), place)
     };
     if options.place.leads() {
-        fits(&reference(config), 1, &Place::Threads)?;
+        fits(&reference(config), &[0], &Place::Threads)?;
     }
-    fits(config, options.ranks, &options.place)?;
+    fits(config, &options.node_of(), &options.place)?;
     let dataset = open_dataset(config, options.ranks * options.threads)?;
     verify_on(config, steps, options, &dataset, observer)
 }

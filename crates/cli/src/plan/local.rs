@@ -109,7 +109,9 @@ fn choices(hosts: &Hosts, config: &RunConfig) -> Result<Vec<Choice>, CliError> {
         let LocalLayout { config, ranks, threads, .. } = &layout;
         let price = hosts.price(config, *ranks, *threads, |rank| layout.host(rank))?;
         let fold = Fold::new(config.grid, *ranks).map_err(TrainError::from)?;
-        let of_ranks: Vec<u64> = estimate_all(config, &fold).iter().map(MemoryEstimate::total).collect();
+        let hosts: Vec<usize> = (0..*ranks).map(|rank| layout.host(rank)).collect();
+        let of_ranks: Vec<u64> =
+            estimate_all(config, &fold, &hosts).iter().map(MemoryEstimate::total).collect();
         let of_hosts = of_ranks.chunks(layout.ranks_per_host()).map(|ranks| ranks.iter().sum());
         let memory = of_hosts.max().unwrap_or(0);
         Ok(Choice { layout, price, memory })

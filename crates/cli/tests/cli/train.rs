@@ -22,7 +22,8 @@ fn a_run_trains_shows_and_leaves_what_it_should() {
         "same node",
         "Time by phase",
         "Expert load",
-        "rank 1  estimated ",
+        "even routing  at most  as routed  measured",
+        "fullest: parameters ",
         "generate --run a",
         "train --run a --resume",
     ] {

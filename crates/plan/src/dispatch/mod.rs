@@ -11,7 +11,7 @@ mod rows;
 pub use calls::{DispatchShape, LayerCalls, Volume};
 pub use census::{Census, part_of};
 pub use group::DispatchGroup;
-pub use rounds::{Round, cut, fits};
+pub use rounds::{Round, cut, fits, received_rows};
 pub use rows::RowRanges;
 
 /// The names of the exchanges in the ledger.

@@ -33,7 +33,7 @@ type Load = Vec<(usize, Range<usize>)>;
 pub fn fits(group: &DispatchGroup, census: &Census, shape: &DispatchShape) -> bool {
     let copies = if shape.staged() { 2 } else { 1 };
     let held = |peer: usize| {
-        let received: usize = runs_of(group, census, peer).into_iter().sum();
+        let received = received_rows(group, census, peer);
         let others = group.carried_by(peer).into_iter().filter(|source| *source != peer);
         let forwarded: usize =
             others.map(|source| carried_rows(group, census, source, group.node_of[peer])).sum();
@@ -50,6 +50,11 @@ fn carried_rows(group: &DispatchGroup, census: &Census, source: usize, node: usi
     let arrived: usize = crossing.sum();
     let instances = group.nodes[node].iter().flat_map(|peer| &group.instances[*peer]);
     arrived + instances.map(|instance| census.rows_from(group, source, instance)).sum::<usize>()
+}
+
+/// Rows that the experts of `peer` receive.
+pub fn received_rows(group: &DispatchGroup, census: &Census, peer: usize) -> usize {
+    runs_of(group, census, peer).into_iter().sum()
 }
 
 /// Rows of each instance of `peer`.

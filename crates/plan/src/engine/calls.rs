@@ -63,9 +63,27 @@ impl<'a> FixedCalls<'a> {
             ExchangeKind::GradientNorm => self.values(|rank| self.norm_roots(rank)),
             ExchangeKind::Times => self.values(|_| TIME_VALUES),
             ExchangeKind::GatherParameters => self.gather(unit),
-            ExchangeKind::ReduceGradients => self.reduce(unit),
+            ExchangeKind::ReduceGradients => self.reduce(unit).0,
             _ => Vec::new(),
         }
+    }
+
+    /// The cut of the model over the ranks.
+    pub fn shards(&self) -> &Shards {
+        &self.shards
+    }
+
+    /// Elements that the rank passes on inside its node while a unit is gathered.
+    pub fn gather_staging(&self, unit: usize) -> usize {
+        match &self.gather(unit)[..] {
+            [(kind::ALL_GATHER, across), _] => (across.received.iter().sum::<u64>() / ELEMENT) as usize,
+            _ => 0,
+        }
+    }
+
+    /// Elements that the rank joins for other nodes while a unit's gradients are reduced.
+    pub fn reduce_staging(&self, unit: usize) -> usize {
+        (self.reduce(unit).1 / ELEMENT) as usize
     }
 
     fn ranks(&self) -> usize {
@@ -131,12 +149,13 @@ impl<'a> FixedCalls<'a> {
         }
     }
 
-    /// A unit's gradients to the owners of their shards, inside nodes first where that saves roots.
-    fn reduce(&self, unit: usize) -> Vec<(&'static str, Volume)> {
+    /// A unit's gradients to the owners of their shards, inside nodes first where that saves roots; and the bytes that the
+    /// rank joins there.
+    fn reduce(&self, unit: usize) -> (Vec<(&'static str, Volume)>, u64) {
         let flat = vec![0; self.ranks()];
         let node_of = if self.layout.hierarchical_reduce { &self.layout.node_of } else { &flat };
         let (mut inner, mut outer) = (Volume::none(self.ranks()), Volume::none(self.ranks()));
-        let mut joins = false;
+        let (mut joins, mut joined) = (false, 0);
         for segment in self.shards.of_unit(unit) {
             let reduction = Reduction::new(segment.items, &segment.held, node_of);
             let reduction = reduction.expect("a fold's ranks hold every slot and every group once");
@@ -149,6 +168,7 @@ impl<'a> FixedCalls<'a> {
                         Source::Joined { node, index } => {
                             let root = &reduction.nodes[node][index];
                             let relay = root.relay(to, node_of);
+                            joined += if relay == self.rank { bytes } else { 0 };
                             root.sources
                                 .iter()
                                 .for_each(|(rank, _)| self.add(&mut inner, *rank, relay, bytes));
@@ -160,7 +180,7 @@ impl<'a> FixedCalls<'a> {
             }
         }
         let inner = joins.then_some((kind::REDUCE_IN_NODE, inner));
-        inner.into_iter().chain([(kind::REDUCE_SCATTER, outer)]).collect()
+        (inner.into_iter().chain([(kind::REDUCE_SCATTER, outer)]).collect(), joined)
     }
 
     fn add(&self, volume: &mut Volume, from: usize, to: usize, bytes: u64) {

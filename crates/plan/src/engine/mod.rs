@@ -4,6 +4,7 @@
 mod calls;
 mod hosts;
 mod machine;
+mod memory;
 mod network;
 mod on_hosts;
 mod traffic;
@@ -11,6 +12,7 @@ mod work;
 
 pub use hosts::HostCluster;
 pub use machine::{LocalMachine, LocalPrice, MachineError, Mode, PhaseRates, ProductRates, Samples};
+pub use memory::{KeptActivations, MemoryEstimate, StepMemory};
 pub use traffic::{CallTraffic, Traffic, TrafficPlan};
 pub use work::{OTHER, Phase, ProductKind, Products, StepRows, Work, step_work};
 

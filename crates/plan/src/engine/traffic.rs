@@ -8,7 +8,7 @@ use unisono_mesh::LinkClass;
 
 use super::EngineLayout;
 use super::calls::FixedCalls;
-use crate::dispatch::{Census, DispatchGroup, LayerCalls, Volume};
+use crate::dispatch::{Census, DispatchGroup, LayerCalls, Volume, fits, received_rows};
 use crate::layout::Layout;
 use crate::schedule::{Exchange, ExchangeKind, Op};
 
@@ -147,6 +147,15 @@ impl TrafficPlan {
             let of_layer = &calls[step.pass_at(*site)][usize::from(site.layer) - self.first_moe_layer];
             traffic.add_all(&self.experts, &of_layer.of(*kind));
         }
+    }
+
+    /// Rows that this rank's experts receive in pass `pass`, by MoE layer, of which `layers` counts the rows; none where they
+    /// come in rounds.
+    pub fn received(&self, pass: usize, layers: &[Census]) -> Vec<Option<usize>> {
+        let (group, shape) = (&self.groups[self.layout.step.wave_of(pass)], &self.layout.dispatch);
+        let rows =
+            |census: &Census| fits(group, census, shape).then(|| received_rows(group, census, group.me()));
+        layers.iter().map(rows).collect()
     }
 
     /// The calls of every MoE layer in one pass of `wave`.

@@ -6,8 +6,8 @@
 use std::collections::VecDeque;
 
 use super::{Exchange, ExchangeKind, Kernel, KernelKind, Op, Pass, Schedule, Site};
+use crate::engine::KeptActivations;
 use crate::layout::Layout;
-use crate::memory::KeptActivations;
 use crate::model::ModelConfig;
 
 /// How the engine lays a step out; every rank of a run has the same list.
