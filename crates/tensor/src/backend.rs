@@ -250,7 +250,7 @@ pub trait Backend: Clone + Send + Sync + 'static {
     fn on_host(&self, tasks: usize, task: &(dyn Fn(usize) + Sync)) {
         (0..tasks).for_each(task);
     }
-    /// Bytes held now and at most since the start by this rank's buffers, `(now, peak)`.
+    /// Bytes of this rank's buffers now, and all that it has taken for buffers, which it keeps: `(now, taken)`.
     fn memory(&self) -> (usize, usize);
     /// Writes host values into `dst` (same length).
     fn upload(&self, src: &[f32], dst: Mut<'_, Self>);

@@ -28,21 +28,25 @@ pub struct Pool(Arc<Mutex<Shelf>>);
 #[derive(Default)]
 struct Shelf {
     arenas: Vec<Arena>,
-    free: BTreeMap<usize, Vec<Block>>,
-    held: usize,
+    /// Free parts of arenas and how many elements they have; no two are neighbours.
+    free: BTreeMap<Place, usize>,
     in_use: usize,
-    peak: usize,
 }
 
-/// Memory of the system, given away from its start to its end and never taken back.
+/// Where a part of an arena begins: which arena, and which of its elements.
+type Place = (usize, usize);
+
+/// Memory of the system, cut into blocks and never given back.
 struct Arena {
     mapping: MmapMut,
+    /// Elements up to the last one that a block ever had.
     used: usize,
 }
 
 /// A part of an arena that nothing else refers to: whoever holds it may read and write its elements.
 struct Block {
     start: NonNull<f32>,
+    place: Place,
     capacity: usize,
 }
 
@@ -73,52 +77,32 @@ impl Arena {
         Self { mapping, used: 0 }
     }
 
-    /// `capacity` elements, zero, or nothing if there is no room.
-    fn cut(&mut self, capacity: usize) -> Option<Block> {
-        let end = self.used.checked_add(capacity.checked_mul(size_of::<f32>())?)?;
-        if end > self.mapping.len() {
-            return None;
-        }
-        // SAFETY: `used` lies in the mapping.
-        let start = unsafe { self.mapping.as_mut_ptr().add(self.used) };
-        self.used = end.next_multiple_of(ALIGNMENT);
-        NonNull::new(start.cast()).map(|start| Block { start, capacity })
+    /// Elements.
+    fn len(&self) -> usize {
+        self.mapping.len() / size_of::<f32>()
+    }
+
+    /// Where element `index` lies.
+    fn at(&mut self, index: usize) -> NonNull<f32> {
+        assert!(index < self.len());
+        // SAFETY: the element lies in the mapping.
+        let start = unsafe { self.mapping.as_mut_ptr().cast::<f32>().add(index) };
+        NonNull::new(start).expect("a mapping does not begin at 0")
     }
 }
-
-impl Block {
-    fn bytes(&self) -> usize {
-        self.capacity * size_of::<f32>()
-    }
-}
-
-/// A free buffer serves a request of at least this share of its size (numerator over 4): with three quarters less memory would lie
-/// idle, but a row count that was not there before would take new memory in any step.
-const SMALLEST_SHARE_OF_4: usize = 2;
 
 impl Pool {
     /// A buffer of `len` elements with unspecified contents.
     pub fn take(&self, len: usize) -> HostBuffer {
-        let capacity = capacity_for(len);
-        let mut shelf = self.shelf();
-        let fits = shelf.free.range(capacity..).map(|(size, _)| *size).next();
-        let reused =
-            fits.filter(|size| size * SMALLEST_SHARE_OF_4 / 4 <= capacity).and_then(|size| shelf.pop(size));
-        let block = reused.unwrap_or_else(|| shelf.cut(capacity));
-        shelf.in_use += block.bytes();
-        shelf.peak = shelf.peak.max(shelf.in_use);
+        let block = self.shelf().cut(len.max(1).next_multiple_of(ALIGNMENT / size_of::<f32>()));
         HostBuffer { block, len, pool: self.clone() }
     }
 
-    /// Bytes in use now, and at most since the start.
+    /// Bytes in use now, and bytes taken from the system, in use or waiting for reuse.
     pub fn memory(&self) -> (usize, usize) {
         let shelf = self.shelf();
-        (shelf.in_use, shelf.peak)
-    }
-
-    /// Bytes taken from the system, in use or waiting for reuse.
-    pub fn held(&self) -> usize {
-        self.shelf().held
+        let taken: usize = shelf.arenas.iter().map(|arena| arena.used).sum();
+        (shelf.in_use, taken * size_of::<f32>())
     }
 
     fn shelf(&self) -> MutexGuard<'_, Shelf> {
@@ -127,41 +111,43 @@ impl Pool {
 }
 
 impl Shelf {
-    /// A block that no buffer had before.
+    /// A block of `capacity` elements: the beginning of the first free part that is large enough. The smallest one that is would
+    /// leave more of memory in pieces.
     fn cut(&mut self, capacity: usize) -> Block {
-        self.held += capacity * size_of::<f32>();
-        let mut rooms = self.arenas.iter_mut();
-        if let Some(block) = rooms.find_map(|arena| arena.cut(capacity)) {
-            return block;
+        let mut parts = self.free.iter().map(|(place, len)| (*place, *len));
+        let (place, len) = parts.find(|(_, len)| *len >= capacity).unwrap_or_else(|| {
+            let arena = Arena::new(capacity * size_of::<f32>());
+            let all = ((self.arenas.len(), 0), arena.len());
+            self.arenas.push(arena);
+            all
+        });
+        self.free.remove(&place);
+        let (index, start) = place;
+        if len > capacity {
+            self.free.insert((index, start + capacity), len - capacity);
         }
-        let mut arena = Arena::new(capacity * size_of::<f32>());
-        let block = arena.cut(capacity).expect("an arena is at least as large as its first block");
-        self.arenas.push(arena);
-        block
+        let arena = &mut self.arenas[index];
+        arena.used = arena.used.max(start + capacity);
+        self.in_use += capacity * size_of::<f32>();
+        Block { start: arena.at(start), place, capacity }
     }
 
-    fn pop(&mut self, size: usize) -> Option<Block> {
-        self.free.get_mut(&size).and_then(Vec::pop).inspect(|_| {
-            if self.free.get(&size).is_some_and(Vec::is_empty) {
-                self.free.remove(&size);
-            }
-        })
+    /// Takes a block back and joins it with free neighbours.
+    fn give_back(&mut self, block: &Block) {
+        self.in_use -= block.capacity * size_of::<f32>();
+        let (mut place, mut len) = (block.place, block.capacity);
+        let before = self.free.range(..place).next_back().map(|(place, len)| (*place, *len));
+        if let Some((before, size)) = before.filter(|((arena, start), len)| (*arena, start + len) == place) {
+            (place, len) = (before, len + size);
+        }
+        len += self.free.remove(&(place.0, place.1 + len)).unwrap_or(0);
+        self.free.insert(place, len);
     }
-}
-
-/// Sizes are rounded up to an eighth of a power of two, so that row counts which vary a little share buffers.
-fn capacity_for(len: usize) -> usize {
-    let step = (len.next_power_of_two() / 16).max(64);
-    len.max(1).next_multiple_of(step)
 }
 
 impl Drop for HostBuffer {
     fn drop(&mut self) {
-        let nothing = Block { start: NonNull::dangling(), capacity: 0 };
-        let block = std::mem::replace(&mut self.block, nothing);
-        let mut shelf = self.pool.shelf();
-        shelf.in_use -= block.bytes();
-        shelf.free.entry(block.capacity).or_default().push(block);
+        self.pool.shelf().give_back(&self.block);
     }
 }
 
@@ -218,13 +204,27 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_dropped_buffer_serves_the_next_request_of_its_size() {
+    fn a_dropped_buffer_serves_the_next_requests() {
         let pool = Pool::default();
         let first = pool.take(1000);
         let address = first.as_ptr();
         drop(first);
-        assert_eq!(pool.take(990).as_ptr(), address);
-        assert_eq!(pool.held(), capacity_for(1000) * 4);
+        let (a, b) = (pool.take(500), pool.take(300));
+        assert_eq!((a.as_ptr(), b.as_ptr()), (address, a.as_ptr().wrapping_add(512)));
+        assert_eq!(pool.memory(), ((512 + 304) * 4, 1008 * 4));
+    }
+
+    #[test]
+    fn neighbours_that_are_free_serve_a_request_of_both_their_sizes_whatever_the_order_they_were_let_go_in() {
+        for order in [[0, 1, 2], [2, 1, 0], [0, 2, 1], [1, 0, 2]] {
+            let pool = Pool::default();
+            let mut buffers = [1000, 2000, 500].map(|len| Some(pool.take(len)));
+            let (kept, address) = (pool.take(64), buffers[0].as_ref().map(|buffer| buffer.as_ptr()));
+            order.into_iter().for_each(|index| buffers[index] = None);
+            assert_eq!(Some(pool.take(3500).as_ptr()), address, "{order:?}");
+            assert_eq!(pool.memory(), (64 * 4, (1008 + 2000 + 512 + 64) * 4));
+            drop(kept);
+        }
     }
 
     #[test]
@@ -247,14 +247,5 @@ mod tests {
                 assert_eq!([*first, *last], [value as f32; 2]);
             }
         }
-    }
-
-    #[test]
-    fn peak_counts_what_was_in_use_together() {
-        let pool = Pool::default();
-        let (a, b) = (pool.take(1024), pool.take(1024));
-        drop((a, b));
-        let _c = pool.take(1024);
-        assert_eq!(pool.memory(), (4096, 8192));
     }
 }

@@ -122,7 +122,7 @@ fn run_steps(
         let seconds = time.as_secs_f64() - spent(lane, name);
         (lane.name().to_string(), name.to_string(), seconds * 1e3 / bench.steps as f64)
     });
-    Ok((times, loss, backend.pool().held(), phases.collect()))
+    Ok((times, loss, backend.memory().1, phases.collect()))
 }
 
 /// One product shape of a step: how often it runs, for how many rows at a time.

@@ -164,7 +164,7 @@ pub struct MemoryRecord {
     /// The same estimate for the rows that the rank's experts did receive.
     #[serde(default)]
     pub as_routed: u64,
-    /// Largest that was in use.
+    /// Taken from the system for buffers, in use or waiting for reuse; nothing is given back before the end.
     pub measured: u64,
     /// In use before the last update, when nothing but states is there: parameters, moments, the reduced gradient and
     /// the rotary table.

@@ -130,9 +130,9 @@ impl StepMemory {
         self.peak(&rows.iter().map(|rows| self.arrival(*rows)).collect::<Vec<_>>()).even()
     }
 
-    /// The fullest moment. Buffers are rounded up to an eighth of a power of two, which is a twentieth on average.
+    /// The fullest moment.
     fn peak(&self, arrivals: &[Arrival]) -> MemoryEstimate {
-        let bytes = |elements: usize| (elements as u64 * 4) / 20 * 21;
+        let bytes = |elements: usize| elements as u64 * 4;
         let at = |moment: &Moment| MemoryEstimate {
             parameters: bytes(moment.parameters),
             optimizer: bytes(self.optimizer),

@@ -49,11 +49,6 @@ impl Cpu {
     pub fn threads(&self) -> &Threads {
         &self.threads
     }
-
-    /// The recycled buffers.
-    pub fn pool(&self) -> &Pool {
-        &self.pool
-    }
 }
 
 impl Backend for Cpu {
