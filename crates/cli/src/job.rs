@@ -118,6 +118,14 @@ impl Job {
         }
     }
 
+    /// The run has ended, and what follows may be ended at any time.
+    pub fn dismiss_guard(&self) {
+        #[cfg(feature = "mpi")]
+        if let Some(guard) = self.guard.take() {
+            guard.dismiss();
+        }
+    }
+
     /// How many ranks the launcher has started; none if that is up to this process.
     pub fn ranks(&self) -> Option<usize> {
         match &self.place {
@@ -161,10 +169,7 @@ impl Job {
     /// # Errors
     /// What it was given, in a job of one process.
     pub fn end(self, outcome: Result<u8, CliError>) -> Result<u8, CliError> {
-        #[cfg(feature = "mpi")]
-        if let Some(guard) = self.guard.take() {
-            guard.dismiss();
-        }
+        self.dismiss_guard();
         match self.place {
             Place::Threads => outcome,
             #[cfg(feature = "mpi")]

@@ -12,7 +12,7 @@ use std::thread::sleep;
 use std::time::{Duration, Instant};
 
 use unisono_comm::mpi::Daemon;
-use unisono_comm::watch::{Identity, tell_of_death};
+use unisono_comm::watch::{Identity, Reason, read_records, tell_of_death};
 use unisono_train::run_folder::{FLIGHT, read_identity};
 
 use crate::args;
@@ -22,7 +22,7 @@ use crate::signals::LAST_WORDS;
 /// Longer than it takes `mpirun` to come to the last host where it must sleep through on its own.
 const STAY: Duration = Duration::from_secs(3);
 /// Between two signals, which are otherwise one.
-const PAUSE: Duration = Duration::from_millis(100);
+const PAUSE: Duration = Duration::from_millis(200);
 
 /// Ends this process after another rank has died; the first one `here` hurries `mpirun`. The others stay as well, since it
 /// notices when one of them ends. All have time to write their flight records before.
@@ -70,21 +70,32 @@ impl Guard {
     }
 }
 
-/// `unisono guard`: waits until the rank that has started it ends. If that was without a word, it tells the others, and hurries
-/// `mpirun`.
+/// `unisono guard`: waits until the rank that has started it ends. If that was without a word, and not because the rank was told to
+/// end, it tells the others; when they have had time to write their flight records, it hurries `mpirun`.
 pub fn guard(args: &args::Guard) -> Result<u8, CliError> {
     let mut word = Vec::new();
     // An error is the end of the rank, too.
     let _ = stdin().read_to_end(&mut word);
     if word.is_empty() {
         if let Ok(Some(run)) = read_identity(&args.folder) {
-            let run = Identity { run_id: run.run_id, epoch: run.epoch };
+            let (flight, run) = (args.folder.join(FLIGHT), Identity { run_id: run.run_id, epoch: run.epoch });
+            if was_told_to_end(&flight, &run, args.rank) {
+                return Ok(DONE);
+            }
             // If it cannot be written, the others hear it from `mpirun`.
-            let _ = tell_of_death(&args.folder.join(FLIGHT), &run, args.rank);
+            let _ = tell_of_death(&flight, &run, args.rank);
         }
+        sleep(LAST_WORDS);
         if let Some(daemon) = Daemon::of(args.daemon) {
             hurry(daemon);
         }
     }
     Ok(DONE)
+}
+
+/// Whether the last that `rank` has said of itself is that it was told to end.
+fn was_told_to_end(flight: &Path, run: &Identity, rank: usize) -> bool {
+    let Ok(found) = read_records(flight) else { return false };
+    let mut own = found.records.iter().filter(|record| record.rank == rank && record.run == *run);
+    own.any(|record| record.reason == Reason::Terminated)
 }

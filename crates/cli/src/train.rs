@@ -67,6 +67,7 @@ fn train(args: Train, job: &Job) -> Result<u8, CliError> {
     }
     job.guard(&options.folder);
     let outcome = unisono_train::train(&config, &options, &watch);
+    job.dismiss_guard();
     signals.quit_at_once();
     let seen = watch.finish();
     let mut summary = outcome?;
@@ -89,7 +90,11 @@ fn train(args: Train, job: &Job) -> Result<u8, CliError> {
 pub fn abandon(failure: &Failure) {
     #[cfg(feature = "mpi")]
     if failure.cause == unisono_comm::Cause::Died {
-        // Who has noticed says it.
+        // Who has noticed may have no terminal, or have ended before it could say so.
+        let speaker = usize::from(failure.rank == 0);
+        if unisono_comm::mpi::launched().is_some_and(|launched| launched.rank == speaker) {
+            complain("error", &failure.to_string());
+        }
         crate::outlive::outlive(true, BUG);
     }
     complain("error", &failure.to_string());

@@ -167,6 +167,11 @@ pub trait Transport: Send + Sync {
     /// The failure that has ended the run, as far as this rank knows.
     fn failure(&self) -> Option<Arc<Failure>>;
 
+    /// Whether the run has ended, as far as can be told without waiting for anything.
+    fn has_failed(&self) -> bool {
+        self.failure().is_some()
+    }
+
     /// Ends the run with `failure`, unless it has failed already: calls of the ranks of this process that wait, and all
     /// later ones, end with [`CommError::Failed`]. The watchdog calls it from a thread of its own.
     fn fail(&self, failure: Arc<Failure>);

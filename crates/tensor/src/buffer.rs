@@ -114,6 +114,7 @@ impl Shelf {
     /// A block of `capacity` elements: the beginning of the first free part that is large enough. The smallest one that is would
     /// leave more of memory in pieces.
     fn cut(&mut self, capacity: usize) -> Block {
+        assert!(capacity <= isize::MAX as usize / size_of::<f32>(), "a buffer of {capacity} elements");
         let mut parts = self.free.iter().map(|(place, len)| (*place, *len));
         let (place, len) = parts.find(|(_, len)| *len >= capacity).unwrap_or_else(|| {
             let arena = Arena::new(capacity * size_of::<f32>());

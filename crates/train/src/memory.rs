@@ -12,6 +12,9 @@ use crate::system::{available_memory, readable};
 /// What a process needs besides its ranks: the corpus and its tokenizer, code, stacks.
 const PROCESS_BYTES: u64 = 96 << 20;
 
+/// Tokens whose logits a rank's head computes at once, in memory that is no buffer's.
+const HEAD_TOKENS: usize = 256;
+
 /// The estimate of every rank; rank r is on node `node_of[r]`.
 pub fn estimate_all(config: &RunConfig, fold: &Fold, node_of: &[usize]) -> Vec<MemoryEstimate> {
     let layout = engine_layout(config, fold, |rank| node_of[rank]);
@@ -37,7 +40,9 @@ pub fn check_fits(
     // Which ranks are here matters little: the largest may be.
     let mut ranks: Vec<u64> = estimates.iter().map(MemoryEstimate::total).collect();
     ranks.sort_unstable_by(|a, b| b.cmp(a));
-    let ranks = ranks.iter().take(place.ranks_here(fold.ranks())).sum::<u64>();
+    let here = place.ranks_here(fold.ranks());
+    let logits = HEAD_TOKENS.min(slot_rows(config)) * config.model.vocab_size * size_of::<f32>();
+    let ranks = ranks.iter().take(here).sum::<u64>() + (here * logits) as u64;
     let needed = PROCESS_BYTES * place.processes_here() as u64 + ranks;
     let Some(available) = available_memory() else { return Ok(()) };
     if needed <= available {
@@ -51,6 +56,7 @@ pub fn check_fits(
              train.micro_batch with more train.accumulate (another computation, the same batch)"
             .to_string(),
         "activations" => "lower train.micro_batch and raise train.accumulate, or train.sequence_length".to_string(),
+        "imbalance" if config.layout.dispatch_rows > 0 => "lower layout.dispatch_rows".to_string(),
         "imbalance" => "set layout.dispatch_rows, which bounds the rows that a rank's experts receive at once".to_string(),
         "gradients" => format!(
             "folding {} slots onto a rank keeps their accumulators: set layout.zero=2, lower grid.expert_group, or spread \

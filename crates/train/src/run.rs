@@ -9,7 +9,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use unisono_checkpoint::{Reader, SaveId, keep_last};
-use unisono_comm::watch::{Grace, Identity};
+use unisono_comm::watch::{Grace, Identity, forget_messages};
 use unisono_comm::{
     Activity, Cause, Communicator, Failure, FlightDeck, Ledger, Place, RunError, ThreadRanks, Watchdog,
 };
@@ -417,6 +417,7 @@ impl Shared<'_> {
         if comm.rank() == 0 {
             let start = find_start(self.config, self.options, self.dataset, &|| comm.beat())?;
             let identity = self.open_folder(&start, comm.size(), probe)?;
+            forget_messages(&self.options.folder.join(FLIGHT));
             let orders = Orders { start: start.checkpoint, rejected: start.rejected, identity };
             message = serde_json::to_vec(&orders).map_err(|error| TrainError::Refused(error.to_string()))?;
         }

@@ -50,6 +50,8 @@ pub(super) struct Engine {
     pub ending: AtomicBool,
     /// The library has returned an error: what this rank fails with may be another one's death.
     pub library_failed: AtomicBool,
+    /// There is a verdict.
+    pub failed: AtomicBool,
     /// How often others have said that they get on.
     pub beats: AtomicU64,
     state: Mutex<State>,
@@ -127,6 +129,7 @@ impl Engine {
             waits: AtomicBool::new(false),
             ending: AtomicBool::new(false),
             library_failed: AtomicBool::new(false),
+            failed: AtomicBool::new(false),
             beats: AtomicU64::new(0),
             state: Mutex::new(state),
         })
@@ -498,6 +501,7 @@ impl State {
         failure.flights = vec![Vec::new(); engine.size];
         failure.flights[engine.rank] = engine.recorder.entries();
         self.verdict.settle(failure);
+        engine.failed.store(true, Ordering::Relaxed);
     }
 
     /// Ends the job on all ranks if the watched rank has died. No other verdict is waited for: rank 0 may be the dead one.

@@ -362,6 +362,10 @@ impl Transport for MpiTransport {
         self.engine.lock().verdict.failure().cloned()
     }
 
+    fn has_failed(&self) -> bool {
+        self.engine.failed.load(Ordering::Relaxed)
+    }
+
     fn fail(&self, failure: Arc<Failure>) {
         let mut failure = Failure::clone(&failure);
         let mut state = self.engine.lock();

@@ -17,4 +17,4 @@ pub use record::{
     Damaged, FlightRecord, GroupRecord, Identity, LARGEST_RECORD_BYTES, MOST_RANKS, Reason, RecordError,
     Records, read_records,
 };
-pub use watchdog::{Grace, Watchdog, tell_of_death};
+pub use watchdog::{Grace, Watchdog, forget_messages, tell_of_death};

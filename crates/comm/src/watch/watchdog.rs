@@ -171,6 +171,11 @@ impl<F: Fn(&Failure)> Watch<F> {
         if self.sleep().is_none() {
             return;
         }
+        // Who has heard it from the transport comes back when it has done what it computes.
+        let heard = || self.deck.ranks().iter().all(|comm| comm.core().transport.has_failed());
+        if heard() && !self.tick_until(self.grace.ranks, || false) {
+            return;
+        }
         let message = Cause::Died.to_string();
         // If it cannot be written, there is nobody left to tell.
         let reason = Reason::Failed { rank: dead, message, step: None, call: None };
@@ -290,7 +295,17 @@ fn is_asked_in(folder: &Path, run: &Identity) -> bool {
 /// If it cannot be written.
 pub fn tell_of_death(folder: &Path, run: &Identity, rank: usize) -> std::io::Result<()> {
     fs::create_dir_all(folder)?;
-    fs::write(folder.join(DIED), format!("{} {rank}\n", request(run)))
+    let written = folder.join(format!("{DIED}.{}", std::process::id()));
+    fs::write(&written, format!("{} {rank}\n", request(run)))?;
+    fs::rename(written, folder.join(DIED))
+}
+
+/// Forgets what processes of an earlier start asked and told in the `folder` of flight records.
+pub fn forget_messages(folder: &Path) {
+    for name in [ASKED, DIED] {
+        // Mostly there is none; one that stays is of another start.
+        let _ = fs::remove_file(folder.join(name));
+    }
 }
 
 /// The rank that has died, if the file says so of this start.

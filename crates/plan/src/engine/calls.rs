@@ -36,6 +36,16 @@ pub(super) struct FixedCalls<'a> {
     rank: usize,
 }
 
+/// A part of the way of a unit's parameters or gradients.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Hop {
+    InsideNodes,
+    /// From owners or to them; all of it where nodes make no difference.
+    BetweenNodes,
+    /// Partial sums that a rank, sender and receiver in one, joins for other nodes.
+    Joined,
+}
+
 impl<'a> FixedCalls<'a> {
     pub fn new(layout: &'a EngineLayout, rank: usize) -> Self {
         let placement = ExpertPlacement::new(layout.fold, layout.model.num_experts);
@@ -63,7 +73,7 @@ impl<'a> FixedCalls<'a> {
             ExchangeKind::GradientNorm => self.values(|rank| self.norm_roots(rank)),
             ExchangeKind::Times => self.values(|_| TIME_VALUES),
             ExchangeKind::GatherParameters => self.gather(unit),
-            ExchangeKind::ReduceGradients => self.reduce(unit).0,
+            ExchangeKind::ReduceGradients => self.reduce(unit),
             _ => Vec::new(),
         }
     }
@@ -73,17 +83,26 @@ impl<'a> FixedCalls<'a> {
         &self.shards
     }
 
-    /// Elements that the rank passes on inside its node while a unit is gathered.
-    pub fn gather_staging(&self, unit: usize) -> usize {
-        match &self.gather(unit)[..] {
-            [(kind::ALL_GATHER, across), _] => (across.received.iter().sum::<u64>() / ELEMENT) as usize,
-            _ => 0,
-        }
+    /// Elements that each rank passes on inside its node while a unit is gathered.
+    pub fn gather_staging(&self, unit: usize) -> Vec<usize> {
+        let mut staged = vec![0; self.ranks()];
+        self.each_gathered(unit, |hop, _, to, bytes| {
+            if hop == Hop::BetweenNodes {
+                staged[to] += (bytes / ELEMENT) as usize;
+            }
+        });
+        staged
     }
 
-    /// Elements that the rank joins for other nodes while a unit's gradients are reduced.
-    pub fn reduce_staging(&self, unit: usize) -> usize {
-        (self.reduce(unit).1 / ELEMENT) as usize
+    /// Elements that each rank joins for other nodes while a unit's gradients are reduced.
+    pub fn reduce_staging(&self, unit: usize) -> Vec<usize> {
+        let mut staged = vec![0; self.ranks()];
+        self.each_reduced(unit, |hop, _, to, bytes| {
+            if hop == Hop::Joined {
+                staged[to] += (bytes / ELEMENT) as usize;
+            }
+        });
+        staged
     }
 
     fn ranks(&self) -> usize {
@@ -114,6 +133,19 @@ impl<'a> FixedCalls<'a> {
 
     /// A unit's parameters from their owners to those that compute with them, to each node once where that saves copies.
     fn gather(&self, unit: usize) -> Vec<(&'static str, Volume)> {
+        let (mut across, mut inside) = (Volume::none(self.ranks()), Volume::none(self.ranks()));
+        let crosses = self.each_gathered(unit, |hop, from, to, bytes| match hop {
+            Hop::BetweenNodes => self.add(&mut across, from, to, bytes),
+            _ => self.add(&mut inside, from, to, bytes),
+        });
+        match crosses {
+            true => vec![(kind::ALL_GATHER, across), (kind::GATHER_IN_NODE, inside)],
+            false => vec![(kind::ALL_GATHER, inside)],
+        }
+    }
+
+    /// Calls `with` with every `(hop, from, to, bytes)` of a unit's parameters; whether they cross to each node once.
+    fn each_gathered(&self, unit: usize, mut with: impl FnMut(Hop, usize, usize, u64)) -> bool {
         let flat = vec![0; self.ranks()];
         let in_shards = self.layout.step.zero >= 3;
         let moves = |segment: &&ShardedSegment| in_shards || segment.is_shared();
@@ -128,34 +160,40 @@ impl<'a> FixedCalls<'a> {
         };
         let crosses = self.layout.hierarchical_gather && segments.iter().any(saves);
         let node_of = if crosses { node_of } else { &flat };
-        let (mut across, mut inside) = (Volume::none(self.ranks()), Volume::none(self.ranks()));
         for segment in segments {
             let ways = Gathering::new(node_of, |rank| segment.is_held(rank));
             for owner in owners(segment) {
                 let bytes = segment.shards[owner].len() as u64 * ELEMENT;
                 // Whole units keep a rank's own shards where they are.
                 for &receiver in ways.near(owner).iter().filter(|&&receiver| in_shards || receiver != owner) {
-                    self.add(&mut inside, owner, receiver, bytes);
+                    with(Hop::InsideNodes, owner, receiver, bytes);
                 }
                 for (relay, receivers) in ways.far(owner) {
-                    self.add(&mut across, owner, relay, bytes);
-                    receivers.iter().for_each(|&receiver| self.add(&mut inside, relay, receiver, bytes));
+                    with(Hop::BetweenNodes, owner, relay, bytes);
+                    receivers.iter().for_each(|&receiver| with(Hop::InsideNodes, relay, receiver, bytes));
                 }
             }
         }
-        match crosses {
-            true => vec![(kind::ALL_GATHER, across), (kind::GATHER_IN_NODE, inside)],
-            false => vec![(kind::ALL_GATHER, inside)],
-        }
+        crosses
     }
 
-    /// A unit's gradients to the owners of their shards, inside nodes first where that saves roots; and the bytes that the
-    /// rank joins there.
-    fn reduce(&self, unit: usize) -> (Vec<(&'static str, Volume)>, u64) {
+    /// A unit's gradients to the owners of their shards, inside nodes first where that saves roots.
+    fn reduce(&self, unit: usize) -> Vec<(&'static str, Volume)> {
+        let (mut inner, mut outer) = (Volume::none(self.ranks()), Volume::none(self.ranks()));
+        let joins = self.each_reduced(unit, |hop, from, to, bytes| match hop {
+            Hop::InsideNodes => self.add(&mut inner, from, to, bytes),
+            Hop::BetweenNodes => self.add(&mut outer, from, to, bytes),
+            Hop::Joined => {}
+        });
+        let inner = joins.then_some((kind::REDUCE_IN_NODE, inner));
+        inner.into_iter().chain([(kind::REDUCE_SCATTER, outer)]).collect()
+    }
+
+    /// Calls `with` with every `(hop, from, to, bytes)` of a unit's gradients; whether some are joined inside nodes.
+    fn each_reduced(&self, unit: usize, mut with: impl FnMut(Hop, usize, usize, u64)) -> bool {
         let flat = vec![0; self.ranks()];
         let node_of = if self.layout.hierarchical_reduce { &self.layout.node_of } else { &flat };
-        let (mut inner, mut outer) = (Volume::none(self.ranks()), Volume::none(self.ranks()));
-        let (mut joins, mut joined) = (false, 0);
+        let mut joins = false;
         for segment in self.shards.of_unit(unit) {
             let reduction = Reduction::new(segment.items, &segment.held, node_of);
             let reduction = reduction.expect("a fold's ranks hold every slot and every group once");
@@ -168,19 +206,18 @@ impl<'a> FixedCalls<'a> {
                         Source::Joined { node, index } => {
                             let root = &reduction.nodes[node][index];
                             let relay = root.relay(to, node_of);
-                            joined += if relay == self.rank { bytes } else { 0 };
+                            with(Hop::Joined, relay, relay, bytes);
                             root.sources
                                 .iter()
-                                .for_each(|(rank, _)| self.add(&mut inner, *rank, relay, bytes));
+                                .for_each(|(rank, _)| with(Hop::InsideNodes, *rank, relay, bytes));
                             relay
                         }
                     };
-                    self.add(&mut outer, from, to, bytes);
+                    with(Hop::BetweenNodes, from, to, bytes);
                 }
             }
         }
-        let inner = joins.then_some((kind::REDUCE_IN_NODE, inner));
-        (inner.into_iter().chain([(kind::REDUCE_SCATTER, outer)]).collect(), joined)
+        joins
     }
 
     fn add(&self, volume: &mut Volume, from: usize, to: usize, bytes: u64) {

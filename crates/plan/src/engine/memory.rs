@@ -96,10 +96,13 @@ struct Moment {
 impl StepMemory {
     /// The memory of each of `ranks`; a slot has `slot_rows` tokens in one accumulation step.
     pub fn of_ranks(layout: &EngineLayout, slot_rows: usize, ranks: Range<usize>) -> Vec<Self> {
-        let mut calls = FixedCalls::new(layout, 0);
-        let of_rank = |rank| {
-            calls.turn_to(rank);
-            let walk = Walk::new(layout, rank, &calls);
+        let calls = FixedCalls::new(layout, ranks.start);
+        let units = 0..calls.shards().units();
+        let gathered: Vec<Vec<usize>> = units.clone().map(|unit| calls.gather_staging(unit)).collect();
+        let joined: Vec<Vec<usize>> = units.map(|unit| calls.reduce_staging(unit)).collect();
+        let of_rank = |rank: usize| {
+            let of = |staging: &[Vec<usize>]| staging.iter().map(|unit| unit[rank]).collect();
+            let walk = Walk::new(layout, rank, calls.shards(), [of(&gathered), of(&joined)]);
             let most_rows = layout.dispatch.most_rows;
             Self {
                 model: layout.model.clone(),
@@ -239,18 +242,17 @@ struct Walk<'a> {
 }
 
 impl<'a> Walk<'a> {
-    fn new(layout: &'a EngineLayout, rank: usize, calls: &FixedCalls<'_>) -> Self {
-        let shards: &Shards = calls.shards();
-        let all = 0..shards.units();
+    fn new(layout: &'a EngineLayout, rank: usize, shards: &Shards, staging: [Vec<usize>; 2]) -> Self {
+        let [gathered, joined] = staging;
         let shared = shards.segments.iter().filter(|segment| segment.is_shared());
         Self {
             layout,
             units: Layout::new(&layout.model),
             placement: ExpertPlacement::new(layout.fold, layout.model.num_experts),
             rank,
-            owned: all.clone().map(|unit| shards.owned_of_unit(rank, unit)).collect(),
-            gathered: all.clone().map(|unit| calls.gather_staging(unit)).collect(),
-            joined: all.map(|unit| calls.reduce_staging(unit)).collect(),
+            owned: (0..shards.units()).map(|unit| shards.owned_of_unit(rank, unit)).collect(),
+            gathered,
+            joined,
             sent: shared.map(|segment| segment.shards[rank].len()).sum(),
         }
     }

@@ -1,4 +1,5 @@
-//! Ranks of one process that lend each other their cores: who waits takes tasks of who computes.
+//! Ranks of one process that lend each other their cores: who waits takes tasks of who computes. A rank's own threads take them
+//! from the same desk.
 //!
 //! An uneven routing gives one rank more rows than another in every layer, and every exchange waits for the slower. On one
 //! machine the core of the one that waits is at hand. Results of tasks do not depend on who runs them, so no bit changes.

@@ -35,7 +35,7 @@ pub struct Cpu {
 }
 
 impl Cpu {
-    /// A backend with `threads` compute threads, the calling thread among them: call it on the rank's own thread.
+    /// A backend with `threads` compute threads, the one that calls its kernels among them.
     pub fn new(threads: usize) -> Self {
         Self { pool: Pool::default(), threads: Threads::new(threads) }
     }
