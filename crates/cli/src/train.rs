@@ -93,7 +93,8 @@ pub fn abandon(failure: &Failure) {
         // Who has noticed may have no terminal, or have ended before it could say so.
         let speaker = usize::from(failure.rank == 0);
         if unisono_comm::mpi::launched().is_some_and(|launched| launched.rank == speaker) {
-            complain("error", &failure.to_string());
+            let Failure { rank, cause, .. } = failure;
+            complain("error", &format!("rank {rank} {cause}; `unisono doctor` on the run's folder tells more"));
         }
         crate::outlive::outlive(true, BUG);
     }
