@@ -94,7 +94,10 @@ pub fn abandon(failure: &Failure) {
         let speaker = usize::from(failure.rank == 0);
         if unisono_comm::mpi::launched().is_some_and(|launched| launched.rank == speaker) {
             let Failure { rank, cause, .. } = failure;
-            complain("error", &format!("rank {rank} {cause}; `unisono doctor` on the run's folder tells more"));
+            complain(
+                "error",
+                &format!("rank {rank} {cause}; `unisono doctor` on the run's folder tells more"),
+            );
         }
         crate::outlive::outlive(true, BUG);
     }
