@@ -61,6 +61,9 @@ pub(crate) const HUGE_PAGE: usize = 2 << 20;
 /// Bytes of an arena, unless a buffer needs more: pages that nobody has used take no memory.
 const ARENA: usize = 64 << 20;
 
+/// Elements of the smallest block that stands at the beginning of a free part.
+const LARGE: usize = 2048;
+
 /// Buffers begin at multiples of this many bytes: a line of a cache, and a vector.
 const ALIGNMENT: usize = 64;
 
@@ -111,26 +114,32 @@ impl Pool {
 }
 
 impl Shelf {
-    /// A block of `capacity` elements: the beginning of the first free part that is large enough. The smallest one that is would
-    /// leave more of memory in pieces.
+    /// A block of `capacity` elements, of the smallest free part that is large enough; memory that no block had before comes last.
+    /// Small blocks stand at a part's end, so that large ones find its beginning together with what is before it.
     fn cut(&mut self, capacity: usize) -> Block {
         assert!(capacity <= isize::MAX as usize / size_of::<f32>(), "a buffer of {capacity} elements");
-        let mut parts = self.free.iter().map(|(place, len)| (*place, *len));
-        let (place, len) = parts.find(|(_, len)| *len >= capacity).unwrap_or_else(|| {
-            let arena = Arena::new(capacity * size_of::<f32>());
-            let all = ((self.arenas.len(), 0), arena.len());
-            self.arenas.push(arena);
-            all
-        });
-        self.free.remove(&place);
-        let (index, start) = place;
+        let fits = self.free.iter().map(|(place, len)| (*place, *len)).filter(|(_, len)| *len >= capacity);
+        let is_new = |((arena, start), len): (Place, usize)| start + len > self.arenas[arena].used;
+        let (new, (part, len)) = fits
+            .map(|part| (is_new(part), part))
+            .min_by_key(|(new, part)| (*new, part.1))
+            .unwrap_or_else(|| {
+                let arena = Arena::new(capacity * size_of::<f32>());
+                let all = ((self.arenas.len(), 0), arena.len());
+                self.arenas.push(arena);
+                (true, all)
+            });
+        self.free.remove(&part);
+        let (index, first) = part;
+        let at_end = capacity < LARGE && !new;
+        let (start, rest) = if at_end { (first + len - capacity, first) } else { (first, first + capacity) };
         if len > capacity {
-            self.free.insert((index, start + capacity), len - capacity);
+            self.free.insert((index, rest), len - capacity);
         }
         let arena = &mut self.arenas[index];
         arena.used = arena.used.max(start + capacity);
         self.in_use += capacity * size_of::<f32>();
-        Block { start: arena.at(start), place, capacity }
+        Block { start: arena.at(start), place: (index, start), capacity }
     }
 
     /// Takes a block back and joins it with free neighbours.
@@ -213,6 +222,20 @@ mod tests {
         let (a, b) = (pool.take(500), pool.take(300));
         assert_eq!((a.as_ptr(), b.as_ptr()), (address, a.as_ptr().wrapping_add(512)));
         assert_eq!(pool.memory(), ((512 + 304) * 4, 1008 * 4));
+    }
+
+    #[test]
+    fn the_smallest_part_that_is_large_enough_serves_a_request_and_small_ones_get_its_end() {
+        let pool = Pool::default();
+        let [wide, wall, narrow, last] = [8192, 16, 4096, 16].map(|len| pool.take(len));
+        let (at_wide, at_narrow) = (wide.as_ptr(), narrow.as_ptr());
+        drop((wide, narrow));
+        let (small, large) = (pool.take(16), pool.take(4096));
+        assert_eq!(small.as_ptr(), at_narrow.wrapping_add(4096 - 16));
+        assert_eq!(large.as_ptr(), at_wide);
+        assert_eq!(pool.take(4080).as_ptr(), at_narrow);
+        assert_eq!(pool.memory().1, (8192 + 16 + 4096 + 16) * 4);
+        drop((wall, last));
     }
 
     #[test]

@@ -1,6 +1,8 @@
 //! Every task runs once, on any number of threads, wherever the threads were made.
 
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::{Duration, Instant};
+
 use unisono_tensor::cpu::{Scratch, Threads};
 
 fn counts(threads: &Threads, tasks: usize) -> Vec<usize> {
@@ -31,6 +33,23 @@ fn threads_can_be_made_inside_the_threads_of_another_and_used_elsewhere() {
             scope.spawn(|| assert_eq!(counts(&outer, 50), vec![1; 50]));
         }
     });
+}
+
+#[test]
+fn threads_that_had_nothing_to_do_for_long_take_part_again() {
+    let threads = Threads::new(3);
+    for _ in 0..20 {
+        std::thread::sleep(Duration::from_millis(2));
+        let (arrived, late) = (AtomicUsize::new(0), Instant::now() + Duration::from_secs(60));
+        // Each task waits for the others, so that no thread can run two.
+        threads.run(3, |_| {
+            arrived.fetch_add(1, Ordering::Relaxed);
+            while arrived.load(Ordering::Relaxed) < 3 {
+                assert!(Instant::now() < late, "a thread has not come");
+                std::thread::yield_now();
+            }
+        });
+    }
 }
 
 #[test]

@@ -119,3 +119,24 @@ fn uneven_routing_of_the_first_steps_is_allowed_for_and_explains_what_ranks_hold
         assert!(memory.iter().all(|record| record.even < record.estimated), "{what}: {memory:?}");
     }
 }
+
+#[test]
+fn of_the_smallest_example_whose_largest_tensors_are_a_seventh_of_all() {
+    let dataset = Dataset::builtin(2).expect("the built-in corpus opens");
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    let mut far = Vec::new();
+    for ranks in [1, 2, 4] {
+        for layout in ["layout.zero=1", "layout.zero=2", "layout.zero=3", "train.recompute=full"] {
+            let text = include_str!("../../../examples/tiny.toml");
+            let config = RunConfig::load(text, &[layout.to_string()]).expect("the example is a config");
+            let what = format!("{layout} on {ranks} ranks");
+            let options = RunOptions::new(folder.path().join(&what), ranks, 1);
+            let memory = train_on(&config, &options, &dataset, &Quiet).expect("the run succeeds").memory;
+            let ranks = memory.iter().enumerate();
+            far.extend(
+                ranks.filter_map(|(rank, record)| too_far(&what, rank, record.estimated, record.measured)),
+            );
+        }
+    }
+    assert!(far.is_empty(), "{far:#?}");
+}

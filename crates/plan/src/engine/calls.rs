@@ -40,7 +40,7 @@ pub(super) struct FixedCalls<'a> {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Hop {
     InsideNodes,
-    /// From owners or to them; all of it where nodes make no difference.
+    /// Where nodes make no difference, all the way of gradients.
     BetweenNodes,
     /// Partial sums that a rank, sender and receiver in one, joins for other nodes.
     Joined,
