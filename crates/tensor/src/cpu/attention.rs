@@ -523,33 +523,26 @@ impl Backward<'_> {
     fn score_gradients(&self, block: &mut KeyBlock, head: usize, queries: Range<usize>, delta: &[f32]) {
         let Heads { heads, .. } = self.shape.heads;
         let (scale, count) = (scale(self.shape.heads), block.keys.len());
-        let in_block = |key: usize| key.clamp(block.keys.start, block.keys.end) - block.keys.start;
         let rows = block.p.chunks_exact_mut(BLOCK).zip(block.ds.chunks_exact_mut(BLOCK));
-        vectorized(
-            #[inline(always)]
-            || {
-                for (position, (p, ds)) in queries.zip(rows) {
-                    let lse =
-                        self.lse[(self.first_row + position) * heads + self.kv_head * self.group() + head];
-                    // Hidden keys as well, whose results do not count: whole vectors take less time than their ends.
-                    score_gradient_row(p, ds, scale, lse, delta[position]);
-                    let end = in_block(position + 1);
-                    let start = in_block(self.document_start(position)).min(end);
-                    for hidden in [0..start, end..count] {
-                        p[hidden.clone()].fill(0.0);
-                        ds[hidden].fill(0.0);
+        for (position, (p, ds)) in queries.zip(rows) {
+            let lse = self.lse[(self.first_row + position) * heads + self.kv_head * self.group() + head];
+            let in_block = |key: usize| key.clamp(block.keys.start, block.keys.end) - block.keys.start;
+            let end = in_block(position + 1);
+            let start = in_block(self.document_start(position)).min(end);
+            for hidden in [0..start, end..count] {
+                p[hidden.clone()].fill(0.0);
+                ds[hidden].fill(0.0);
+            }
+            let delta = delta[position];
+            vectorized(
+                #[inline(always)]
+                || {
+                    for (p, ds) in p[start..end].iter_mut().zip(&mut ds[start..end]) {
+                        *p = simd::exp(*p * scale - lse);
+                        *ds = *p * (*ds - delta) * scale;
                     }
-                }
-            },
-        );
-    }
-}
-
-/// A row of [`Backward::score_gradients`], all keys visible.
-#[inline(always)]
-fn score_gradient_row(p: &mut [f32], ds: &mut [f32], scale: f32, lse: f32, delta: f32) {
-    for (p, ds) in p.iter_mut().zip(ds) {
-        *p = simd::exp(*p * scale - lse);
-        *ds = *p * (*ds - delta) * scale;
+                },
+            );
+        }
     }
 }

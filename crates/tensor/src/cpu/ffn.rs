@@ -6,7 +6,7 @@
 use std::ops::Range;
 
 use super::gemm::{Matrix, MatrixMut, gemm};
-use super::simd::{LANES, join, sigmoid, silu, vectorized};
+use super::simd::{LANES, dot, sigmoid, silu, vectorized};
 use super::{DisjointMut, Scratch, Threads};
 use crate::backend::{Dims, FfnRun, FfnShape};
 
@@ -230,19 +230,19 @@ fn swiglu_backward(
             for (row, ((dh, gu), h)) in rows.enumerate() {
                 let weight = row_weight.map_or(1.0, |weight| weight[row]);
                 let (gate, up) = gu.split_at_mut(f);
-                let slope = swiglu_backward_row(weight, dh, gate, up, h);
+                swiglu_backward_row(weight, dh, gate, up, h);
                 if let Some(drow_weight) = drow_weight.as_deref_mut() {
-                    drow_weight[row] = slope;
+                    drow_weight[row] = dot(dh, h);
                 }
+                h.iter_mut().for_each(|h| *h *= weight);
             }
         },
     );
 }
 
-/// One row: `gate` and `up` become their gradients, `h` is written times the weight. Returns the gradient of the weight.
+/// One row: `gate` and `up` become their gradients, `h` is written without the weight.
 #[inline(always)]
-fn swiglu_backward_row(weight: f32, dh: &[f32], gate: &mut [f32], up: &mut [f32], h: &mut [f32]) -> f32 {
-    let mut sums = [0.0; LANES];
+fn swiglu_backward_row(weight: f32, dh: &[f32], gate: &mut [f32], up: &mut [f32], h: &mut [f32]) {
     let (dh, dh_tail) = dh.as_chunks::<LANES>();
     let (gate, gate_tail) = gate.as_chunks_mut::<LANES>();
     let (up, up_tail) = up.as_chunks_mut::<LANES>();
@@ -254,20 +254,12 @@ fn swiglu_backward_row(weight: f32, dh: &[f32], gate: &mut [f32], up: &mut [f32]
         for lane in 0..LANES {
             let all = swiglu_gradient(weight * dh[lane], gate[lane], up[lane]);
             (dgate[lane], dup[lane], product[lane]) = all;
-            sums[lane] += dh[lane] * product[lane];
-            product[lane] *= weight;
         }
         (*gate, *up, *h) = (dgate, dup, product);
     }
-    // A copy, so that the sums of the loop above stay in registers.
-    let mut total = sums;
-    let tail = dh_tail.iter().zip(gate_tail).zip(up_tail).zip(h_tail);
-    for (lane, (((dh, gate), up), h)) in tail.enumerate() {
+    for (((dh, gate), up), h) in dh_tail.iter().zip(gate_tail).zip(up_tail).zip(h_tail) {
         (*gate, *up, *h) = swiglu_gradient(weight * *dh, *gate, *up);
-        total[lane] += dh * *h;
-        *h *= weight;
     }
-    join(total)
 }
 
 /// Gradients of `gate` and `up`, and `h` itself.

@@ -152,11 +152,8 @@ fn sum_by_node(
     let mut choice = 0;
     while choice < choices.experts.len() {
         let (node, first_node) = (node_of(choice), choice == 0);
-        let row = &row_of(src, d, choices.index[choice])[start..start + width];
-        let mut sum = match row.first_chunk() {
-            Some(whole) => *whole,
-            None => std::array::from_fn(|column| row.get(column).copied().unwrap_or(0.0)),
-        };
+        let mut sum = [0f32; COLUMNS];
+        sum[..width].copy_from_slice(&row_of(src, d, choices.index[choice])[start..start + width]);
         choice += 1;
         while choice < choices.experts.len() && node_of(choice) == node {
             if choices.index[choice] != NO_ROW {
