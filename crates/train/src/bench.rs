@@ -185,37 +185,75 @@ pub fn product_shapes(model: &ModelConfig, rows: usize, turns: usize) -> Vec<Pro
 /// What the products of a step reach alone.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct ProductsMeasured {
-    /// Rate over all shapes, weighted by their operations, in 10^9 a second, all threads.
+    /// Rate over all shapes, weighted by their operations, in 10^9 a second, all threads: at the median time of each, which
+    /// compares with a median step.
     pub gflops: f64,
-    /// `(shape, share of operations, rate)` of each.
+    /// The same at the least time of each, which compares with the fastest step.
+    pub gflops_at_best: f64,
+    /// `(shape, share of operations, rate at the median)` of each.
     pub shapes: Vec<(String, f64, f64)>,
 }
 
-/// Times each product alone, `threads` copies of it side by side on data of their own, and weighs the rates by operations.
-///
-/// # Errors
-/// If a thread cannot be started.
-pub fn bench_products(
-    model: &ModelConfig,
-    rows: usize,
+/// The products of a step, each timed alone, `threads` copies of it side by side on data of their own.
+#[derive(Debug)]
+pub struct ProductBench {
+    shapes: Vec<ProductShape>,
     threads: usize,
-) -> Result<ProductsMeasured, TrainError> {
-    let shapes = product_shapes(model, rows, 1);
-    let total: f64 = shapes.iter().map(ProductShape::flops).sum();
-    let mut measured = Vec::new();
-    let mut seconds = 0.0;
-    for shape in &shapes {
-        let times = ThreadRanks::new(threads).run(|comm| time_product(shape, &comm)).map_err(root_cause)?;
-        let slowest = times.into_iter().fold(0.0, f64::max);
-        let rate = shape.flops() / shape.count as f64 * threads as f64 / slowest;
-        seconds += shape.flops() / rate;
-        let Dims { m, n, k } = shape.dims;
-        measured.push((format!("{:?} {m} x {n} x {k}", shape.product), shape.flops() / total, rate / 1e9));
-    }
-    Ok(ProductsMeasured { gflops: total / seconds / 1e9, shapes: measured })
+    /// Seconds of one product, by shape: of the slowest thread each.
+    times: Vec<Vec<f64>>,
 }
 
-pub(crate) fn time_product(shape: &ProductShape, comm: &Communicator) -> Result<f64, TrainError> {
+impl ProductBench {
+    /// The shapes of `rows` at a time.
+    pub fn new(model: &ModelConfig, rows: usize, threads: usize) -> Self {
+        let shapes = product_shapes(model, rows, 1);
+        let times = vec![Vec::new(); shapes.len()];
+        Self { shapes, threads, times }
+    }
+
+    /// Times each product some more: before and after what it is compared with, so that a machine whose speed drifts shows both.
+    ///
+    /// # Errors
+    /// If a thread cannot be started.
+    pub fn measure(&mut self) -> Result<(), TrainError> {
+        for (shape, times) in self.shapes.iter().zip(&mut self.times) {
+            let of_threads =
+                ThreadRanks::new(self.threads).run(|comm| time_product(shape, &comm)).map_err(root_cause)?;
+            times.extend((0..PRODUCT_TIMES).map(|i| of_threads.iter().map(|t| t[i]).fold(0.0, f64::max)));
+        }
+        Ok(())
+    }
+
+    /// The rates over all that was timed.
+    pub fn result(mut self) -> ProductsMeasured {
+        self.times.iter_mut().for_each(|times| times.sort_by(f64::total_cmp));
+        let seconds = |at: &dyn Fn(&[f64]) -> f64| -> f64 {
+            let of_shape = |(shape, times): (&ProductShape, &Vec<f64>)| shape.count as f64 * at(times);
+            self.shapes.iter().zip(&self.times).map(of_shape).sum::<f64>() / self.threads as f64
+        };
+        let median = |times: &[f64]| times[times.len() / 2];
+        let total: f64 = self.shapes.iter().map(ProductShape::flops).sum();
+        let shapes = self.shapes.iter().zip(&self.times).map(|(shape, times)| {
+            let Dims { m, n, k } = shape.dims;
+            let rate = shape.flops() / shape.count as f64 * self.threads as f64 / median(times);
+            (format!("{:?} {m} x {n} x {k}", shape.product), shape.flops() / total, rate / 1e9)
+        });
+        ProductsMeasured {
+            gflops: total / seconds(&median) / 1e9,
+            gflops_at_best: total / seconds(&|times| times[0]) / 1e9,
+            shapes: shapes.collect(),
+        }
+    }
+}
+
+/// How often a product is timed at once, after a call that warms up.
+const PRODUCT_TIMES: usize = 6;
+
+/// Seconds of one product, [`PRODUCT_TIMES`] times, begun together with the other ranks of `comm`.
+pub(crate) fn time_product(
+    shape: &ProductShape,
+    comm: &Communicator,
+) -> Result<[f64; PRODUCT_TIMES], TrainError> {
     let backend = Cpu::new(1);
     let Dims { m, n, k } = shape.dims;
     let filled = |len: usize| {
@@ -224,15 +262,15 @@ pub(crate) fn time_product(shape: &ProductShape, comm: &Communicator) -> Result<
         buffer
     };
     let (a, b, mut c) = (filled(m * k), filled(k * n), filled(m * n));
-    let mut best = f64::INFINITY;
+    let mut multiply = || backend.matmul(shape.product, shape.dims, a.all(), b.all(), c.all_mut(), false);
     let repeats = (2e7 / (m as f64 * n as f64 * k as f64)).ceil().max(1.0) as usize;
-    for _ in 0..6 {
+    multiply();
+    let mut times = [0.0; PRODUCT_TIMES];
+    for time in &mut times {
         comm.barrier()?;
         let begin = Instant::now();
-        for _ in 0..repeats {
-            backend.matmul(shape.product, shape.dims, a.all(), b.all(), c.all_mut(), false);
-        }
-        best = f64::min(best, begin.elapsed().as_secs_f64() / repeats as f64);
+        (0..repeats).for_each(|_| multiply());
+        *time = begin.elapsed().as_secs_f64() / repeats as f64;
     }
-    Ok(best)
+    Ok(times)
 }
