@@ -223,10 +223,25 @@ fn long_start(rank: usize, size: Option<usize>, waited: Duration) -> String {
     )
 }
 
+/// Says that a rank waits in MPI's own end, when all have done their part.
+#[cfg(feature = "mpi")]
+fn long_end(ranks: &MpiRanks) -> impl Fn(Duration) + Send + 'static {
+    let (rank, size) = (ranks.rank(), ranks.size());
+    move |waited| {
+        let text = format!(
+            "rank {rank} of {size} on {} has waited for {} in MPI's end, which waits for all ranks. The job is done and all of it \
+             is written; look at the ranks that do not say this: one may be stopped (`ps` shows state T). Ctrl-C ends the job",
+            host_name(),
+            duration(waited.as_secs_f64()),
+        );
+        complain("warning", &text);
+    }
+}
+
 #[cfg(feature = "mpi")]
 fn end(ranks: &MpiRanks, patience: Option<Duration>, outcome: Result<u8, CliError>) -> Result<u8, CliError> {
     let error = match outcome {
-        Ok(code) => match ranks.leave(patience) {
+        Ok(code) => match ranks.leave(patience, long_end(ranks)) {
             Ok(()) => return Ok(code),
             Err(error) => unisono_train::TrainError::from(error).into(),
         },

@@ -198,17 +198,16 @@ fn be_a_rank() -> ExitCode {
     let ranks = MpiRanks::join(options, |_| ()).expect("MPI starts");
     std::panic::set_hook(Box::new(|_| {}));
     let outcome = ranks.run(|comm| (scenario.body)(&comm));
-    let failed = match outcome {
-        Ok(()) => {
-            ranks.leave(scenario.name.contains("lone work").then_some(PATIENCE)).err().map(
+    let failed =
+        match outcome {
+            Ok(()) => ranks.leave(scenario.name.contains("lone work").then_some(PATIENCE), |_| ()).err().map(
                 |error| match error {
                     CommError::Failed(failure) => failure,
                     other => panic!("{other}"),
                 },
-            )
-        }
-        Err(error) => Some(error.failure),
-    };
+            ),
+            Err(error) => Some(error.failure),
+        };
     let Some(failure) = failed else { return ExitCode::SUCCESS };
     if failure.rank == ranks.rank() {
         println!("verdict: {failure}");

@@ -30,7 +30,7 @@ mod ranks;
 #[cfg(feature = "mpi")]
 mod raw;
 #[cfg(feature = "mpi")]
-mod start;
+mod telling;
 #[cfg(feature = "mpi")]
 mod verdict;
 #[cfg(feature = "mpi")]

@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 
 use super::engine::Engine;
 use super::raw::Library;
-use super::start::{FIRST, telling};
+use super::telling::{FIRST, telling};
 use super::verdict::{CERTAIN, DOUBTFUL};
 use super::wire::Message;
 use crate::communicator::Communicator;
@@ -71,7 +71,7 @@ impl MpiRanks {
     /// # Errors
     /// If MPI cannot be initialised for several threads.
     pub fn join(options: MpiOptions, tell: impl Fn(Duration) + Send + 'static) -> Result<Self, CommError> {
-        let library = telling(FIRST, tell, Library::start)?;
+        let library = telling("start of MPI", FIRST, tell, Library::start)?;
         let engine = Arc::new(Engine::new(library, options)?);
         let world = Communicator::over(Arc::new(MpiTransport::new(Arc::clone(&engine))))?;
         let stop = Arc::new(AtomicBool::new(false));
@@ -208,12 +208,17 @@ impl MpiRanks {
         state.said
     }
 
-    /// Leaves the job in good order: waits until all ranks do, and finalises MPI.
+    /// Leaves the job in good order: waits until all ranks do, and finalises MPI. That waits for all ranks once more, without end:
+    /// a thread of its own calls `tell` meanwhile, as for [`MpiRanks::join`].
     ///
     /// # Errors
     /// [`CommError::Failed`] if the job has failed, or a rank has neither left nor said that it gets on
     /// ([`Communicator::beat`]) for `patience`.
-    pub fn leave(&self, patience: Option<Duration>) -> Result<(), CommError> {
+    pub fn leave(
+        &self,
+        patience: Option<Duration>,
+        tell: impl Fn(Duration) + Send + 'static,
+    ) -> Result<(), CommError> {
         let mut state = self.engine.lock();
         state.tell_all(&Message::Bye)?;
         let (mut waited, mut looked) = (Duration::ZERO, Instant::now());
@@ -240,8 +245,10 @@ impl MpiRanks {
         }
         drop(state);
         self.stop_helper();
-        self.engine.lock().finalise();
-        Ok(())
+        telling("end of MPI", FIRST, tell, || {
+            self.engine.lock().finalise();
+            Ok(())
+        })
     }
 
     /// Ends the whole job at once; the launcher returns `code`.

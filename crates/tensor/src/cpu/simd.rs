@@ -58,18 +58,11 @@ pub fn silu(x: f32) -> f32 {
 }
 
 /// Joins the partial sums of a reduction: halves, pairwise.
-///
-/// A call of its own: inlined, its order of additions would keep the compiler from vectorising the loop before it.
-#[inline(never)]
-pub fn join(mut sums: [f32; LANES]) -> f32 {
-    let mut width = LANES / 2;
-    while width > 0 {
-        for lane in 0..width {
-            sums[lane] += sums[lane + width];
-        }
-        width /= 2;
-    }
-    sums[0]
+#[inline(always)]
+pub fn join(sums: [f32; LANES]) -> f32 {
+    let eight: [f32; 8] = std::array::from_fn(|lane| sums[lane] + sums[lane + 8]);
+    let four: [f32; 4] = std::array::from_fn(|lane| eight[lane] + eight[lane + 4]);
+    (four[0] + four[2]) + (four[1] + four[3])
 }
 
 /// Sum of `term(a[i], b[i])`, in [`LANES`] partial sums joined by [`join`]. Call it inside [`vectorized`].

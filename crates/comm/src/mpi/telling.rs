@@ -1,4 +1,4 @@
-//! MPI's own start waits for all ranks, and says nothing meanwhile: somebody has to.
+//! MPI's own start and end wait for all ranks, and say nothing meanwhile: somebody has to.
 
 use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
 use std::thread;
@@ -11,20 +11,21 @@ pub(super) const FIRST: Duration = Duration::from_secs(60);
 /// How often the time is looked at, at least.
 const LOOK: Duration = Duration::from_secs(1);
 
-/// Does `start`, and tells meanwhile how long it has taken: after `first`, then after twice as long, and so on.
+/// Does `work`, called `name`, and tells meanwhile how long it has taken: after `first`, then after twice as long, and so on.
 ///
 /// # Errors
-/// Those of `start`, and if there is no thread to be had.
+/// Those of `work`, and if there is no thread to be had.
 pub(super) fn telling<T>(
+    name: &str,
     first: Duration,
     tell: impl Fn(Duration) + Send + 'static,
-    start: impl FnOnce() -> Result<T, CommError>,
+    work: impl FnOnce() -> Result<T, CommError>,
 ) -> Result<T, CommError> {
     let (stop, stopped) = channel();
-    let watcher = thread::Builder::new().name("start of MPI".into());
+    let watcher = thread::Builder::new().name(name.into());
     let watcher = watcher.spawn(move || watch(first, &stopped, &tell));
     let watcher = watcher.map_err(|error| CommError::Transport(format!("no thread to be had: {error}")))?;
-    let outcome = start();
+    let outcome = work();
     drop::<std::sync::mpsc::Sender<()>>(stop);
     // Had it panicked, it would have nothing more to say.
     let _ = watcher.join();
@@ -55,16 +56,16 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_start_that_takes_long_is_told_of_until_it_is_over() {
+    fn what_takes_long_is_told_of_until_it_is_over() {
         let first = Duration::from_millis(100);
         let told = Arc::new(Mutex::new(Vec::new()));
         let tell = {
             let told = Arc::clone(&told);
             move |waited| told.lock().unwrap().push(waited)
         };
-        assert_eq!(telling(Duration::from_secs(60), tell.clone(), || Ok(7)).unwrap(), 7);
+        assert_eq!(telling("one", Duration::from_secs(60), tell.clone(), || Ok(7)).unwrap(), 7);
         assert!(told.lock().unwrap().is_empty());
-        let outcome = telling(first, tell, || {
+        let outcome = telling("one", first, tell, || {
             thread::sleep(10 * first);
             Err::<(), _>(CommError::Transport("no".into()))
         });
