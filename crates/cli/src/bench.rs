@@ -238,8 +238,7 @@ fn step(args: &Step) -> Result<u8, CliError> {
     let config = config(&args.sizes, args.replicas, args.expert_group)?;
     let threads = args.threads.unwrap_or((cores() / args.ranks).max(1));
     let rows = rows_at_a_time(&config, (args.replicas / args.ranks).min(args.expert_group));
-    let mut products = ProductBench::new(&config.model, rows, args.ranks * threads);
-    products.measure()?;
+    let mut products = ProductBench::start(&config.model, rows, args.ranks * threads)?;
     let measured = measure(config, args.ranks, threads, (args.warmup, args.steps))?;
     products.measure()?;
     let products = products.result();
@@ -278,9 +277,7 @@ fn step(args: &Step) -> Result<u8, CliError> {
 fn gemm(args: &Products) -> Result<u8, CliError> {
     let config = config(&args.sizes, 2, 2)?;
     let threads = args.threads.unwrap_or_else(cores);
-    let mut products = ProductBench::new(&config.model, rows_at_a_time(&config, 2), threads);
-    products.measure()?;
-    let measured = products.result();
+    let measured = ProductBench::start(&config.model, rows_at_a_time(&config, 2), threads)?.result();
     let mut rows = vec![vec!["product, m x n x k".into(), "of operations".into(), "GFLOP/s".into()]];
     for (shape, share, rate) in &measured.shapes {
         rows.push(vec![shape.clone(), format!("{:.1}%", share * 100.0), format!("{rate:.1}")]);

@@ -204,14 +204,20 @@ pub struct ProductBench {
 }
 
 impl ProductBench {
-    /// The shapes of `rows` at a time.
-    pub fn new(model: &ModelConfig, rows: usize, threads: usize) -> Self {
+    /// Times each product of `rows` at a time.
+    ///
+    /// # Errors
+    /// If a thread cannot be started.
+    pub fn start(model: &ModelConfig, rows: usize, threads: usize) -> Result<Self, TrainError> {
         let shapes = product_shapes(model, rows, 1);
         let times = vec![Vec::new(); shapes.len()];
-        Self { shapes, threads, times }
+        let mut bench = Self { shapes, threads, times };
+        bench.measure()?;
+        Ok(bench)
     }
 
-    /// Times each product some more: before and after what it is compared with, so that a machine whose speed drifts shows both.
+    /// Times each product as often again: before and after what it is compared with, so that a machine whose speed drifts shows
+    /// both.
     ///
     /// # Errors
     /// If a thread cannot be started.

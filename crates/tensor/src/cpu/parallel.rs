@@ -6,6 +6,7 @@ use std::ops::{Deref, DerefMut, Range};
 use std::sync::Arc;
 
 use super::crew::{Crew, Work};
+use super::system_memory::prepare_thread;
 use super::team::Team;
 
 /// Compute threads of one rank. Cloning shares them.
@@ -30,6 +31,7 @@ impl Threads {
     /// As [`Threads::new`], for the rank `me` of a crew: ranks that wait help with its tasks.
     pub fn in_crew(count: usize, crew: &Crew, me: usize) -> Self {
         assert!(me < crew.ranks(), "rank {me} of a crew of {}", crew.ranks());
+        prepare_thread();
         let team = (count > 1).then(|| Arc::new(Team::new(count - 1, crew, me)));
         Self { crew: crew.clone(), me, team }
     }

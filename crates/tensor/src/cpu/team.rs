@@ -8,6 +8,7 @@ use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
 use super::crew::Crew;
+use super::system_memory::prepare_thread;
 
 /// How long a thread looks for work before it sleeps.
 const AWAKE: Duration = Duration::from_micros(200);
@@ -32,7 +33,11 @@ impl Team {
         let bell = Arc::new(Bell::default());
         let threads = (1..=count).map_while(|index| {
             let (crew, bell) = (crew.clone(), bell.clone());
-            thread::Builder::new().name(format!("compute-{index}")).spawn(move || bell.serve(&crew, me)).ok()
+            let serve = move || {
+                prepare_thread();
+                bell.serve(&crew, me);
+            };
+            thread::Builder::new().name(format!("compute-{index}")).spawn(serve).ok()
         });
         Self { threads: threads.collect(), bell }
     }
