@@ -4,6 +4,7 @@ use clap::Args;
 use serde_json::json;
 use unisono_comm::bench::{Collective, Native, Timed, time_collective};
 use unisono_comm::{CommError, Communicator, ThreadRanks};
+use unisono_tensor::cpu::prepare_thread;
 use unisono_train::TrainError;
 
 use crate::args::{count, within};
@@ -56,6 +57,8 @@ fn all_sizes(
 ) -> Result<Vec<Timed>, CommError> {
     let cases =
         Collective::ALL.into_iter().flat_map(|what| args.kib.iter().map(move |kib| (what, kib << 10)));
+    // Vectors in large pages, as a rank's buffers are.
+    prepare_thread();
     cases.map(|(what, bytes)| time_collective(comm, native, what, bytes, args.rounds)).collect()
 }
 

@@ -25,7 +25,7 @@ mod team;
 pub use crew::Crew;
 pub use gemm::{Matrix, MatrixMut, gemm};
 pub use parallel::{DisjointMut, Scratch, Threads};
-pub use system_memory::keep_freed_memory;
+pub use system_memory::{keep_freed_memory, prepare_thread};
 
 /// The CPU backend of one rank: its buffers and its private compute threads. Cloning shares both.
 #[derive(Clone)]

@@ -32,8 +32,9 @@ pub fn keep_freed_memory() {
     prepare_thread();
 }
 
-/// Makes the calling thread's heap ready for products, if the process keeps its memory. Each thread that computes calls it.
-pub(super) fn prepare_thread() {
+/// Makes the calling thread's heap ready for products and other large blocks, if the process keeps its memory. [`Threads`](super::Threads) calls it on
+/// threads that compute.
+pub fn prepare_thread() {
     thread_local! {
         static READY: std::cell::Cell<bool> = const { std::cell::Cell::new(false) };
     }
@@ -47,8 +48,8 @@ fn ask_for_huge_pages() {
     #[cfg(all(target_os = "linux", target_env = "gnu"))]
     {
         use crate::buffer::HUGE_PAGE;
-        /// Packing buffers of one product take less.
-        const BYTES: usize = 16 << 20;
+        /// As much as fits a thread's heap at once and does not come from the system alone; unused pages take no memory.
+        const BYTES: usize = 31 << 20;
         // SAFETY: the block is freed and never written to. Advice changes no contents, and the range, whole pages inside the
         // block, is the allocator's own.
         unsafe {
