@@ -88,7 +88,8 @@ impl ThreadTransport {
         }
     }
 
-    /// Looks once: first at the awaited call, then, if nothing can be done there, at the others in start order.
+    /// Looks once: first at the awaited call, then, if nothing can be done there, at the others in start order. A call that
+    /// is complete is left.
     fn look(&self, started: &mut VecDeque<Started>, ticket: Ticket) -> Result<Look, CommError> {
         let Some(awaited) = started.iter().position(|call| call.ticket == ticket) else {
             return Err(CommError::Transport("a call that was not started cannot be finished".into()));
@@ -96,12 +97,14 @@ impl ThreadTransport {
         let mut order = std::iter::once(awaited).chain((0..started.len()).filter(|&i| i != awaited));
         let now = Instant::now();
         let (index, ready) = {
-            let state = self.world.lock();
+            let mut state = self.world.lock();
             state.check()?;
-            let board_of = |i: usize| state.boards.get(&started[i].key);
-            if board_of(awaited).is_some_and(|board| board.complete(started[awaited].position)) {
+            let Started { key, position, .. } = &started[awaited];
+            if state.boards.get(key).is_some_and(|board| board.complete(*position)) {
+                state.leave(self.rank, key, *position);
                 return Ok(Look::Complete(awaited));
             }
+            let board_of = |i: usize| state.boards.get(&started[i].key);
             let next = order.find_map(|i| {
                 let ready = board_of(i)?.ready(started[i].position, Some(now));
                 (!ready.is_empty()).then_some((i, ready))
@@ -355,7 +358,6 @@ impl Transport for ThreadTransport {
                 }
                 Ok(Look::Complete(index)) => {
                     if let Some(call) = started.remove(index) {
-                        self.world.lock().leave(self.rank, &call.key, call.position);
                         return Ok(Done { landing: call.landing, wait: call.wait, moving: call.moving });
                     }
                 }
