@@ -13,7 +13,8 @@ pub(super) type Sends = Vec<Vec<Piece>>;
 pub(super) struct Post {
     pub site: CallSite,
     element: &'static str,
-    sends: Arc<Sends>,
+    /// None once the member has left.
+    sends: Option<Arc<Sends>>,
     /// Bytes sent to each member.
     bytes: Vec<u64>,
     /// Bytes expected from each member.
@@ -56,25 +57,8 @@ impl Board {
         }
     }
 
-    /// Adds a member's side; hands back what the transport keeps to itself, the landing.
-    pub fn post(&mut self, call: Call) -> Landing {
-        let me = call.position;
-        let bytes: Vec<u64> =
-            call.sends.iter().map(|list| list.iter().map(|piece| piece.len() as u64).sum()).collect();
-        let expects = call.landing.expected();
-        let nonzero = |list: &[u64]| list.iter().filter(|&&bytes| bytes > 0).count();
-        let mut post = Post {
-            site: call.site,
-            element: call.element,
-            receives_left: nonzero(&expects),
-            sends_left: nonzero(&bytes),
-            sends: Arc::new(call.sends),
-            bytes,
-            expects,
-            at_once: matches!(call.landing, Landing::Combine { .. }),
-            synchronise: call.synchronise,
-            cancelled: false,
-        };
+    /// Adds the side of member `me`.
+    pub fn post(&mut self, me: usize, mut post: Post) {
         for (peer, other) in self.posts.iter().enumerate() {
             let Some(other) = other else { continue };
             self.conflict |= post.disagrees(other, me, peer).is_some();
@@ -86,7 +70,6 @@ impl Board {
         self.conflict |= post.bytes[me] != post.expects[me];
         self.posts[me] = Some(post);
         self.posted += 1;
-        call.landing
     }
 
     pub fn all_posted(&self) -> bool {
@@ -129,7 +112,7 @@ impl Board {
             }
             match &self.posts[peer] {
                 Some(other) if self.has_arrived(peer, me, now) => {
-                    found.push((peer, Arc::clone(&other.sends)));
+                    found.extend(other.sends.iter().map(|sends| (peer, Arc::clone(sends))));
                 }
                 _ if post.at_once => return Vec::new(),
                 _ => {}
@@ -177,13 +160,10 @@ impl Board {
         self.posts[position].is_some()
     }
 
-    /// Member `me` is done: its buffers are let go. Returns whether all members are.
-    pub fn leave(&mut self, me: usize) -> bool {
-        if let Some(post) = &mut self.posts[me] {
-            post.sends = Arc::default();
-        }
+    /// Member `me` is done: what it sent, to be let go, and whether all members are done.
+    pub fn leave(&mut self, me: usize) -> (Option<Arc<Sends>>, bool) {
         self.left -= 1;
-        self.left == 0
+        (self.posts[me].as_mut().and_then(|post| post.sends.take()), self.left == 0)
     }
 
     /// Member `me` gives up receiving. Returns the senders whose last bytes this lets go, and whether all members are
@@ -249,6 +229,27 @@ impl Board {
 }
 
 impl Post {
+    /// A call's side, and what the transport keeps to itself, the landing.
+    pub fn new(call: Call) -> (Self, Landing) {
+        let bytes: Vec<u64> =
+            call.sends.iter().map(|list| list.iter().map(|piece| piece.len() as u64).sum()).collect();
+        let expects = call.landing.expected();
+        let nonzero = |list: &[u64]| list.iter().filter(|&&bytes| bytes > 0).count();
+        let post = Self {
+            site: call.site,
+            element: call.element,
+            receives_left: nonzero(&expects),
+            sends_left: nonzero(&bytes),
+            sends: Some(Arc::new(call.sends)),
+            bytes,
+            expects,
+            at_once: matches!(call.landing, Landing::Combine { .. }),
+            synchronise: call.synchronise,
+            cancelled: false,
+        };
+        (post, call.landing)
+    }
+
     /// Why this post of position `me` does not match the post `other` of position `peer`.
     fn disagrees(&self, other: &Post, me: usize, peer: usize) -> Option<String> {
         if self.site.kind != other.site.kind {

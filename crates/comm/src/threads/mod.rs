@@ -16,7 +16,7 @@ use crate::copying::copy_stream;
 use crate::error::{Cause, CommError, Failure};
 use crate::flight::FlightRecorder;
 use crate::transport::{Call, CallKey, Done, GroupId, Landing, Ticket, Transport, Workers, alone};
-use board::Sends;
+use board::{Post, Sends};
 use world::World;
 
 /// How long a rank looks for news before it sleeps, where every rank has a core.
@@ -101,7 +101,9 @@ impl ThreadTransport {
             state.check()?;
             let Started { key, position, .. } = &started[awaited];
             if state.boards.get(key).is_some_and(|board| board.complete(*position)) {
-                state.leave(self.rank, key, *position);
+                let left = state.leave(self.rank, key, *position);
+                drop(state);
+                drop(left);
                 return Ok(Look::Complete(awaited));
             }
             let board_of = |i: usize| state.boards.get(&started[i].key);
@@ -308,12 +310,13 @@ impl Transport for ThreadTransport {
         let (key, members, position) = (call.key.clone(), Arc::clone(&call.members), call.position);
         let meets = call.synchronise;
         let receivers: Vec<bool> = call.sends.iter().map(|list| !list.is_empty()).collect();
-        let landing = {
+        let arrivals = self.arrivals(&call);
+        let (post, landing) = Post::new(call);
+        {
             let mut state = self.world.lock();
             state.check()?;
             let board = state.board(&key, &members);
-            let arrivals = self.arrivals(&call);
-            let landing = board.post(call);
+            board.post(position, post);
             arrivals.into_iter().for_each(|(to, when)| board.delay(position, to, when));
             let conflict = board.conflict;
             state.ranks[self.rank].started.push((key.clone(), position));
@@ -325,8 +328,7 @@ impl Transport for ThreadTransport {
             if conflict {
                 self.world.note_conflict(&mut state, &key);
             }
-            landing
-        };
+        }
         let ticket = Ticket(self.tickets.fetch_add(1, Ordering::Relaxed));
         let mut started = self.started.lock().unwrap_or_else(PoisonError::into_inner);
         started.push_back(Started {

@@ -261,12 +261,11 @@ impl State {
         }
     }
 
-    /// Lets the finished call of a rank go.
-    pub fn leave(&mut self, rank: usize, key: &CallKey, position: usize) {
+    /// Ends a finished call of a rank. What is returned is let go without the lock.
+    pub fn leave(&mut self, rank: usize, key: &CallKey, position: usize) -> impl Sized + use<> {
         forget(&mut self.ranks[rank].started, key, position);
-        if self.boards.get_mut(key).is_some_and(|board| board.leave(position)) {
-            self.boards.remove(key);
-        }
+        let (sends, empty) = self.boards.get_mut(key).map_or((None, false), |board| board.leave(position));
+        (sends, if empty { self.boards.remove(key) } else { None })
     }
 
     fn waits(&self) -> Vec<Waiting> {
