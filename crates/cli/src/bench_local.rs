@@ -124,9 +124,16 @@ fn write(machine: &LocalMachine, path: &Path) -> Result<(), CliError> {
 struct Compared {
     name: String,
     predicted_s: f64,
+    interval_s: Option<[f64; 2]>,
     measured_s: f64,
     /// By how much the layout's median differed between rounds: two layouts may differ by as much for no reason.
     noise: f64,
+}
+
+impl Compared {
+    fn is_inside(&self) -> bool {
+        self.interval_s.is_some_and(|[low, high]| (low..=high).contains(&self.measured_s))
+    }
 }
 
 /// Below this difference nothing is said about which layout is faster.
@@ -140,9 +147,14 @@ pub fn layouts(args: &Layouts) -> Result<u8, CliError> {
     let layouts = machine::layouts(&config);
     let mut all = Vec::new();
     for layout in &layouts {
-        let predicted_s = machine::price(&machine, &layout.config, layout.ranks, layout.threads)?.step_s;
-        let (measured_s, noise) = (f64::INFINITY, LEAST_NOISE);
-        all.push(Compared { name: layout.name(), predicted_s, measured_s, noise });
+        let price = machine::price(&machine, &layout.config, layout.ranks, layout.threads)?;
+        all.push(Compared {
+            name: layout.name(),
+            predicted_s: price.step_s,
+            interval_s: price.interval_s,
+            measured_s: f64::INFINITY,
+            noise: LEAST_NOISE,
+        });
     }
     let rounds = args.rounds.max(1);
     for round in 1..=rounds {
@@ -165,13 +177,19 @@ fn show(args: &Layouts, all: &[Compared]) {
     let off = |one: &Compared| one.predicted_s / one.measured_s - 1.0;
     let mean = all.iter().map(|one| off(one).abs()).sum::<f64>() / all.len().max(1) as f64;
     let within = all.iter().filter(|one| off(one).abs() <= 0.15).count();
+    let inside = all.iter().filter(|one| one.is_inside()).count();
     let (tau, pairs) = tau(all);
     if args.json {
-        let entry = |one: &Compared| json!({"layout": one.name, "predicted_s": one.predicted_s, "measured_s": one.measured_s, "noise": one.noise});
+        let entry = |one: &Compared| {
+            json!({
+                "layout": one.name, "predicted_s": one.predicted_s, "interval_80_s": one.interval_s,
+                "measured_s": one.measured_s, "noise": one.noise,
+            })
+        };
         let list: Vec<_> = all.iter().map(entry).collect();
         say(&format!(
             "{}\n",
-            json!({"layouts": list, "mean_error": mean, "within_15_percent": within, "tau": tau, "pairs": pairs})
+            json!({"layouts": list, "mean_error": mean, "within_15_percent": within, "inside_interval_80": inside, "tau": tau, "pairs": pairs})
         ));
         return;
     }
@@ -182,7 +200,7 @@ fn show(args: &Layouts, all: &[Compared]) {
     }));
     let mut lines = table(&rows, 1);
     lines.push(format!(
-        "{} of {} layouts within 15%, {} off on average; Kendall's tau {tau:.2} over {pairs} pairs that differ by more than noise",
+        "{} of {} layouts within 15%, {inside} in their 80% interval, {} off on average; Kendall's tau {tau:.2} over {pairs} pairs that differ by more than noise",
         within,
         all.len(),
         percent(mean)
@@ -213,8 +231,13 @@ mod tests {
 
     #[test]
     fn pairs_within_noise_do_not_count() {
-        let one =
-            |predicted_s, measured_s| Compared { name: String::new(), predicted_s, measured_s, noise: 0.02 };
+        let one = |predicted_s, measured_s| Compared {
+            name: String::new(),
+            predicted_s,
+            interval_s: None,
+            measured_s,
+            noise: 0.02,
+        };
         let all = [one(1.0, 1.0), one(0.9, 1.03), one(2.0, 2.0), one(1.9, 2.5)];
         assert_eq!(tau(&all), (3.0 / 5.0, 5));
     }

@@ -134,10 +134,11 @@ impl Scale {
     }
 }
 
-/// A duration: `43 ms`, `0.43 s`, `4 min 12 s`, `2 h 05 min`, `3.5 days`.
+/// A duration: `4.3 ms`, `43 ms`, `0.43 s`, `4 min 12 s`, `2 h 05 min`, `3.5 days`.
 pub fn duration(seconds: f64) -> String {
     let whole = seconds.round() as u64;
     match whole {
+        0 if (1e-4..9.95e-3).contains(&seconds) => format!("{:.1} ms", 1e3 * seconds),
         0 if seconds < 0.0995 => format!("{:.0} ms", 1e3 * seconds),
         0..10 => format!("{seconds:.2} s"),
         10..120 => format!("{seconds:.1} s"),
@@ -241,7 +242,7 @@ mod tests {
         assert_eq!(numbers, ["0", "999", "1,000", "1,234,567"]);
         assert_eq!([999, 1_500, 9_400_000].map(short), ["999", "1.5 K", "9.4 M"]);
         let durations = [0.0043, 0.434, 75.0, 252.3, 7_505.0, 302_400.0].map(duration);
-        assert_eq!(durations, ["4 ms", "0.43 s", "75.0 s", "4 min 12 s", "2 h 05 min", "3.5 days"]);
+        assert_eq!(durations, ["4.3 ms", "0.43 s", "75.0 s", "4 min 12 s", "2 h 05 min", "3.5 days"]);
         assert_eq!([1, 2_048].map(|ranks| counted(ranks, "rank")), ["1 rank", "2,048 ranks"]);
         assert_eq!(spark(&[0.0, 1.0, 2.0, 9.0], 2.0), "▁▅██");
     }

@@ -178,7 +178,8 @@ fn predict(
             known.count()
         )));
     }
-    options.predicted_step_s = Some(known.price(config, ranks, threads, host)?.step_s);
+    let price = known.price(config, ranks, threads, host)?;
+    (options.predicted_step_s, options.predicted_interval_s) = (Some(price.step_s), price.interval_s);
     options.peak_flops =
         Some(hosts as f64 * machine::peak_flops(&known.machine, (ranks * threads).div_ceil(hosts)));
     Ok(())

@@ -181,7 +181,13 @@ fn introduction(started: &Started, config: &RunConfig) -> Vec<String> {
     lines.extend(memory_lines(started));
     lines.extend(started.predicted_step_s.map(|seconds| {
         let rate = grouped((started.tokens_per_step as f64 / seconds) as u64);
-        format!("step    ~{}, {rate} tokens/s, by what `unisono bench local` measured", duration(seconds))
+        let between = started.predicted_interval_s.map_or_else(String::new, |[low, high]| {
+            format!(" ({} to {} in 4 of 5 cases)", duration(low), duration(high))
+        });
+        format!(
+            "step    ~{}{between}, {rate} tokens/s, by what `unisono bench local` measured",
+            duration(seconds)
+        )
     }));
     lines.push(format!("run     {}", started.folder.display()));
     if started.from_step > 0 {

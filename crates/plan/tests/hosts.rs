@@ -57,6 +57,7 @@ fn machine(layout: &EngineLayout) -> LocalMachine {
         cpu: "a processor".into(),
         cores: 16,
         copy_bytes_per_s: 1e10,
+        within_80: None,
         products: ProductRates {
             sizes: vec![16, 256],
             plain: table(),

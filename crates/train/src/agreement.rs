@@ -12,16 +12,19 @@ use unisono_plan::engine::CallTraffic;
 pub struct StepTimeRecord {
     /// As predicted before the first; none where the machine has not been measured.
     pub predicted_s: Option<f64>,
+    /// The 80% interval of the prediction; none where the machine's file does not tell how well it predicts.
+    #[serde(default)]
+    pub interval_80_s: Option<[f64; 2]>,
     /// The median, the first step left out where there are others.
     pub measured_s: f64,
 }
 
 impl StepTimeRecord {
     /// The record of steps that took `seconds`.
-    pub(crate) fn new(predicted_s: Option<f64>, seconds: &[f64]) -> Self {
+    pub(crate) fn new(predicted_s: Option<f64>, interval_80_s: Option<[f64; 2]>, seconds: &[f64]) -> Self {
         let mut sorted = seconds.get(1..).filter(|rest| !rest.is_empty()).unwrap_or(seconds).to_vec();
         sorted.sort_by(f64::total_cmp);
-        Self { predicted_s, measured_s: sorted.get(sorted.len() / 2).copied().unwrap_or(0.0) }
+        Self { predicted_s, interval_80_s, measured_s: sorted.get(sorted.len() / 2).copied().unwrap_or(0.0) }
     }
 }
 
@@ -78,9 +81,9 @@ mod tests {
 
     #[test]
     fn the_first_step_counts_only_alone() {
-        assert_eq!(StepTimeRecord::new(None, &[9.0, 1.0, 3.0, 2.0]).measured_s, 2.0);
-        assert_eq!(StepTimeRecord::new(None, &[9.0]).measured_s, 9.0);
-        assert_eq!(StepTimeRecord::new(None, &[]).measured_s, 0.0);
+        assert_eq!(StepTimeRecord::new(None, None, &[9.0, 1.0, 3.0, 2.0]).measured_s, 2.0);
+        assert_eq!(StepTimeRecord::new(None, None, &[9.0]).measured_s, 9.0);
+        assert_eq!(StepTimeRecord::new(None, None, &[]).measured_s, 0.0);
     }
 
     #[test]

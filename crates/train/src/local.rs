@@ -10,7 +10,8 @@ use unisono_mesh::{Fold, Grid};
 use unisono_model::{Lane, Profile};
 use unisono_plan::ModelConfig;
 use unisono_plan::engine::{
-    LocalMachine, Mode, OTHER, Phase, ProductKind, ProductRates, Samples, StepRows, step_work,
+    LocalMachine, Mode, OTHER, Phase, ProductKind, ProductRates, Samples, StepRows, Work, step_work,
+    within_80,
 };
 use unisono_tensor::{Cpu, Dims, Product};
 
@@ -124,38 +125,59 @@ pub fn measure_machine(say: &dyn Fn(&str)) -> Result<LocalMachine, TrainError> {
     let products = measure_products()?;
     say("copies in memory");
     let copy_bytes_per_s = measure_copies();
-    let mut mode = Vec::new();
+    let (mut mode, mut ratios) = (Vec::new(), Vec::new());
     for (ranks, threads) in modes(cores) {
         say(&format!("steps of {ranks} ranks with {threads} threads each"));
-        let mut samples = Samples::default();
-        let configs: Vec<RunConfig> = Probe::all().map(|probe| probe.config(ranks)).collect();
-        let mut fastest: Vec<BTreeMap<Phase, f64>> = Vec::new();
-        for _ in 0..ROUNDS {
-            for (index, config) in configs.iter().enumerate() {
-                let phases = measure_phases(config, Fold::new(config.grid, ranks)?, threads)?;
-                match fastest.get_mut(index) {
-                    None => fastest.push(phases),
-                    Some(best) if whole(&phases) < whole(best) => *best = phases,
-                    Some(_) => {}
-                }
-            }
-        }
-        let mut steps = Vec::new();
-        for (config, seconds) in configs.iter().zip(&fastest) {
-            let layout = engine_layout(config, &Fold::new(config.grid, ranks)?, |_| 0);
-            let work = step_work(&layout, step_rows(config));
-            samples.add(&products, &work, |phase| seconds.get(&phase).copied().unwrap_or(0.0));
-            steps.push((work, whole(seconds)));
-        }
+        let steps = measure_steps(ranks, threads)?;
         let filled =
             mode.iter().find(|mode: &&Mode| ranks > cores && (mode.ranks, mode.threads) == (cores, 1));
-        let measured = match filled {
-            Some(filled) => filled.in_turns(&products, ranks, &steps),
-            None => Mode { ranks, threads, phase: samples.fit(copy_bytes_per_s) },
+        let fit = |steps: &[Step]| match filled {
+            Some(filled) => filled.in_turns(&products, ranks, &whole_steps(steps)),
+            None => {
+                let mut samples = Samples::default();
+                for (work, seconds) in steps {
+                    samples.add(&products, work, |phase| seconds.get(&phase).copied().unwrap_or(0.0));
+                }
+                Mode { ranks, threads, phase: samples.fit(copy_bytes_per_s) }
+            }
         };
+        for (index, (work, seconds)) in steps.iter().enumerate() {
+            let others = [&steps[..index], &steps[index + 1..]].concat();
+            ratios.push(fit(&others).step_s(&products, work) / whole(seconds));
+        }
+        let measured = fit(&steps);
         mode.push(measured);
     }
-    Ok(LocalMachine { cpu: cpu_type(), cores, copy_bytes_per_s, products, mode })
+    let within_80 = within_80(&ratios);
+    Ok(LocalMachine { cpu: cpu_type(), cores, copy_bytes_per_s, within_80, products, mode })
+}
+
+/// A measured step: what each phase does, and its seconds.
+type Step = (BTreeMap<Phase, Work>, BTreeMap<Phase, f64>);
+
+/// The fastest round of every probe.
+fn measure_steps(ranks: usize, threads: usize) -> Result<Vec<Step>, TrainError> {
+    let configs: Vec<RunConfig> = Probe::all().map(|probe| probe.config(ranks)).collect();
+    let mut fastest: Vec<BTreeMap<Phase, f64>> = Vec::new();
+    for _ in 0..ROUNDS {
+        for (index, config) in configs.iter().enumerate() {
+            let phases = measure_phases(config, Fold::new(config.grid, ranks)?, threads)?;
+            match fastest.get_mut(index) {
+                None => fastest.push(phases),
+                Some(best) if whole(&phases) < whole(best) => *best = phases,
+                Some(_) => {}
+            }
+        }
+    }
+    let step = |(config, seconds): (&RunConfig, BTreeMap<Phase, f64>)| {
+        let layout = engine_layout(config, &Fold::new(config.grid, ranks)?, |_| 0);
+        Ok((step_work(&layout, step_rows(config)), seconds))
+    };
+    configs.iter().zip(fastest).map(step).collect()
+}
+
+fn whole_steps(steps: &[Step]) -> Vec<(BTreeMap<Phase, Work>, f64)> {
+    steps.iter().map(|(work, seconds)| (work.clone(), whole(seconds))).collect()
 }
 
 /// What a step of a config works on.

@@ -193,6 +193,8 @@ pub struct Started {
     pub train_tokens: u64,
     /// Seconds that a step is predicted to take, where the machine has been measured.
     pub predicted_step_s: Option<f64>,
+    /// The 80% interval of that, where the machine's file tells how well it predicts.
+    pub predicted_interval_s: Option<[f64; 2]>,
     /// `[rank]` estimated memory.
     pub memory: Vec<MemoryEstimate>,
     /// Hash of the kernels' results on fixed inputs.

@@ -71,6 +71,8 @@ pub struct RunOptions {
     pub place: Place,
     /// Seconds that a step is predicted to take, for the summary.
     pub predicted_step_s: Option<f64>,
+    /// The 80% interval of that, likewise.
+    pub predicted_interval_s: Option<[f64; 2]>,
     /// Floating-point operations a second that all ranks together reach at most, where the machine has been measured.
     pub peak_flops: Option<f64>,
 }
@@ -93,6 +95,7 @@ impl RunOptions {
             abandon: |_| {},
             place: Place::Threads,
             predicted_step_s: None,
+            predicted_interval_s: None,
             peak_flops: None,
         }
     }
@@ -465,6 +468,7 @@ impl Shared<'_> {
             tokens_per_step: self.config.tokens_per_step(),
             train_tokens: self.dataset.tokens(Part::Train),
             predicted_step_s: self.options.predicted_step_s,
+            predicted_interval_s: self.options.predicted_interval_s,
             memory: self.memory.clone(),
             probe,
             world,
@@ -752,7 +756,11 @@ impl RankRun<'_, '_> {
             last_loss: self.last.as_ref().map(|record| record.loss),
             validation: self.validation.clone(),
             ledger,
-            step_time: StepTimeRecord::new(self.shared.options.predicted_step_s, &self.step_s),
+            step_time: StepTimeRecord::new(
+                self.shared.options.predicted_step_s,
+                self.shared.options.predicted_interval_s,
+                &self.step_s,
+            ),
             step_traffic: compare(&predicted, &moved),
             phases,
             expert_load: self.expert_load.clone(),

@@ -167,6 +167,7 @@ fn machine() -> LocalMachine {
         cpu: "some".into(),
         cores: 2,
         copy_bytes_per_s: 1e10,
+        within_80: None,
         products: ProductRates {
             sizes: vec![16, 256],
             plain: table(),

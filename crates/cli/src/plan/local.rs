@@ -141,6 +141,7 @@ fn entry(choice: &Choice, free: u64) -> serde_json::Value {
     json!({
         "hosts": hosts, "ranks": ranks, "threads": threads, "zero": config.layout.zero,
         "recompute": config.train.recompute, "dispatch": config.layout.dispatch, "step_s": choice.price.step_s,
+        "step_interval_80_s": choice.price.interval_s,
         "network_s": choice.price.network_s, "waited_s": choice.price.waited_s,
         "memory_bytes": choice.memory, "fits": choice.memory <= free,
         "phases": phases.map(|((communicates, name), seconds)| json!({
@@ -185,12 +186,15 @@ fn show(ask: &Ask<'_>, hosts: &Hosts, choices: &[Choice], tokens: f64, free: u64
         None => ["ranks x threads", "memory, all ranks"],
         Some(_) => ["hosts x ranks x threads", "memory a host"],
     };
-    let mut rows = vec![[what, "step", "tokens/s", memory, ""].map(String::from).to_vec()];
+    let mut rows = vec![[what, "step", "(80%)", "tokens/s", memory, ""].map(String::from).to_vec()];
     rows.extend(choices.iter().map(|choice| {
         let fits = if choice.memory <= free { "" } else { "does not fit" };
         vec![
             choice.layout.name(),
             scale.write(choice.price.step_s),
+            choice.price.interval_s.map_or_else(String::new, |[low, high]| {
+                format!("{} to {}", scale.write(low), scale.write(high))
+            }),
             grouped((tokens / choice.price.step_s) as u64),
             readable(choice.memory),
             fits.into(),

@@ -35,7 +35,14 @@ fn write_machine(folder: &Path) {
         transposed_right: table(),
         transposed_left: table(),
     };
-    let machine = LocalMachine { cpu: cpu_type(), cores: cores(), copy_bytes_per_s: 1e10, products, mode };
+    let machine = LocalMachine {
+        cpu: cpu_type(),
+        cores: cores(),
+        copy_bytes_per_s: 1e10,
+        within_80: Some(1.25),
+        products,
+        mode,
+    };
     std::fs::write(folder.join("local.toml"), machine.to_toml().unwrap()).unwrap();
 }
 
@@ -45,6 +52,8 @@ fn predicted(folder: &Path) -> BTreeMap<String, f64> {
     let plan: Value = serde_json::from_str(&done.out).unwrap();
     let layouts = plan["layouts"].as_array().unwrap().iter();
     let name = |layout: &Value| {
+        let [low, high] = [0, 1].map(|end| layout["step_interval_80_s"][end].as_f64().unwrap());
+        assert!((high / low - 1.25 * 1.25).abs() < 1e-9, "{layout}");
         format!("{} x {} {} {}", layout["ranks"], layout["threads"], layout["zero"], layout["recompute"])
     };
     layouts.map(|layout| (name(layout), layout["step_s"].as_f64().unwrap())).collect()
@@ -76,6 +85,10 @@ fn a_run_recalibrates_the_machine_for_as_many_ranks_and_threads() {
     let fold = Fold::new(config.grid, 1).unwrap();
     let now = machine.price(&engine_layout(&config, &fold, |_| 0), step_rows(&config), 1).step_s;
     let measured = summary["step_time"]["measured_s"].as_f64().unwrap();
+    let said = &summary["step_time"];
+    let [step_s, low, high] = [&said["predicted_s"], &said["interval_80_s"][0], &said["interval_80_s"][1]]
+        .map(|one| one.as_f64().unwrap());
+    assert!((step_s / low - 1.25).abs() < 1e-9 && (high / step_s - 1.25).abs() < 1e-9, "{said}");
     assert!((now / measured - 1.0).abs() < 0.02, "{now} s predicted, {measured} s measured");
     // One core has another number of threads; what was not run keeps its price.
     if cores() > 1 {

@@ -22,6 +22,9 @@ pub struct LocalMachine {
     pub cores: usize,
     /// Bytes a second that one core copies.
     pub copy_bytes_per_s: f64,
+    /// The factor within which the machine's fit predicts 80% of the measured steps that it leaves out; none in older files.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub within_80: Option<f64>,
     /// Rates of products.
     pub products: ProductRates,
     /// What phases take, by how many ranks and threads run.
@@ -90,10 +93,7 @@ impl Mode {
         steps: &[(BTreeMap<Phase, Work>, f64)],
     ) -> Self {
         let turns = ranks as f64 / self.ranks as f64;
-        let work_s = |work: &BTreeMap<Phase, Work>| -> f64 {
-            work.iter().map(|(phase, work)| self.phase_s(rates, *phase, work)).sum()
-        };
-        let longer = steps.iter().map(|(work, seconds)| seconds / (turns * work_s(work)));
+        let longer = steps.iter().map(|(work, seconds)| seconds / (turns * self.step_s(rates, work)));
         let mut longer: Vec<f64> = longer.filter(|ratio| ratio.is_finite()).collect();
         longer.sort_by(f64::total_cmp);
         let median = longer.get(longer.len() / 2).copied().unwrap_or(1.0);
@@ -101,6 +101,11 @@ impl Mode {
         // All cores together do not work faster for being shared.
         mode.phase.iter_mut().for_each(|rates| rates.scale(turns * median.max(1.0)));
         mode
+    }
+
+    /// Seconds of a step that does `work`.
+    pub fn step_s(&self, rates: &ProductRates, work: &BTreeMap<Phase, Work>) -> f64 {
+        work.iter().map(|(phase, work)| self.phase_s(rates, *phase, work)).sum()
     }
 
     pub(super) fn phase_s(&self, rates: &ProductRates, (communicates, name): Phase, work: &Work) -> f64 {
@@ -136,6 +141,8 @@ pub enum MachineError {
 pub struct LocalPrice {
     /// Seconds of the step.
     pub step_s: f64,
+    /// The 80% interval of the step, where the machine's file tells how well it predicts.
+    pub interval_s: Option<[f64; 2]>,
     /// Seconds of each phase: together the step's.
     pub phases: Vec<(Phase, f64)>,
     /// Seconds that exchanges are between hosts; 0 on one.
@@ -186,7 +193,13 @@ impl LocalMachine {
             .map(|(phase, work)| (*phase, stretch * mode.phase_s(&self.products, *phase, work)))
             .collect();
         let step_s = phases.iter().map(|(_, seconds)| seconds).sum();
-        LocalPrice { step_s, phases, network_s: 0.0, waited_s: 0.0 }
+        LocalPrice { step_s, interval_s: self.interval(step_s), phases, network_s: 0.0, waited_s: 0.0 }
+    }
+
+    /// The 80% interval of a step that is predicted to take `step_s`, which is what steps differ by that are computed on one
+    /// machine; what is not known of networks is not in it.
+    pub(super) fn interval(&self, step_s: f64) -> Option<[f64; 2]> {
+        self.within_80.map(|factor| [step_s / factor, step_s * factor])
     }
 
     /// Takes over what a run of a layout took: `seconds` of each phase of a step. Phases of the layout's mode are scaled to that;
@@ -277,7 +290,7 @@ impl ProductRates {
 
 /// Steps of the engine that were measured in one mode: what each phase did, and its seconds.
 #[derive(Debug, Clone, Default)]
-pub struct Samples(BTreeMap<Phase, Vec<([f64; 4], f64)>>);
+pub struct Samples(Vec<BTreeMap<Phase, ([f64; 4], f64)>>);
 
 impl Samples {
     /// Adds a step: `seconds(phase)` of every phase of `work`.
@@ -287,9 +300,8 @@ impl Samples {
         work: &BTreeMap<Phase, Work>,
         seconds: impl Fn(Phase) -> f64,
     ) {
-        for (phase, work) in work {
-            self.0.entry(*phase).or_default().push((features(rates, work), seconds(*phase)));
-        }
+        let phase = |(phase, work): (&Phase, &Work)| (*phase, (features(rates, work), seconds(*phase)));
+        self.0.push(work.iter().map(phase).collect());
     }
 
     /// The rates that fit best, with weights that make every step count alike. `copy_bytes_per_s` says what an element is
@@ -297,6 +309,10 @@ impl Samples {
     pub fn fit(&self, copy_bytes_per_s: f64) -> Vec<PhaseRates> {
         // A share of what the products take alone; a copied word; a tenth of a nanosecond a multiply-add; a microsecond.
         let expected = [1.0, 4.0 / copy_bytes_per_s, 1e-10, 1e-6];
+        let mut by_phase: BTreeMap<Phase, Vec<([f64; 4], f64)>> = BTreeMap::new();
+        for (phase, sample) in self.0.iter().flatten() {
+            by_phase.entry(*phase).or_default().push(*sample);
+        }
         let rates = |(phase, samples): (&Phase, &Vec<([f64; 4], f64)>)| {
             let [of_products, element_s, score_s, call_s] = fit_one(samples, expected);
             PhaseRates {
@@ -308,8 +324,17 @@ impl Samples {
                 call_s,
             }
         };
-        self.0.iter().map(rates).collect()
+        by_phase.iter().map(rates).collect()
     }
+}
+
+/// The factor within which 80% of `ratios`, predicted over measured, lie around 1.
+pub fn within_80(ratios: &[f64]) -> Option<f64> {
+    let mut off: Vec<f64> =
+        ratios.iter().map(|ratio| ratio.ln().abs()).filter(|off| off.is_finite()).collect();
+    off.sort_by(f64::total_cmp);
+    let last = (0.8 * off.len() as f64).ceil() as usize;
+    off.get(last.checked_sub(1)?).map(|off| off.exp())
 }
 
 /// How much what is expected counts against the steps.
@@ -405,11 +430,19 @@ mod tests {
     }
 
     #[test]
+    fn an_interval_holds_four_of_five_of_the_steps_left_out() {
+        assert_eq!(within_80(&[]), None);
+        let factor = within_80(&[1.0, 0.5, 1.25, 0.9, 1.1]).expect("there are ratios");
+        assert!((factor - 1.25).abs() < 1e-12, "{factor}");
+    }
+
+    #[test]
     fn a_file_that_is_none_says_so() {
         let machine = LocalMachine {
             cpu: "a processor".into(),
             cores: 2,
             copy_bytes_per_s: 1e10,
+            within_80: Some(1.25),
             products: rates(),
             mode: vec![Mode { ranks: 1, threads: 2, phase: Vec::new() }],
         };

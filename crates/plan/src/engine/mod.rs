@@ -11,7 +11,9 @@ mod traffic;
 mod work;
 
 pub use hosts::HostCluster;
-pub use machine::{LocalMachine, LocalPrice, MachineError, Mode, PhaseRates, ProductRates, Samples};
+pub use machine::{
+    LocalMachine, LocalPrice, MachineError, Mode, PhaseRates, ProductRates, Samples, within_80,
+};
 pub use memory::{KeptActivations, MemoryEstimate, StepMemory};
 pub use traffic::{CallTraffic, Traffic, TrafficPlan};
 pub use work::{OTHER, Phase, ProductKind, Products, StepRows, Work, step_work};

@@ -65,8 +65,10 @@ impl LocalMachine {
             simulated.spans.iter().filter(|span| span.lane == lane).map(|span| span.seconds).sum()
         };
         let waited_s = (simulated.seconds - on(Lane::Compute)).max(0.0);
+        let step_s = simulated.seconds + other_s;
         LocalPrice {
-            step_s: simulated.seconds + other_s,
+            step_s,
+            interval_s: self.interval(step_s),
             phases,
             network_s: on(Lane::Communication),
             waited_s,
