@@ -1,15 +1,21 @@
 //! Damage of every kind to files of a checkpoint: none loads silently.
 
 mod common;
+#[path = "../../data/tests/common/held.rs"]
+mod held;
 
 use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
 
 use common::{Tensor, below, id, load, save, tensors};
+use held::held;
 use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::{Rng, SeedableRng};
 use unisono_checkpoint::{Error, Reader, latest, verify};
+
+/// What a reading may hold besides a few times its files.
+const ROOM: usize = 4 << 20;
 
 type Files = BTreeMap<PathBuf, Vec<u8>>;
 
@@ -92,7 +98,10 @@ fn trials(seed: u64, count: usize) {
         }
         damaged.iter().for_each(|(path, bytes)| write_or_remove(path, bytes.as_deref()));
 
-        let error = verify(dir, 10).expect_err("damage verified");
+        let size: usize = files.values().map(Vec::len).sum();
+        let (outcome, held) = held(|| verify(dir, 10));
+        assert!(held < ROOM + 4 * size, "trial {trial}: {held} bytes for {size}");
+        let error = outcome.expect_err("damage verified");
         assert!(error.is_corrupt(), "trial {trial}: {error}");
         let message = error.to_string();
         let names = damaged.keys().map(|path| path.file_name().unwrap().to_str().unwrap());
@@ -182,15 +191,15 @@ fn body_of(path: &Path) -> String {
 
 /// Opens, verifies and reads everything; the result must be an error or bounded by the files' sizes.
 fn use_everything(dir: &Path, limit: usize) {
-    let Ok(reader) = Reader::open(dir, 10) else { return };
-    let _ = reader.verify();
-    let read: usize = reader
-        .tensors()
-        .iter()
-        .flat_map(|info| reader.read(&info.name, 0..info.len()))
-        .map(|b| b.len())
-        .sum();
+    let everything = || {
+        let Ok(reader) = Reader::open(dir, 10) else { return 0 };
+        let _ = reader.verify();
+        let all = reader.tensors().iter();
+        all.flat_map(|info| reader.read(&info.name, 0..info.len())).map(|bytes| bytes.len()).sum::<usize>()
+    };
+    let (read, held) = held(everything);
     assert!(read <= limit, "{read} bytes were read from files of {limit}");
+    assert!(held < ROOM + 4 * limit, "{held} bytes for files of {limit}");
 }
 
 /// Crafted manifests with a right hash: an error or bounded work, never a panic.

@@ -192,7 +192,7 @@ const FIGURES: [Figure; 12] = {
             "TFLOP in all",
             "flop",
             |s| Some(flops(s) * s.summary.tokens as f64),
-            |n| format!("{:.2}", n / 1e12),
+            |n| if n < 1e12 { crate::style::figure(n / 1e12) } else { format!("{:.2}", n / 1e12) },
         ),
         figure("tokens", "tokens", |s| Some(s.summary.tokens as f64), |n| grouped(n as u64)),
         figure(

@@ -146,13 +146,13 @@ impl Screen {
     pub fn wait(&self, what: &'static str) {
         self.style(WAIT);
         self.bar.set_message(what);
+        self.bar.tick();
     }
 
     fn style(&self, template: &str) {
         // The templates are constants of this crate, and `templates_are_valid` reads them all.
         let style = ProgressStyle::with_template(template).unwrap_or_else(|_| ProgressStyle::default_bar());
         self.bar.set_style(style);
-        self.bar.tick();
     }
 
     /// Sets how far it is, of what, and what is said about it.
@@ -164,12 +164,14 @@ impl Screen {
 
     /// Shows the bar, at `position`, and starts its clock.
     pub fn start(&self, position: u64, length: u64) {
-        self.bar.set_message("");
-        self.style(self.template);
+        // What is set is drawn at once, so the bar comes last.
         self.bar.set_length(length);
         self.bar.set_position(position);
         self.bar.reset_eta();
         self.bar.reset_elapsed();
+        self.style(self.template);
+        self.bar.set_message("");
+        self.bar.tick();
     }
 
     /// Writes a line above the bar, in a moment.

@@ -71,7 +71,7 @@ const PAGE: usize = 4096;
 /// A copy; in runs of 512 bytes where the target lies up to a cache line behind the source within their pages.
 ///
 /// There one `memcpy` of 4 KiB to 1 MiB, which takes the C library's `rep movsb` path, is up to 10 times slower on some CPUs
-/// (measured on Zen 3). Short runs never take it. Elsewhere they are 3 to 25% slower, the more so the less of it is cached.
+/// (measured on Zen 3). Short runs never take it. Elsewhere they are slower, the more so the less of it is cached.
 pub(crate) fn copy(source: &[u8], target: &mut [u8]) {
     const RUN: usize = 512;
     let behind = target.as_ptr().addr().wrapping_sub(source.as_ptr().addr()) % PAGE;

@@ -332,3 +332,66 @@ fn calls_that_do_not_match_are_found_even_if_nobody_finishes_them() {
         assert!(matches!(error.failure.cause, Cause::Mismatch { .. }), "{error}");
     });
 }
+
+#[test]
+fn broadcasts_from_other_roots_or_of_other_lengths_do_not_match() {
+    let roots = fails(|comm| {
+        let root = usize::from(comm.rank() == 2);
+        comm.broadcast(root, vec![1u64; 3])?;
+        comm.barrier()?;
+        Ok(())
+    });
+    assert!(matches!(roots.failure.cause, Cause::Mismatch { .. }), "{roots}");
+    assert!(roots.to_string().contains("broadcast (call 0 on group 'world', step 0)"), "{roots}");
+    let lengths = fails(|comm| {
+        comm.broadcast(1, vec![1u64; 3 + usize::from(comm.rank() == 3)])?;
+        Ok(())
+    });
+    assert_eq!(lengths.failure.rank, 3);
+    let text = lengths.to_string();
+    assert!(text.contains("24 bytes") && text.contains("expects 32"), "{text}");
+}
+
+#[test]
+fn a_given_up_call_that_does_not_match_leaves_the_reason_as_it_is() {
+    let error = fails(|comm| {
+        let pending = comm.start_broadcast(usize::from(comm.rank() == 2), vec![1u64; 3])?;
+        if comm.rank() != 2 {
+            pending.finish()?;
+        }
+        Ok(())
+    });
+    assert!(matches!(error.failure.cause, Cause::Mismatch { .. }), "{error}");
+}
+
+#[test]
+fn a_message_of_another_length_type_or_tag_is_named() {
+    let lengths = fails(|comm| {
+        match comm.rank() {
+            0 => comm.send(1, 7, Arc::new(vec![1u32; 5]))?,
+            1 => drop(comm.recv(0, 7, vec![0u32; 4], 0..4)?),
+            _ => {}
+        }
+        Ok(())
+    });
+    let text = lengths.to_string();
+    assert!(text.contains("20 bytes") && text.contains("expects 16"), "{text}");
+    let types = fails(|comm| {
+        match comm.rank() {
+            0 => comm.send(1, 7, Arc::new(vec![1u32; 4]))?,
+            1 => drop(comm.recv(0, 7, vec![0f32; 4], 0..4)?),
+            _ => {}
+        }
+        Ok(())
+    });
+    assert!(types.to_string().contains("different element types"), "{types}");
+    let tags = fails(|comm| {
+        match comm.rank() {
+            0 => comm.send(1, 7, Arc::new(vec![1u32; 4]))?,
+            1 => drop(comm.recv(0, 8, vec![0u32; 4], 0..4)?),
+            _ => {}
+        }
+        Ok(())
+    });
+    assert!(tags.to_string().contains("send") || tags.to_string().contains("receive"), "{tags}");
+}

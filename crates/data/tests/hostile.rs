@@ -3,7 +3,7 @@
 
 mod common;
 
-use common::{Random, lines, options, small_dataset, write};
+use common::{Random, held, lines, options, small_dataset, write};
 use std::fs;
 use std::path::Path;
 use unisono_data::shard::{Shard, ShardWriter};
@@ -23,13 +23,25 @@ fn shard_bytes(folder: &Path, tokens: u32) -> Vec<u8> {
     fs::read(path).unwrap()
 }
 
+/// What a reading may hold besides a few times its file.
+const ROOM: usize = 4 << 20;
+
+/// Runs `read` of a file of `bytes`, which may hold only so much at once.
+fn bounded<T>(bytes: usize, read: impl FnOnce() -> T) -> T {
+    let (result, held) = held(read);
+    assert!(held < ROOM + 8 * bytes, "{held} bytes for a file of {bytes}");
+    result
+}
+
 fn open_and_verify(path: &Path, bytes: &[u8]) -> Result<Vec<u32>, DataError> {
     fs::write(path, bytes).unwrap();
-    let shard = Shard::open(path)?;
-    shard.verify()?;
-    let mut tokens = Vec::new();
-    shard.read(0..u64::MAX, &mut tokens)?;
-    Ok(tokens)
+    bounded(bytes.len(), || {
+        let shard = Shard::open(path)?;
+        shard.verify()?;
+        let mut tokens = Vec::new();
+        shard.read(0..u64::MAX, &mut tokens)?;
+        Ok(tokens)
+    })
 }
 
 fn assert_names_the_place(error: &DataError) {
@@ -164,11 +176,13 @@ fn a_damaged_manifest_is_refused_or_means_the_same() {
     let path = out.join("dataset.json");
     let bytes = fs::read(&path).unwrap();
     let right = Dataset::open(&out, Verify::AtOpen).unwrap().fingerprint();
+    // It opens what it names, of which the tokenizer is the largest.
+    let tokenizer_bytes = fs::metadata(out.join("tokenizer.json")).unwrap().len() as usize;
     let mut random = Random(5);
     let mut refused = 0;
     for _ in 0..400 {
         fs::write(&path, random.damage(&bytes)).unwrap();
-        match Dataset::open(&out, Verify::OnFirstUse) {
+        match bounded(tokenizer_bytes, || Dataset::open(&out, Verify::OnFirstUse)) {
             Ok(dataset) => assert_eq!(dataset.fingerprint(), right),
             Err(error) => {
                 refused += 1;
@@ -222,7 +236,7 @@ fn damaged_json_lines_are_named_or_read() {
         let input = folder.path().join("damaged.jsonl");
         fs::write(&input, random.damage(&bytes)).unwrap();
         let out = folder.path().join(case.to_string());
-        match prepare(&[input], &tokenizer, &out, &options(), &mut |_| {}) {
+        match bounded(bytes.len(), || prepare(&[input], &tokenizer, &out, &options(), &mut |_| {})) {
             Ok(manifest) => {
                 let dataset = Dataset::open(&out, Verify::AtOpen).unwrap();
                 assert_eq!(dataset.tokens(Part::Train), manifest.train.tokens);

@@ -375,14 +375,21 @@ impl RunConfig {
         let mut config: Self = toml::from_str(text).map_err(|error| parse_error(text, &error))?;
         if !overrides.is_empty() {
             let mut table: toml::Table = toml::from_str(text).map_err(|error| parse_error(text, &error))?;
+            // The text alone was right, so what is wrong comes from an override: the first from which on nothing fits.
+            let mut wrong = None;
             for text in overrides {
                 apply_override(&mut table, text)?;
+                match table.clone().try_into() {
+                    Ok(read) => (config, wrong) = (read, None),
+                    Err(error) => {
+                        let reason = |error: toml::de::Error| plain(&error.to_string());
+                        wrong.get_or_insert_with(|| (text.clone(), reason(error)));
+                    }
+                }
             }
-            // The text alone was right, so what is wrong comes from an override.
-            config = table.try_into().map_err(|error: toml::de::Error| ConfigError::Override {
-                text: overrides.join(" --set "),
-                reason: plain(&error.to_string()),
-            })?;
+            if let Some((text, reason)) = wrong {
+                return Err(ConfigError::Override { text, reason });
+            }
         }
         config.validate()?;
         Ok(config)
@@ -615,6 +622,8 @@ mod tests {
         );
         assert!(said("", &["train.stepz=1"]).contains("stepz"));
         assert_eq!(said("", &["train.steps"]), "--set train.steps: must be key.path=value");
+        let two = said("", &["train.steps=5", "train.steps=x", "train.sequence_length=64"]);
+        assert!(two.starts_with("--set train.steps=x: ") && !two.contains("steps=5"), "{two}");
         assert_eq!(said("", &["train..steps=1"]), "--set train..steps=1: has an empty key");
         assert_eq!(
             said("", &["grid.replicas=8", "grid.expert_group=4", "model.score_function=softmax"]),

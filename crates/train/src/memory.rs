@@ -27,23 +27,19 @@ pub(crate) fn slot_rows(config: &RunConfig) -> usize {
     config.train.micro_batch * config.train.sequence_length
 }
 
-/// Refuses a run that cannot fit into the machine's free memory; `place` says how much of the run is here.
+/// Refuses a run that cannot fit into the machine's free memory. Rank r is on node `node_of[r]`; `place` says how much of the run
+/// is here.
 ///
 /// # Errors
 /// [`TrainError::Memory`] with what would help.
 pub fn check_fits(
     config: &RunConfig,
     fold: &Fold,
-    estimates: &[MemoryEstimate],
+    node_of: &[usize],
     place: &Place,
 ) -> Result<(), TrainError> {
-    // Which ranks are here matters little: the largest may be.
-    let mut ranks: Vec<u64> = estimates.iter().map(MemoryEstimate::total).collect();
-    ranks.sort_unstable_by(|a, b| b.cmp(a));
-    let here = place.ranks_here(fold.ranks());
-    let logits = HEAD_TOKENS.min(slot_rows(config)) * config.model.vocab_size * size_of::<f32>();
-    let ranks = ranks.iter().take(here).sum::<u64>() + (here * logits) as u64;
-    let needed = PROCESS_BYTES * place.processes_here() as u64 + ranks;
+    let estimates = estimate_all(config, fold, node_of);
+    let needed = needed(config, fold, &estimates, place);
     let Some(available) = available_memory() else { return Ok(()) };
     if needed <= available {
         return Ok(());
@@ -51,11 +47,11 @@ pub fn check_fits(
     let parts =
         estimates.iter().max_by_key(|estimate| estimate.total()).map_or_else(Vec::new, MemoryEstimate::parts);
     let largest = parts.iter().max_by_key(|(_, bytes)| *bytes).map_or("", |(name, _)| name);
+    let fits = |other: &RunConfig| {
+        self::needed(other, fold, &estimate_all(other, fold, node_of), place) <= available
+    };
     let remedy = match largest {
-        "activations" if config.train.recompute != RecomputeConfig::Full => "set train.recompute=full, or a smaller \
-             train.micro_batch with more train.accumulate (another computation, the same batch)"
-            .to_string(),
-        "activations" => "lower train.micro_batch and raise train.accumulate, or train.sequence_length".to_string(),
+        "activations" => fewer_activations(config, fits),
         "imbalance" if config.layout.dispatch_rows > 0 => "lower layout.dispatch_rows".to_string(),
         "imbalance" => "set layout.dispatch_rows, which bounds the rows that a rank's experts receive at once".to_string(),
         "gradients" => format!(
@@ -70,7 +66,71 @@ pub fn check_fits(
     Err(TrainError::Memory { needed: readable(needed), available: readable(available), remedy })
 }
 
+/// Bytes of what runs here.
+fn needed(config: &RunConfig, fold: &Fold, estimates: &[MemoryEstimate], place: &Place) -> u64 {
+    // Which ranks are here matters little: the largest may be.
+    let mut ranks: Vec<u64> = estimates.iter().map(MemoryEstimate::total).collect();
+    ranks.sort_unstable_by(|a, b| b.cmp(a));
+    let here = place.ranks_here(fold.ranks());
+    let logits = HEAD_TOKENS.min(slot_rows(config)) * config.model.vocab_size * size_of::<f32>();
+    let ranks = ranks.iter().take(here).sum::<u64>() + (here * logits) as u64;
+    PROCESS_BYTES * place.processes_here() as u64 + ranks
+}
+
+/// The least change to what a step keeps that makes it fit.
+fn fewer_activations(config: &RunConfig, fits: impl Fn(&RunConfig) -> bool) -> String {
+    let mut other = config.clone();
+    other.train.recompute = RecomputeConfig::Full;
+    let recompute = if config.train.recompute == RecomputeConfig::Full { "" } else { "train.recompute=full" };
+    if !recompute.is_empty() && fits(&other) {
+        return format!("set {recompute}");
+    }
+    let and = if recompute.is_empty() { "" } else { ", " };
+    let whole = config.train.micro_batch;
+    for micro_batch in (1..whole).rev().filter(|smaller| whole.is_multiple_of(*smaller)) {
+        other.train.micro_batch = micro_batch;
+        other.train.accumulate = config.train.accumulate * (whole / micro_batch);
+        if fits(&other) {
+            let accumulate = other.train.accumulate;
+            return format!(
+                "set {recompute}{and}train.micro_batch={micro_batch} and train.accumulate={accumulate} (another computation, the \
+                 same batch)"
+            );
+        }
+    }
+    format!(
+        "set {recompute}{and}train.micro_batch=1 and lower train.sequence_length, lower model.num_hidden_layers or \
+         model.hidden_size, or spread the run over more machines"
+    )
+}
+
 /// Partial sums that a rank of a fold sends for its dense gradients: 1 for aligned folds.
 pub fn dense_roots(fold: &Fold, rank: usize) -> usize {
     tree::roots(fold.slots_of(rank), fold.grid().slots()).len()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_remedy_is_the_least_change_that_fits() {
+        let mut config = RunConfig::default();
+        (config.train.micro_batch, config.train.accumulate) = (12, 3);
+        let most = |recompute: RecomputeConfig, micro_batch: usize| {
+            fewer_activations(&config, move |other| {
+                other.train.recompute == recompute && other.train.micro_batch <= micro_batch
+            })
+        };
+        assert_eq!(most(RecomputeConfig::Full, 12), "set train.recompute=full");
+        let said = most(RecomputeConfig::Full, 5);
+        assert!(
+            said.starts_with("set train.recompute=full, train.micro_batch=4 and train.accumulate=9 ("),
+            "{said}"
+        );
+        assert!(most(RecomputeConfig::Full, 0).contains("micro_batch=1 and lower train.sequence_length"));
+        config.train.recompute = RecomputeConfig::Full;
+        let said = fewer_activations(&config, |other| other.train.micro_batch == 1);
+        assert!(said.starts_with("set train.micro_batch=1 and train.accumulate=36 ("), "{said}");
+    }
 }

@@ -241,7 +241,7 @@ pub fn train(
 ) -> Result<Summary, TrainError> {
     config.validate()?;
     let fold = Fold::new(config.grid, options.ranks)?;
-    check_fits(config, &fold, &estimate_all(config, &fold, &options.node_of()), &options.place)?;
+    check_fits(config, &fold, &options.node_of(), &options.place)?;
     let dataset = open_dataset(config, options.ranks * options.threads)?;
     train_on(config, options, &dataset, observer)
 }

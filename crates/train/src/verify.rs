@@ -9,7 +9,7 @@ use unisono_mesh::Fold;
 use crate::comparison::Comparison;
 use crate::config::{LayoutConfig, RunConfig};
 use crate::error::TrainError;
-use crate::memory::{check_fits, estimate_all};
+use crate::memory::check_fits;
 use crate::record::{Event, Observer};
 use crate::run::{RunOptions, check_nodes, open_dataset, train_on};
 
@@ -40,7 +40,7 @@ pub fn verify(
     check_nodes(&options.nodes, options.ranks)?;
     let fits = |config: &RunConfig, node_of: &[usize], place: &Place| {
         let fold = Fold::new(config.grid, node_of.len())?;
-        check_fits(config, &fold, &estimate_all(config, &fold, node_of), place)
+        check_fits(config, &fold, node_of, place)
     };
     if options.place.leads() {
         fits(&reference(config), &[0], &Place::Threads)?;

@@ -3,15 +3,16 @@
 
 #[path = "../../data/tests/common/damage.rs"]
 mod damage;
+#[path = "../../data/tests/common/held.rs"]
+mod held;
 
-use std::alloc::{GlobalAlloc, Layout, System};
-use std::cell::Cell;
 use std::fmt::Display;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use damage::Random;
+use held::held;
 use unisono_data::Dataset;
 use unisono_mesh::{Fold, Grid};
 use unisono_plan::engine::{LocalMachine, Mode, PhaseRates, ProductRates, step_work};
@@ -24,38 +25,6 @@ use unisono_train::{
     Event, Observer, RunConfig, RunOptions, engine_layout, recalibrate, step_rows, train_on,
 };
 
-/// Counts what the thread holds, and the most since it was asked.
-struct Counting;
-
-thread_local! {
-    static HELD: Cell<[isize; 2]> = const { Cell::new([0; 2]) };
-}
-
-fn count(bytes: isize) {
-    // While a thread ends there is nothing left to count with.
-    let _ = HELD.try_with(|held| {
-        let [now, most] = held.get();
-        held.set([now + bytes, most.max(now + bytes)]);
-    });
-}
-
-// SAFETY: the system's allocator does it all.
-unsafe impl GlobalAlloc for Counting {
-    unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
-        count(layout.size() as isize);
-        // SAFETY: as the caller promises.
-        unsafe { System.alloc(layout) }
-    }
-    unsafe fn dealloc(&self, pointer: *mut u8, layout: Layout) {
-        count(-(layout.size() as isize));
-        // SAFETY: as the caller promises.
-        unsafe { System.dealloc(pointer, layout) }
-    }
-}
-
-#[global_allocator]
-static COUNTING: Counting = Counting;
-
 /// Longer than any reading takes on a machine that does much else.
 const PATIENCE: Duration = Duration::from_secs(20);
 /// What a reading may hold at once besides its file: for the parser's tree, and for what it makes of short words.
@@ -63,16 +32,10 @@ const ROOM: usize = 4 << 20;
 
 /// Runs `read` and holds it to time and memory; what it gives is an error that says something, or a value.
 fn bounded<T, E: Display>(what: &str, bytes: usize, read: impl FnOnce() -> Result<T, E>) -> bool {
-    let before = HELD.with(|held| {
-        let [now, _] = held.get();
-        held.set([now; 2]);
-        now
-    });
     let begin = Instant::now();
-    let result = read();
-    let (took, [_, most]) = (begin.elapsed(), HELD.with(Cell::get));
+    let (result, held) = held(read);
+    let took = begin.elapsed();
     assert!(took < PATIENCE, "{what}: {took:?}");
-    let held = (most - before) as usize;
     assert!(held < ROOM + 64 * bytes, "{what}: {held} bytes for a file of {bytes}");
     if let Err(error) = &result {
         assert!(!error.to_string().is_empty(), "{what}");

@@ -178,7 +178,9 @@ impl Board {
             _ => return (freed, false),
         };
         for (peer, &bytes) in expects.iter().enumerate() {
-            if bytes > 0 && self.posts[peer].is_some() && !self.was_taken(peer, me) && self.take(peer, me) {
+            // Who does not match may send nothing where something is expected.
+            let sends = self.posts[peer].as_ref().is_some_and(|post| post.bytes[me] > 0);
+            if bytes > 0 && sends && !self.was_taken(peer, me) && self.take(peer, me) {
                 freed.push(peer);
             }
         }

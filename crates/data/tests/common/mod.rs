@@ -3,8 +3,10 @@
 #![allow(dead_code, missing_docs, unused_imports, reason = "each test binary uses its own part")]
 
 mod damage;
+mod held;
 
 pub use damage::Random;
+pub use held::held;
 use std::fs;
 use std::path::{Path, PathBuf};
 use unisono_data::{InputFormat, Manifest, PrepareOptions, Split, Tokenizer, prepare};

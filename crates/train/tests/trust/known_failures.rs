@@ -30,7 +30,7 @@ fn in_groups_of(expert_group: usize) -> RunConfig {
 }
 
 /// Gradients, up to one factor, by tensor: first moments after the first step.
-fn gradients(run: &Path) -> Vec<(String, Vec<f32>)> {
+pub fn gradients(run: &Path) -> Vec<(String, Vec<f32>)> {
     let reader = Reader::open(&run.join(CHECKPOINTS), 1).expect("a checkpoint");
     let names = reader.tensors().iter().filter_map(|tensor| {
         let name = tensor.name.strip_prefix("optimizer.first.")?;
@@ -42,7 +42,7 @@ fn gradients(run: &Path) -> Vec<(String, Vec<f32>)> {
 }
 
 /// Relative distance of two vectors.
-fn distance(a: &[f32], b: &[f32]) -> f64 {
+pub fn distance(a: &[f32], b: &[f32]) -> f64 {
     let square =
         |values: &mut dyn Iterator<Item = f64>| values.map(|value| value * value).sum::<f64>().sqrt();
     let difference = square(&mut a.iter().zip(b).map(|(a, b)| f64::from(*a) - f64::from(*b)));

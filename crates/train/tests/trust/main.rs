@@ -4,5 +4,6 @@ mod common;
 mod folder;
 mod known_failures;
 mod non_finite;
+mod step;
 mod verify;
 mod watchdog;
