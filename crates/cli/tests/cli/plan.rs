@@ -433,6 +433,16 @@ fn what_would_have_no_effect_is_refused() {
         both.err,
         both.out
     );
+    // As data it is an entry in its place.
+    let ask = ["a100x8", "--cluster", "h100x8", "--precision", "fp8", "--json"];
+    let rows: Value = serde_json::from_str(&run(folder, 0, &[&compare[..], &ask].concat()).out).unwrap();
+    assert_eq!(rows.as_array().map(Vec::len), Some(2));
+    assert_eq!(
+        (&rows[0]["model"]["name"], &rows[0]["cluster"]["name"]),
+        (&"Llama-3.1-8B".into(), &"a100x8".into())
+    );
+    assert!(rows[0]["error"].as_str().unwrap().contains("A100 has no units"), "{}", rows[0]);
+    assert!(rows[1]["error"].is_null() && rows[1]["chosen"].is_object());
     let said = run(folder, 2, &[&compare[..], &["local"]].concat()).err;
     assert!(said.contains("--cluster local: only `unisono plan CONFIG local`"), "{said}");
     let said = run(folder, 2, &[&dense[..], &["--machine", "local.toml"]].concat()).err;
