@@ -334,7 +334,7 @@ fn nothing_fits(
         model.name,
         short(model.parameters() as u64),
         cluster.gpus,
-        cluster.gpu.name,
+        cluster.gpu.label(),
         training.global_batch,
         enough.unwrap_or_else(|| "nor would a thousand times as many".into())
     ))

@@ -84,7 +84,7 @@ fn cluster(cluster: &Cluster) -> Value {
         })
     };
     json!({
-        "gpu": cluster.gpu.name,
+        "gpu": cluster.gpu.label(),
         "gpus": cluster.gpus,
         "per_server": cluster.per_server,
         "nvlink_domain": cluster.nvlink_domain(),

@@ -21,7 +21,7 @@ pub fn page(answer: &Answer) -> Result<String, CliError> {
         "{} on {} {}",
         answer.model.name,
         grouped(answer.cluster.gpus as u64),
-        answer.cluster.gpu.name
+        answer.cluster.gpu.label()
     );
     let mut body =
         format!("<h1>{}</h1>\n<p class=\"lead\">{}</p>\n", escape(&title), escape(&show::header(answer)));

@@ -84,7 +84,7 @@ pub fn cluster(answer: &Answer) -> String {
         format!(", {} GB/s {}{within}{shared}", round(level.bytes_per_s / 1e9), level.name)
     };
     let levels: String = cluster.levels.iter().enumerate().map(level).collect();
-    format!("{} {}{levels}", grouped(cluster.gpus as u64), cluster.gpu.name)
+    format!("{} {}{levels}", grouped(cluster.gpus as u64), cluster.gpu.label())
 }
 
 /// The training in a line.

@@ -506,6 +506,27 @@ fn owned_and_failing_machines_are_planned_for() {
 }
 
 #[test]
+fn a_gpu_that_is_not_known_is_planned_with_a_wider_interval() {
+    let folder = tempdir().unwrap();
+    let folder = folder.path();
+    fs::write(folder.join("like.toml"), "gpu_like = \"h100\"\ngpus = 8\nmemory_gib = 140\n").unwrap();
+    let plan = |cluster: &str| -> Value {
+        let ask = ["plan", "Llama-3.1-8B", cluster, "--layout", "tp2 dp4", "--json"];
+        serde_json::from_str(&run(folder, 0, &ask).out).unwrap()
+    };
+    let (known, like) = (plan("h100x8"), plan("like.toml"));
+    assert_eq!(like["chosen"]["step_s"], known["chosen"]["step_s"]);
+    assert_eq!(
+        (&like["cluster"]["gpu"], &like["measured"]["products"]),
+        (&"H100-like".into(), &"borrowed from H100 in bf16".into())
+    );
+    let high = |plan: &Value| plan["chosen"]["interval_80_s"][1].as_f64().unwrap();
+    assert!(high(&like) > 1.05 * high(&known), "{} {}", high(&like), high(&known));
+    let free = |plan: &Value| plan["chosen"]["free_bytes"].as_f64().unwrap();
+    assert!(free(&like) > free(&known) + 60e9);
+}
+
+#[test]
 fn a_table_that_is_none_is_refused() {
     let folder = tempdir().unwrap();
     let folder = folder.path();
