@@ -43,7 +43,7 @@ pub struct Cluster {
     pub levels: Vec<Level>,
     /// Price.
     pub price_usd_per_gpu_hour: f64,
-    /// Failures that end a step, a GPU and hour.
+    /// Failures that end a step, a GPU and hour; 0 for none.
     pub failures_per_gpu_hour: f64,
 }
 

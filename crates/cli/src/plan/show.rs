@@ -318,13 +318,17 @@ fn run(answer: &Answer) -> Vec<String> {
             hours(outlook.gpu_hours),
             grouped_range(outlook.gpu_hours_per_trillion(training))
         ),
-        format!(
-            "  a failure every {}, a checkpoint every {} ({} each): {} of the time trains",
-            duration(outlook.failure_every_s),
-            duration(outlook.checkpoint_every_s),
-            duration(outlook.checkpoint_s),
-            percent(outlook.goodput)
-        ),
+        if outlook.fails() {
+            format!(
+                "  a failure every {}, a checkpoint every {} ({} each): {} of the time trains",
+                duration(outlook.failure_every_s),
+                duration(outlook.checkpoint_every_s),
+                duration(outlook.checkpoint_s),
+                percent(outlook.goodput)
+            )
+        } else {
+            "  no failures, hence no checkpoints: all of the time trains".into()
+        },
         format!(
             "  {} and {} at ${:.2} a GPU-hour ({} of it trains)",
             days.ranged(outlook.days),

@@ -73,7 +73,7 @@ impl Cluster {
             cluster.price_usd_per_gpu_hour = at_least_zero("price_usd_per_gpu_hour", price)?;
         }
         if let Some(rate) = file.failures_per_gpu_hour {
-            cluster.failures_per_gpu_hour = positive("failures_per_gpu_hour", rate)?;
+            cluster.failures_per_gpu_hour = at_least_zero("failures_per_gpu_hour", rate)?;
         }
         if let Some(name) = file.network {
             cluster.be_joined_by(&name)?;
@@ -222,6 +222,8 @@ mod tests {
         assert_eq!(plain, Cluster::parse("h100x64").unwrap());
         let owned = Cluster::from_toml("gpu = \"h100\"\ngpus = 64\nprice_usd_per_gpu_hour = 0").unwrap();
         assert_eq!(owned.price_usd_per_gpu_hour, 0.0);
+        let lasting = Cluster::from_toml("gpu = \"h100\"\ngpus = 64\nfailures_per_gpu_hour = 0").unwrap();
+        assert_eq!(lasting.failures_per_gpu_hour, 0.0);
         let network =
             |name: &str| Cluster::from_toml(&format!("gpu = \"h100\"\ngpus = 64\nnetwork = \"{name}\""));
         let latency = |name: &str| network(name).unwrap().levels[1].latency_s;
@@ -302,6 +304,10 @@ mod tests {
         assert_eq!(
             said("gpu = \"h100\"\ngpus = 64\nprice_usd_per_gpu_hour = -1"),
             "cluster price_usd_per_gpu_hour = -1: must be at least 0"
+        );
+        assert_eq!(
+            said("gpu = \"h100\"\ngpus = 64\nfailures_per_gpu_hour = -1"),
+            "cluster failures_per_gpu_hour = -1: must be at least 0"
         );
         let more = |name: &str, width: usize| {
             let outer = "\n[[level]]\nname = \"all\"\ngbyte_per_s = 1\nlatency_us = 1";
