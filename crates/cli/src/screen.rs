@@ -229,6 +229,7 @@ mod tests {
             crate::verify::BAR,
             crate::compare::BAR,
             crate::plan::answer::BAR,
+            crate::plan::answer::TRIALS_BAR,
             crate::plan::trace::BAR,
         ] {
             assert!(ProgressStyle::with_template(template).is_ok(), "{template}");

@@ -5,8 +5,9 @@ use std::time::Duration;
 
 use unisono_plan::search::{Found, Plan, Search};
 use unisono_plan::{
-    Architecture, Change, Cluster, Outlook, Parallelism, Percentiles, Priced, Pricer, Ranged, RankMemory,
-    Recomputation, RoutedStep, Routing, SimulatedStep, Traffic, Training, changes,
+    Architecture, Change, Cluster, Outlook, Parallelism, ParallelismError, Percentiles, Priced, Pricer,
+    Ranged, RankMemory, Recomputation, RoutedStep, Routing, SimulatedStep, Traffic, Training, best_changes,
+    trials,
 };
 
 use super::GIB;
@@ -17,6 +18,12 @@ use crate::style::short;
 
 /// The template of the bar of a search.
 pub const BAR: &str = "searching layouts {bar:30} {pos}/{len} parts  {elapsed}";
+
+/// The template of the bar of layouts that are simulated beside the chosen one.
+pub const TRIALS_BAR: &str = "trying changes {bar:30} {pos}/{len}  {elapsed}";
+
+/// Changes that are shown.
+const SHOWN_CHANGES: usize = 3;
 
 /// Parts that a search is cut into: enough for a bar that moves.
 const PARTS: usize = 64;
@@ -48,6 +55,8 @@ pub struct Answer {
     pub memory: Vec<RankMemory>,
     /// What would help most.
     pub changes: Vec<Change>,
+    /// What uneven routing makes of the chosen layout; `None` when it is even.
+    pub uneven: Option<Uneven>,
     /// What was asked to be computed again.
     pub recompute: Option<Recomputation>,
 }
@@ -108,11 +117,13 @@ impl Answer {
         };
         let pricer = Pricer::new(&model, &cluster, &training);
         let layout = chosen.layout;
+        let (changes, uneven) = tried(&model, &cluster, &training, &chosen);
         Ok(Self {
             outlook: Outlook::of(&chosen.priced, &cluster, &layout, &training),
             traffic: pricer.traffic(&layout),
             memory: (0..layout.pipeline).map(|rank| pricer.rank_memory(&layout, rank)).collect(),
-            changes: changes(&model, &cluster, &layout, &training, 3),
+            changes,
+            uneven,
             model,
             cluster,
             training,
@@ -125,19 +136,6 @@ impl Answer {
     /// A pricer of the question.
     pub fn pricer(&self) -> Pricer {
         Pricer::new(&self.model, &self.cluster, &self.training)
-    }
-
-    /// What uneven routing makes of the chosen layout; `None` when it is even.
-    pub fn uneven(&self) -> Option<Uneven> {
-        let (layout, pricer) = (&self.chosen.layout, self.pricer());
-        let rows = pricer.unevenness(layout);
-        if rows == Percentiles::EVEN {
-            return None;
-        }
-        let training = Training { routing: Routing::Balanced, ..self.training.clone() };
-        let even = Pricer::new(&self.model, &self.cluster, &training).price_simulated(layout).ok()?;
-        let slow = pricer.of_step(RoutedStep::Slow).price_simulated(layout).ok()?;
-        Some(Uneven { rows, slow_step: slow.step(), even_step: even.step(), even_bytes: even.bytes() })
     }
 
     /// The chosen layout's price in closed form, as the search pruned with it.
@@ -174,6 +172,32 @@ impl Answer {
         let a_token = self.model.train_flops(self.training.sequence, true, true);
         self.outlook.tokens_per_s.times(a_token / self.chosen.layout.gpus() as f64)
     }
+}
+
+/// What is tried beside the chosen layout, on every core: the changes that would help most, and other routing.
+fn tried(
+    model: &Architecture,
+    cluster: &Cluster,
+    training: &Training,
+    chosen: &Plan,
+) -> (Vec<Change>, Option<Uneven>) {
+    let pricer = Pricer::new(model, cluster, training);
+    let trials = trials(cluster, &chosen.layout, training);
+    let even = Training { routing: Routing::Balanced, ..training.clone() };
+    let routed = [Pricer::new(model, cluster, &even), pricer.clone().of_step(RoutedStep::Slow)];
+    let rows = pricer.unevenness(&chosen.layout);
+    let routed = if rows == Percentiles::EVEN { &[][..] } else { &routed[..] };
+    let screen = Screen::new(TRIALS_BAR);
+    let found = spread(&screen, trials.len(), |at| trials[at].price(model, &pricer, &chosen.priced));
+    let steps = spread(&screen, routed.len(), |at| routed[at].price_simulated(&chosen.layout).ok());
+    screen.finish();
+    let uneven = match &steps[..] {
+        [Some(even), Some(slow)] => {
+            Some(Uneven { rows, slow_step: slow.step(), even_step: even.step(), even_bytes: even.bytes() })
+        }
+        _ => None,
+    };
+    (best_changes(found.into_iter().flatten().collect(), SHOWN_CHANGES), uneven)
 }
 
 /// A given layout, priced; more GPUs than there are is an error, fewer is not.

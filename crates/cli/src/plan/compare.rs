@@ -222,7 +222,7 @@ fn uneven(rows: &[Row]) -> Vec<Vec<String>> {
     ];
     let mut table = vec![head.map(String::from).to_vec()];
     table.extend(rows.iter().filter_map(|row| {
-        let (uneven, priced) = (row.answer.uneven()?, &row.answer.chosen.priced);
+        let (uneven, priced) = (row.answer.uneven.as_ref()?, &row.answer.chosen.priced);
         Some(vec![
             row.answer.model.name.clone(),
             row.cluster.to_string(),

@@ -6,7 +6,6 @@ use std::path::Path;
 use serde_json::json;
 use unisono_mesh::Fold;
 use unisono_plan::engine::LocalPrice;
-use unisono_plan::simulate::svg;
 use unisono_plan::{MemoryEstimate, SimulatedStep};
 use unisono_train::config::DispatchConfig;
 use unisono_train::system::{available_memory, readable};
@@ -80,8 +79,7 @@ pub fn run(ask: &Ask<'_>, hosts: Option<&str>) -> Result<u8, CliError> {
         trace::write(&step, to)?;
     }
     if let Some(to) = ask.schedule {
-        let drawn = to.extension().is_some_and(|extension| extension == "svg");
-        write(to, &if drawn { svg(&step.schedule, &step.simulated) } else { step.schedule.to_string() })?;
+        trace::write_schedule(&step, to)?;
     }
     if ask.json {
         let entry = |choice: &Choice| entry(choice, free);

@@ -216,7 +216,7 @@ fn step(answer: &Answer) -> Vec<String> {
             gib(free(answer, safer.priced.bytes()))
         ));
     }
-    if let Some(uneven) = answer.uneven() {
+    if let Some(uneven) = answer.uneven {
         lines.push(format!(
             "  uneven routing: the fullest of {} expert-parallel ranks gets {:.2} times its share in the median step, {:.2} times in one \
              of twenty,\n  which takes {}; memory is for the latter; evenly, {} and {} GiB",

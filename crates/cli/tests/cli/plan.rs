@@ -2,6 +2,7 @@
 
 use std::fs;
 use std::path::Path;
+use std::process::{Command, Stdio};
 
 use serde_json::Value;
 use tempfile::tempdir;
@@ -72,6 +73,34 @@ fn lists_are_json_too_and_schedules_are_text_or_drawings() {
     assert!(list.starts_with("rank 0 stages 0 31: F0@0"), "{}", &list[..80]);
     run(folder.path(), 0, &[&DEEPSEEK[..], &["--schedule", "list.svg"]].concat());
     assert!(fs::read_to_string(folder.path().join("list.svg")).unwrap().starts_with("<svg"));
+}
+
+/// Work of more than a moment shows a bar on a terminal, the drawing of a long step its two ends.
+#[test]
+fn long_steps_are_waited_for_and_drawn_in_part() {
+    let folder = tempdir().unwrap();
+    let folder = folder.path();
+    let ask = ["plan", "Llama-3.1-405B", "h100x16128", "--layout", "tp8 pp126 dp16 1f1b", "--batch", "16384"];
+    let line = ask.map(|word| format!("'{word}'")).join(" ");
+    let shown = Command::new("script")
+        .args(["-qec", &format!("{} {line}", env!("CARGO_BIN_EXE_unisono")), "/dev/null"])
+        .stdin(Stdio::null())
+        .output();
+    // Not every system has util-linux.
+    if let Ok(shown) = shown {
+        let shown = String::from_utf8_lossy(&shown.stdout).into_owned();
+        assert!(shown.contains("trying changes"), "{shown}");
+    }
+    let files = ["--schedule", "long.svg", "--report", "long.html"];
+    let said = run(folder, 0, &[&ask[..], &files].concat()).err;
+    assert!(
+        said.starts_with("note: long.svg: 32,") && said.contains(" boxes, those that begin in the first "),
+        "{said}"
+    );
+    for file in ["long.svg", "long.html"] {
+        let text = fs::read_to_string(folder.join(file)).unwrap();
+        assert!(text.len() < 8_000_000 && text.contains(" boxes: from "), "{file}: {} bytes", text.len());
+    }
 }
 
 #[test]
