@@ -218,7 +218,7 @@ fn given(
     }
     let priced = Pricer::new(model, cluster, training)
         .price_simulated(&layout)
-        .map_err(|error| CliError::usage(format!("--layout {layout}: {error}")))?;
+        .map_err(|error| impossible(model, training, layout, &error))?;
     let outlook = Outlook::of(&priced, cluster, &layout, training);
     Ok(Plan {
         number: 0,
@@ -227,6 +227,19 @@ fn given(
         layout,
         priced,
     })
+}
+
+/// Why a layout cannot be, and where its schedule is why, the nearest one that can.
+fn impossible(
+    model: &Architecture,
+    training: &Training,
+    layout: Parallelism,
+    error: &ParallelismError,
+) -> CliError {
+    let of_schedule = matches!(error, ParallelismError::Schedule(_));
+    let nearest = layout.nearest(model, training).filter(|_| of_schedule);
+    let nearest = nearest.map_or_else(String::new, |nearest| format!("; nearest: {nearest}"));
+    CliError::usage(format!("--layout {layout}: {error}{nearest}"))
 }
 
 /// The words of `layout` that must be smaller, as they then are: replicas before what splits the model, of that the largest

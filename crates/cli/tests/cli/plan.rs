@@ -149,8 +149,13 @@ fn the_nearest_that_the_engine_runs_is_emitted_when_asked_for() {
 fn the_impossible_names_the_nearest_possible() {
     let folder = tempdir().unwrap();
     let long = ["plan", "Llama-3.1-405B", "h100x8", "--batch", "1", "--sequence", "131072"];
-    let cases: [(&[&str], &str); 10] = [
+    let cases: [(&[&str], &str); 12] = [
         (&["plan", "deepseek-v4", "h800x8"], "nearest: DeepSeek-V3"),
+        (&["plan", "DeepSeek-V3", "mi355x64"], "nearest: mi355xx64"),
+        (
+            &["plan", "Llama-3.1-8B", "h100x64", "--layout", "pp4 dp16 zb1p vp2"],
+            "one stage a rank; nearest: pp4 dp16 mb1 zb1p zero1\n",
+        ),
         (&["plan", "DeepSeek-V3", "h900x8"], "nearest: H"),
         (&["plan", "Llama-3.1-8B", "h100x64", "--layout", "tp3 dp16"], "nearest: 2"),
         (&["plan", "DeepSeek-V3", "h800x8"], "256 GPUs with a batch of"),
@@ -449,6 +454,16 @@ fn what_would_have_no_effect_is_refused() {
             "{said}"
         );
     }
+    for (more, expected) in [
+        (["h100x8", "--wire", "f32"], "or add --precision f32"),
+        (["h100x8", "--wire", "mxfp8"], "--wire mxfp8: H100 has no units for it; nearest: fp8"),
+        (["a100x8", "--wire", "nvfp4"], "--wire nvfp4: A100 has no units for it; nearest: fp8"),
+    ] {
+        let said = run(folder, 2, &[&["plan", "Qwen3-30B-A3B"][..], &more].concat()).err;
+        assert!(said.contains(expected), "{said}");
+    }
+    let wide = ["plan", "Qwen3-30B-A3B", "h100x64", "--layout", "ep8 dp64 zero3", "--wire", "f32"];
+    run(folder, 0, &[&wide[..], &["--precision", "f32"]].concat());
     let compare = ["plan", "compare", "--model", "Llama-3.1-8B", "--cluster"];
     let said = run(folder, 2, &[&compare[..], &["h100x8", "--skew", "1"]].concat()).err;
     assert!(said.contains("--skew is about experts"), "{said}");
