@@ -85,7 +85,7 @@ pub fn run(ask: &Ask<'_>, hosts: Option<&str>) -> Result<u8, CliError> {
         let entry = |choice: &Choice| entry(choice, free);
         let object = json!({
             "cpu": hosts.machine.cpu, "hosts": hosts.count(), "simulated_s": step.simulated.seconds,
-            "layouts": choices.iter().map(entry).collect::<Vec<_>>(),
+            "chosen": entry(best), "layouts": choices.iter().map(entry).collect::<Vec<_>>(),
         });
         say(&format!("{object}\n"));
         return Ok(DONE);
@@ -137,7 +137,7 @@ fn entry(choice: &Choice, free: u64) -> serde_json::Value {
     let LocalLayout { hosts, ranks, threads, config } = &choice.layout;
     let phases = choice.price.phases.iter();
     json!({
-        "hosts": hosts, "ranks": ranks, "threads": threads, "zero": config.layout.zero,
+        "name": choice.layout.name(), "hosts": hosts, "ranks": ranks, "threads": threads, "zero": config.layout.zero,
         "recompute": config.train.recompute, "dispatch": config.layout.dispatch, "step_s": choice.price.step_s,
         "step_interval_80_s": choice.price.interval_s,
         "network_s": choice.price.network_s, "waited_s": choice.price.waited_s,
