@@ -231,6 +231,7 @@ mod tests {
             crate::verify::BAR,
             crate::compare::BAR,
             crate::plan::answer::BAR,
+            crate::plan::answer::TRIALS_BAR,
             crate::plan::trace::BAR,
         ] {
             assert!(ProgressStyle::with_template(template).is_ok(), "{template}");

@@ -34,10 +34,36 @@ pub struct Change {
     pub fits: bool,
 }
 
+/// A change to try; each takes a simulation.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Trial {
+    place: Place,
+    what: String,
+    layout: Parallelism,
+    /// Where another cluster or training is tried.
+    other: Option<Box<(Cluster, Training)>>,
+    /// Times as many sequences as before.
+    batch: f64,
+}
+
+impl Trial {
+    /// What the change would bring to `model`, whose layout takes `now` with `pricer`; nothing where it cannot be.
+    pub fn price(&self, model: &Architecture, pricer: &Pricer, now: &Priced) -> Option<Change> {
+        let then = match self.other.as_deref() {
+            Some((cluster, training)) => Pricer::new(model, cluster, training).price_simulated(&self.layout),
+            None => pricer.price_simulated(&self.layout),
+        };
+        let then = then.ok()?;
+        let step = then.step().times(self.batch.recip());
+        let saves = 1.0 - step.value / now.step_s;
+        Some(Change { place: self.place, what: self.what.clone(), step, saves, fits: then.fits })
+    }
+}
+
 /// Savings below this are noise.
 const LEAST_SAVING: f64 = 0.002;
 
-/// Tries changes one at a time and ranks those that fit by what they save, the best of each kind; `most` of them.
+/// Tries changes one at a time and ranks those that help; `most` of them.
 pub fn changes(
     model: &Architecture,
     cluster: &Cluster,
@@ -47,9 +73,20 @@ pub fn changes(
 ) -> Vec<Change> {
     let pricer = Pricer::new(model, cluster, training);
     let Ok(now) = pricer.price_simulated(layout) else { return Vec::new() };
-    let mut found = layout_changes(&pricer, layout, &now);
-    found.extend(training_changes(model, cluster, layout, training, &now));
-    found.extend(cluster_changes(model, cluster, layout, training, &now));
+    let trials = trials(cluster, layout, training);
+    best_changes(trials.iter().filter_map(|trial| trial.price(model, &pricer, &now)).collect(), most)
+}
+
+/// All changes that are tried, one at a time.
+pub fn trials(cluster: &Cluster, layout: &Parallelism, training: &Training) -> Vec<Trial> {
+    let mut all = layout_trials(layout);
+    all.extend(training_trials(cluster, layout, training));
+    all.extend(cluster_trials(cluster, layout, training));
+    all
+}
+
+/// Changes that fit, by what they save, the best of each kind; `most` of them.
+pub fn best_changes(mut found: Vec<Change>, most: usize) -> Vec<Change> {
     found.retain(|change| change.fits && change.saves > LEAST_SAVING);
     found.sort_by(|a, b| b.saves.total_cmp(&a.saves).then(a.what.cmp(&b.what)));
     // One change of the layout stands for its neighbours.
@@ -62,13 +99,8 @@ pub fn changes(
     found
 }
 
-fn change(place: Place, what: impl Into<String>, now: &Priced, then: &Priced, batch: f64) -> Change {
-    let step = then.step().times(batch.recip());
-    Change { place, what: what.into(), step, saves: 1.0 - step.value / now.step_s, fits: then.fits }
-}
-
 /// Every degree doubled at the cost of another, other schedules, other recomputation.
-fn layout_changes(pricer: &Pricer, layout: &Parallelism, now: &Priced) -> Vec<Change> {
+fn layout_trials(layout: &Parallelism) -> Vec<Trial> {
     let mut tried: Vec<Parallelism> = Vec::new();
     for up in 0..4 {
         for down in (0..4).filter(|down| *down != up) {
@@ -95,27 +127,20 @@ fn layout_changes(pricer: &Pricer, layout: &Parallelism, now: &Priced) -> Vec<Ch
             tried.push(Parallelism { schedule, virtual_stages, ..*layout });
         }
     }
-    let priced = tried.iter().filter(|other| *other != layout).filter_map(|other| {
-        let then = pricer.price_simulated(other).ok()?;
-        Some(change(Place::Layout, format!("lay it out as {other}"), now, &then, 1.0))
-    });
-    priced.collect()
+    let trial = |layout: Parallelism| {
+        let what = format!("lay it out as {layout}");
+        Trial { place: Place::Layout, what, layout, other: None, batch: 1.0 }
+    };
+    tried.into_iter().filter(|other| other != layout).map(trial).collect()
 }
 
-fn training_changes(
-    model: &Architecture,
-    cluster: &Cluster,
-    layout: &Parallelism,
-    training: &Training,
-    now: &Priced,
-) -> Vec<Change> {
+fn training_trials(cluster: &Cluster, layout: &Parallelism, training: &Training) -> Vec<Trial> {
     let mut out = Vec::new();
     let mut with = |what: &str, batch: f64, edit: &dyn Fn(&mut Training)| {
         let mut other = training.clone();
         edit(&mut other);
-        if let Ok(then) = Pricer::new(model, cluster, &other).price_simulated(layout) {
-            out.push(change(Place::Training, what, now, &then, batch));
-        }
+        let other = Some(Box::new((cluster.clone(), other)));
+        out.push(Trial { place: Place::Training, what: what.into(), layout: *layout, other, batch });
     };
     let narrow = cluster.gpu.fp8_flops > cluster.gpu.bf16_flops;
     if narrow && !training.compute.is_narrow() {
@@ -140,20 +165,13 @@ fn training_changes(
     out
 }
 
-fn cluster_changes(
-    model: &Architecture,
-    cluster: &Cluster,
-    layout: &Parallelism,
-    training: &Training,
-    now: &Priced,
-) -> Vec<Change> {
+fn cluster_trials(cluster: &Cluster, layout: &Parallelism, training: &Training) -> Vec<Trial> {
     let mut out = Vec::new();
     let mut with = |what: String, edit: &dyn Fn(&mut Cluster)| {
         let mut other = cluster.clone();
         edit(&mut other);
-        if let Ok(then) = Pricer::new(model, &other, training).price_simulated(layout) {
-            out.push(change(Place::Cluster, what, now, &then, 1.0));
-        }
+        let other = Some(Box::new((other, training.clone())));
+        out.push(Trial { place: Place::Cluster, what, layout: *layout, other, batch: 1.0 });
     };
     for (at, level) in cluster.levels.iter().enumerate() {
         with(format!("twice the bandwidth of {}", level.name), &|cluster| {

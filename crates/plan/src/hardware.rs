@@ -43,7 +43,7 @@ pub struct Cluster {
     pub levels: Vec<Level>,
     /// Price.
     pub price_usd_per_gpu_hour: f64,
-    /// Failures that end a step, a GPU and hour.
+    /// Failures that end a step, a GPU and hour; 0 for none.
     pub failures_per_gpu_hour: f64,
 }
 
@@ -89,6 +89,18 @@ pub enum ClusterError {
     /// Not the expected TOML.
     #[error("cluster file: {0}")]
     Toml(String),
+}
+
+impl ClusterError {
+    /// The same where so many were asked for: of a GPU that ends in an x both are needed, `mi355xx64`.
+    fn of_count(self, count: &str) -> Self {
+        match self {
+            Self::UnknownGpu { name, nearest } if nearest.to_ascii_lowercase() == format!("{name}x") => {
+                Self::UnknownGpu { nearest: format!("{name}xx{count}"), name }
+            }
+            other => other,
+        }
+    }
 }
 
 impl Cluster {
@@ -137,7 +149,7 @@ impl Cluster {
                 let rule = "must be a GPU, an x and a count, such as h800x2048".to_string();
                 ClusterError::Field { field: "name", value: name.to_string(), rule }
             })?;
-        let gpu = Gpu::named(gpu)?;
+        let gpu = Gpu::named(gpu).map_err(|error| error.of_count(count))?;
         let gpus = count.parse().map_err(|_| ClusterError::Field {
             field: "gpus",
             value: count.to_string(),
@@ -212,6 +224,7 @@ mod tests {
     fn impossible_clusters_name_the_nearest_possible() {
         let said = |name: &str| Cluster::parse(name).unwrap_err().to_string();
         assert_eq!(said("h900x8"), "GPU \"h900\" is not known; nearest: H100");
+        assert_eq!(said("mi355x64"), "GPU \"mi355\" is not known; nearest: mi355xx64");
         assert_eq!(said("h100x0"), "cluster gpus = 0: must be between 1 and 1048576");
         assert_eq!(said("h100"), "cluster name = h100: must be a GPU, an x and a count, such as h800x2048");
         assert_eq!(said("h100xmany"), "cluster gpus = many: must be a number, such as 2048");

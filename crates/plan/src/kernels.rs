@@ -172,13 +172,13 @@ struct Source {
 
 impl Source {
     /// The table of this GPU and precision, else of the sibling, else of the next wider precision, else of H100 in bf16.
-    fn of(grids: &'static [Grid], gpu: &str, precision: Precision) -> Self {
-        let (from, factor) = sibling(gpu);
+    fn of(grids: &'static [Grid], gpu: &Gpu, precision: Precision) -> Self {
+        let (from, factor) = sibling(gpu.name);
         let found = |gpu: &str, name: &str| grids.iter().find(|g| g.gpu == gpu && g.precision == name);
         let names = substitutes(precision);
         let own = names.iter().find_map(|name| found(from, name));
         let grid = own.or_else(|| names.iter().find_map(|name| found("H100", name))).unwrap_or(&grids[0]);
-        let measured = grid.gpu == gpu && grid.precision == names[0];
+        let measured = grid.gpu == gpu.name && !gpu.described && grid.precision == names[0];
         let origin = match measured {
             true => Origin::Measured,
             false => Origin::Borrowed { gpu: &grid.gpu, precision: &grid.precision, factor },
@@ -215,7 +215,7 @@ pub struct KernelModel {
 impl KernelModel {
     /// The model of a GPU. Cheap: tables are read once in a process.
     pub fn of(gpu: &Gpu) -> Self {
-        let sources = |grids: &'static [Grid]| Precision::ALL.map(|p| Source::of(grids, gpu.name, p));
+        let sources = |grids: &'static [Grid]| Precision::ALL.map(|p| Source::of(grids, gpu, p));
         let gemm = sources(&GEMM);
         // A product with 64 rows only streams its weights: 1 GiB of them.
         let memory_efficiency = gemm[Precision::Bf16 as usize].grid.at([64.0, 65_536.0, 8192.0]);
@@ -244,7 +244,8 @@ impl KernelModel {
             Origin::Measured => 0.0,
             Origin::Borrowed { precision: from, .. } => {
                 let same_format = substitutes(precision).first() == Some(&from);
-                if SAME_DIE.contains(&self.gpu.name) && same_format { same } else { other }
+                let same_die = SAME_DIE.contains(&self.gpu.name) && !self.gpu.described;
+                if same_die && same_format { same } else { other }
             }
         }
     }
@@ -374,6 +375,15 @@ mod tests {
             spread("H100", Precision::Nvfp4),
         ];
         assert_eq!(said, [0.0, 0.09, 0.19, 0.19]);
+        let described = |gpu: &str| Gpu { described: true, ..Gpu::named(gpu).unwrap() };
+        for gpu in ["H100", "H800"].map(described) {
+            let kernels = KernelModel::of(&gpu);
+            assert_eq!(kernels.borrowed_spread(Kernel::Gemm, Precision::Bf16), 0.19);
+            assert_eq!(
+                kernels.origin(Kernel::Gemm, Precision::Bf16).to_string(),
+                "borrowed from H100 in bf16"
+            );
+        }
     }
 
     #[test]

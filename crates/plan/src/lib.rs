@@ -28,7 +28,7 @@ mod table;
 mod unevenness;
 pub mod validate;
 
-pub use advice::{Change, Place, bottleneck, changes};
+pub use advice::{Change, Place, Trial, best_changes, bottleneck, changes, trials};
 pub use architecture::{
     Architecture, Attention, FeedForward, HuggingFaceError, LayerKind, LayerParameters, Mixer, MoeShape,
     Numerics, Pattern, SizeError, StateSpace, UnknownModel, Window,

@@ -32,7 +32,7 @@ pub struct Outlook {
     pub checkpoint_s: f64,
     /// The interval between checkpoints that loses least (Young, 1974): sqrt(2 x time of one x time between failures).
     pub checkpoint_every_s: f64,
-    /// Time between failures of any GPU.
+    /// Time between failures of any GPU; without end where there are none, as is then the interval between checkpoints.
     pub failure_every_s: f64,
     /// Whether failures are so rare that the interval and what follows mean anything: Young's formula takes at most one failure
     /// between two checkpoints for granted, and a restart that is short beside the time between failures.
@@ -59,7 +59,8 @@ impl Outlook {
         let failure_every_s = HOUR_S / (cluster.failures_per_gpu_hour * gpus);
         let checkpoint_every_s = (2.0 * checkpoint_s * failure_every_s).sqrt();
         let lost_s = checkpoint_every_s / 2.0 + RESTART_S;
-        let lost = checkpoint_s / checkpoint_every_s + lost_s / failure_every_s;
+        let fails = cluster.failures_per_gpu_hour > 0.0;
+        let lost = if fails { checkpoint_s / checkpoint_every_s + lost_s / failure_every_s } else { 0.0 };
         let goodput = 1.0 / (1.0 + lost);
         let gpu_hours = gpus * train_s / HOUR_S;
         let usd_without_failures = gpu_hours * cluster.price_usd_per_gpu_hour;
@@ -77,6 +78,11 @@ impl Outlook {
             usd: step.growing(usd_without_failures / goodput),
             usd_without_failures: step.growing(usd_without_failures),
         }
+    }
+
+    /// Whether there are failures, hence checkpoints.
+    pub fn fails(&self) -> bool {
+        self.failure_every_s.is_finite()
     }
 
     /// GPU-hours of training alone for 10^12 tokens.

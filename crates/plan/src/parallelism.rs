@@ -299,6 +299,29 @@ impl Parallelism {
         Ok(self.schedule.check_sizes(self.pipeline, self.virtual_stages, micro_batches)?)
     }
 
+    /// The layout on as many GPUs that can be and differs from this one in the fewest words about its pipeline: the
+    /// micro-batch before stages a rank before the schedule. For layouts whose schedule cannot be.
+    pub fn nearest(&self, model: &Architecture, training: &Training) -> Option<Self> {
+        let halves =
+            std::iter::successors(Some(self.micro_batch), |half| Some(half / 2).filter(|half| *half > 0));
+        let mut found = Vec::new();
+        for micro_batch in halves {
+            for virtual_stages in [self.virtual_stages, 1, 2] {
+                for schedule in [self.schedule].into_iter().chain(ScheduleKind::ALL) {
+                    found.push(Self { micro_batch, virtual_stages, schedule, ..*self });
+                }
+            }
+        }
+        let changed = |other: &Self| {
+            let micro_batch = other.micro_batch != self.micro_batch;
+            let (stages, schedule) =
+                (other.virtual_stages != self.virtual_stages, other.schedule != self.schedule);
+            (u8::from(micro_batch) + u8::from(stages) + u8::from(schedule), schedule, stages)
+        };
+        found.sort_by_key(changed);
+        found.into_iter().find(|other| other.check(model, training).is_ok())
+    }
+
     fn check_positive(&self, training: &Training) -> Result<(), ParallelismError> {
         let degrees = [
             ("tensor", self.tensor),
@@ -433,6 +456,23 @@ mod tests {
             said(|l, _| l.virtual_stages = 2),
             "1f1b cannot run 32 micro-batches on 1 pipeline ranks with 2 stages each: it holds one stage a rank"
         );
+    }
+
+    #[test]
+    fn a_schedule_that_cannot_be_has_a_neighbour_that_can() {
+        let model = Architecture::built_in("Llama-3.1-8B").unwrap();
+        let nearest = |text: &str, global_batch: usize| {
+            let layout: Parallelism = text.parse().unwrap();
+            let training = Training { global_batch, ..training() };
+            assert!(layout.check(&model, &training).is_err(), "{text}");
+            layout.nearest(&model, &training).map(|layout| layout.to_string())
+        };
+        let some = |text: &str| Some(text.to_string());
+        assert_eq!(nearest("pp4 dp16 zb1p vp2", 512), some("pp4 dp16 mb1 zb1p zero1"));
+        assert_eq!(nearest("pp4 dp16 vp4 dualpipev", 512), some("pp4 vp2 dp16 mb1 dualpipev zero1"));
+        assert_eq!(nearest("pp4 dp2 mb4 vp2", 16), some("pp4 vp2 dp2 mb2 interleaved zero1"));
+        assert_eq!(nearest("pp4 dp2 vp2", 12), some("pp4 dp2 mb1 1f1b zero1"));
+        assert_eq!(nearest("dp3", 16), None);
     }
 
     #[test]

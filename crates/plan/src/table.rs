@@ -60,6 +60,15 @@ impl<'a> Row<'a> {
     }
 }
 
+/// Whether a text begins with a number that nothing measures: zero, one below it or one without end.
+pub(crate) fn is_impossible(text: &str) -> bool {
+    let first = text.split_whitespace().next().unwrap_or("");
+    let positive = text.strip_prefix('-');
+    let zero = number(text).is_some_and(|(value, _)| value == 0.0);
+    zero || positive.is_some_and(|rest| number(rest).is_some())
+        || first.parse::<f64>().is_ok_and(f64::is_infinite)
+}
+
 /// Words after a number that make it the count of something else.
 const OTHER_THINGS: [&str; 12] =
     ["node", "nodes", "server", "servers", "host", "hosts", "tokens", "tok", "m", "b", "gb", "gib"];
@@ -241,6 +250,9 @@ mod tests {
             let table = Table::parse(&format!("b,c\n{text},x\n"));
             assert_eq!(table.rows().next().expect("one row").quantity("b", &units), expected, "{text}");
         }
+        let impossible = ["0", "0.0 s", "-5", "-5ms", "1e400", "-inf s", "inf"];
+        assert!(impossible.iter().all(|text| is_impossible(text)));
+        assert!(!["5", "", "n/a", "-", "NaN", "5-6", "1e-300"].iter().any(|text| is_impossible(text)));
         let said = ["4M tokens", "16m", "4194304 tokens", "512", "4.2M tokens"].map(tokens);
         assert_eq!(said, [Some(4_194_304), Some(16_777_216), Some(4_194_304), None, None]);
     }

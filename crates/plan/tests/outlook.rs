@@ -65,6 +65,17 @@ fn failures_that_come_too_often_for_youngs_formula_are_seen() {
 }
 
 #[test]
+fn without_failures_all_of_the_time_trains() {
+    let (model, cluster, training, layout) = deepseek();
+    let priced = Pricer::new(&model, &cluster, &training).price(&layout).unwrap();
+    let lasting = Cluster { failures_per_gpu_hour: 0.0, ..cluster };
+    let outlook = Outlook::of(&priced, &lasting, &layout, &training);
+    assert!(!outlook.fails() && outlook.failures_are_rare);
+    assert_eq!((outlook.goodput, outlook.usd), (1.0, outlook.usd_without_failures));
+    assert!((outlook.days.value * 24.0 * 2048.0 / outlook.gpu_hours.value - 1.0).abs() < 1e-12);
+}
+
+#[test]
 fn bytes_by_link_follow_the_formulas() {
     let (model, cluster, training, layout) = deepseek();
     let traffic = Pricer::new(&model, &cluster, &training).traffic(&layout);

@@ -293,7 +293,7 @@ fn a_simulated_step_draws_and_traces_every_op() {
     let costs = UniformCosts { stages: vec![stage([1.0, 1.0, 1.0], 0.2); 4], ..UniformCosts::default() };
     let simulated = simulate(&schedule, &costs, Replicas::all(1), true).expect("runs");
     assert_eq!(simulated, simulate(&schedule, &costs, Replicas::all(1), true).expect("runs"));
-    let drawing = svg(&schedule, &simulated);
+    let (drawing, cut) = svg(&schedule, &simulated, usize::MAX);
     let ops = schedule.ranks.iter().flatten();
     let halves: usize = ops.map(|op| if matches!(op, Op::Overlapped { .. }) { 2 } else { 1 }).sum();
     assert_eq!(drawing.matches("<rect").count(), halves);
@@ -303,6 +303,18 @@ fn a_simulated_step_draws_and_traces_every_op() {
     let compute: f64 =
         events.iter().filter(|e| e.rank == 1 && e.lane == Lane::Compute).map(|e| e.seconds).sum();
     assert!(close(compute, simulated.ranks[1].compute_s) && close(compute, 24.0));
+    assert_eq!(cut, None);
+    let (some, cut) = svg(&schedule, &simulated, 8);
+    let (cut, boxes) = (cut.expect("too many"), drawing.matches("<title>").count());
+    assert_eq!((cut.all, cut.kept), (boxes, some.matches("<title>").count()));
+    assert!(cut.kept.abs_diff(8) <= 4 && boxes > 16, "{cut:?}");
+    assert!(some.contains("<title>F0@0</title>") && some.contains(&format!("{} of {boxes} boxes", cut.kept)));
+    let end = |text: &str| {
+        text.split("width=\"")
+            .filter_map(|rest| rest.split('"').next()?.parse::<f64>().ok())
+            .fold(0.0, f64::max)
+    };
+    assert!(end(&some) > end(&drawing), "what is left is drawn larger");
 }
 
 #[test]

@@ -1,6 +1,7 @@
 //! Validation reads any table and counts as it says.
 
 use proptest::prelude::*;
+use unisono_plan::ParallelismError;
 use unisono_plan::validate::{
     MemoryKind, Prediction, PricePath, Validation, check_cases, check_models, validate, validate_with,
 };
@@ -20,12 +21,7 @@ fn ten_seconds(rows: &[String]) -> Validation {
     let text = format!("{HEADER}\n{}\n", rows.join("\n"));
     validate_with(&text, None, &|_, _, layout, _, _| {
         let memory_bytes = (layout.micro_batch as f64 * 44.0) * (1u64 << 30) as f64;
-        Some(Prediction {
-            step_s: 10.0,
-            interval_s: [8.0, 12.0],
-            memory_bytes,
-            last_rank_bytes: memory_bytes,
-        })
+        Ok(Prediction { step_s: 10.0, interval_s: [8.0, 12.0], memory_bytes, last_rank_bytes: memory_bytes })
     })
 }
 
@@ -77,7 +73,7 @@ fn tau_compares_distinct_plans_on_as_many_gpus() {
     );
     let found = validate_with(&text, None, &|_, _, layout, _, _| {
         let step_s = 10.0 - layout.micro_batch as f64;
-        Some(Prediction { step_s, interval_s: [1.0, 20.0], memory_bytes: 1.0, last_rank_bytes: 1.0 })
+        Ok(Prediction { step_s, interval_s: [1.0, 20.0], memory_bytes: 1.0, last_rank_bytes: 1.0 })
     });
     // Pairs on 8 GPUs: two agree, one does not.
     near(found.all.tau, 1.0 / 3.0);
@@ -89,7 +85,7 @@ fn what_is_left_open_is_chosen_in_closed_form_and_simulated() {
     let found = validate_with(&text, None, &|_, _, layout, _, path| {
         let simulated = path == PricePath::Simulated;
         let step_s = layout.micro_batch as f64 + if simulated { 4.0 } else { 0.0 };
-        Some(Prediction { step_s, interval_s: [1.0, 20.0], memory_bytes: 1.0, last_rank_bytes: 1.0 })
+        Ok(Prediction { step_s, interval_s: [1.0, 20.0], memory_bytes: 1.0, last_rank_bytes: 1.0 })
     });
     let row = &found.rows[0];
     assert!(row.plan.contains("mbs1 "), "{}", row.plan);
@@ -210,6 +206,106 @@ fn impossible_stages_and_micro_batches_are_left_out_before_the_row_is() {
 }
 
 #[test]
+fn a_row_without_a_layout_says_why() {
+    let of = |gpus: &str, tensor: usize, heads: &str| {
+        format!(
+            "1,a,,e2e,Llama-3.1-8B,,{heads},H100,{gpus},BF16,4096,56,1,{tensor},1,,1,1,,,,none,x,,9,,,,,yes"
+        )
+    };
+    let text = [of("56", 7, ""), of("64", 7, "")];
+    let found = validate(&format!("{HEADER}\n{}\n", text.join("\n")), None).rows;
+    let said = |at: usize| found[at].skipped.clone().unwrap_or_default();
+    assert!(said(0).ends_with("tensor = 7: must divide attention heads = 32; nearest: 8"), "{}", said(0));
+    assert!(said(1).ends_with("on 64 GPUs: they are no multiple of tp x pp x cp"), "{}", said(1));
+    assert!(found.iter().all(|row| row.complete));
+    let text = format!("{HEADER}\n{}\n", row(0, "Qwen3-30B-A3B", "8", "1", "9"));
+    let refused = ParallelismError::Degree { field: "tensor", value: 1, rule: "must be 2".into() };
+    let found = validate_with(&text, None, &|_, _, _, _, _| Err(refused.clone())).rows;
+    assert_eq!(found[0].skipped.as_deref(), Some("the plan cannot be priced: tensor = 1: must be 2"));
+}
+
+/// The figures that a table's other rows have.
+fn priced_alike(found: &Validation, without: &Validation) {
+    assert_eq!(found.all.plain, without.all.plain);
+    assert_eq!(found.all.released, without.all.released);
+    assert_eq!((found.all.memory, found.all.tau), (without.all.memory, without.all.tau));
+    assert_eq!(found.all.baseline_mape, without.all.baseline_mape);
+}
+
+#[test]
+fn what_cannot_be_measured_is_skipped_by_column_and_value() {
+    let rows: Vec<String> = ["8", "9", "10", "11", "12"]
+        .iter()
+        .enumerate()
+        .map(|(id, s)| row(id, "Qwen3-30B-A3B", "8", "1", s))
+        .collect();
+    let without = ten_seconds(&rows);
+    let with = |time: &str, tokens: &str, rate: &str| {
+        let odd = row(9, "Qwen3-30B-A3B", "8", "1", time);
+        let odd = odd.replace(&format!("{time},,,,40"), &format!("{time},{tokens},{rate},,"));
+        ten_seconds(&[&rows[..], &[odd]].concat())
+    };
+    let too_fast = "gives more than 1.5 times the GPU's peak rate";
+    let cases = [
+        ("1e-310", "", "", format!("step_time_s \"1e-310\" {too_fast}")),
+        ("1e-7", "", "", format!("step_time_s \"1e-7\" {too_fast}")),
+        ("0.5", "", "", format!("step_time_s \"0.5\" {too_fast}")),
+        ("1e300", "", "", "step_time_s \"1e300\" gives less than a 10,000th of the GPU's peak rate".into()),
+        ("-5", "", "", "step_time_s \"-5\" is no number above 0".into()),
+        ("1e400", "", "", "step_time_s \"1e400\" is no number above 0".into()),
+        ("", "1e9", "", format!("tokens_per_s_per_gpu \"1e9\" {too_fast}")),
+        ("", "", "4000", format!("tflops_per_gpu \"4000\" {too_fast}")),
+        ("", "0", "", "tokens_per_s_per_gpu \"0\" is no number above 0".into()),
+    ];
+    for (time, tokens, rate, expected) in cases {
+        let found = with(time, tokens, rate);
+        assert_eq!(found.rows[5].skipped, Some(expected));
+        assert!(!found.rows[5].complete);
+        priced_alike(&found, &without);
+    }
+    // What is printed otherwise counts.
+    let found = with("-5", "6500", "");
+    assert!(found.rows[5].time.is_some(), "{:?}", found.rows[5].skipped);
+    let memory = |gib: &str| {
+        let odd = row(9, "Qwen3-30B-A3B", "8", "1", "10").replace(",40,yes", &format!(",{gib},yes"));
+        ten_seconds(&[&rows[..], &[odd]].concat())
+    };
+    for (gib, wrong) in [
+        ("500", "is more than twice the GPU's memory"),
+        ("1e-300", "is less than a 10,000th of the GPU's memory"),
+        ("0", "is no number above 0"),
+    ] {
+        let found = memory(gib);
+        assert_eq!(found.rows[5].memory_skipped, Some(format!("mem_max_gib \"{gib}\" {wrong}")));
+        assert!(found.rows[5].time.is_some());
+        assert_eq!((found.all.memory, found.memory_skipped.len()), (without.all.memory, 1));
+    }
+}
+
+#[test]
+fn neither_names_nor_the_order_of_rows_decide() {
+    let blank =
+        |id: &str| format!("{id},a,,e2e,Llama-3.1-8B,,,H100,16,BF16,4096,64,1,,,,,,,,,none,NeMo,,2,,,,,yes");
+    let said = |id: &str, tensor: usize, step: &str| {
+        format!(
+            "{id},a,,e2e,Llama-3.1-8B,,,H100,16,BF16,4096,64,1,{tensor},1,,1,1,,,,none,NeMo,,{step},,,,,yes"
+        )
+    };
+    let plan = |rows: &[String]| -> String {
+        let found = validate(&format!("{HEADER}\n{}\n", rows.join("\n")), None).rows;
+        let blank = rows.iter().position(|row| row.contains(",64,1,,,")).expect("one row");
+        found[blank].plan.clone()
+    };
+    let expected = plan(&[blank("1"), said("2", 8, "3")]);
+    assert!(expected.starts_with("tp8 pp1x1"), "{expected}");
+    assert_eq!(plan(&[blank("1"), said("1", 8, "3")]), expected, "ids that repeat");
+    assert_eq!(plan(&[blank(""), said("", 8, "3")]), expected, "no ids");
+    let [first, other] = [said("2", 8, "3"), said("3", 4, "2.5")];
+    let tied = plan(&[blank("1"), first.clone(), other.clone()]);
+    assert_eq!(plan(&[other, blank("1"), first]), tied, "another order");
+}
+
+#[test]
 fn golden_values_are_apart_from_skipped_rows_and_kinds_of_memory_are_named() {
     let golden = "1,f,,ci_golden,,gpt3_mcore tp1_pp2,L12 h512 a8,A100,8,BF16,1024,32,4,1,2,,1,1,,,,,Megatron-Core CI,,,,,,2,yes";
     let titan = "2,f,,e2e,Llama-3.1-8B,,,H100,8,BF16,4096,16,2,1,1,,1,1,,,FSDP,none,torchtitan,,9,,,,40,yes";
@@ -218,7 +314,7 @@ fn golden_values_are_apart_from_skipped_rows_and_kinds_of_memory_are_named() {
     let text = format!("{HEADER}\n{golden}\n{titan}\n{bare}\n{lost}\n");
     let found = validate_with(&text, None, &|_, _, _, _, _| {
         let bytes = 20.0 * (1u64 << 30) as f64;
-        Some(Prediction {
+        Ok(Prediction {
             step_s: 9.0,
             interval_s: [8.0, 10.0],
             memory_bytes: 2.0 * bytes,

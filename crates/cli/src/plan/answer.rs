@@ -5,8 +5,9 @@ use std::time::Duration;
 
 use unisono_plan::search::{Found, Plan, Search};
 use unisono_plan::{
-    Architecture, Change, Cluster, Outlook, Parallelism, Percentiles, Priced, Pricer, Ranged, RankMemory,
-    Recomputation, RoutedStep, Routing, SimulatedStep, Traffic, Training, changes,
+    Architecture, Change, Cluster, Outlook, Parallelism, ParallelismError, Percentiles, Priced, Pricer,
+    Ranged, RankMemory, Recomputation, RoutedStep, Routing, SimulatedStep, Traffic, Training, best_changes,
+    trials,
 };
 
 use super::GIB;
@@ -17,6 +18,12 @@ use crate::style::short;
 
 /// The template of the bar of a search.
 pub const BAR: &str = "searching layouts {bar:30} {pos}/{len} parts  {elapsed}";
+
+/// The template of the bar of layouts that are simulated beside the chosen one.
+pub const TRIALS_BAR: &str = "trying changes {bar:30} {pos}/{len}  {elapsed}";
+
+/// Changes that are shown.
+const SHOWN_CHANGES: usize = 3;
 
 /// Parts that a search is cut into: enough for a bar that moves.
 const PARTS: usize = 64;
@@ -48,6 +55,8 @@ pub struct Answer {
     pub memory: Vec<RankMemory>,
     /// What would help most.
     pub changes: Vec<Change>,
+    /// What uneven routing makes of the chosen layout; `None` when it is even.
+    pub uneven: Option<Uneven>,
     /// What was asked to be computed again.
     pub recompute: Option<Recomputation>,
 }
@@ -108,11 +117,13 @@ impl Answer {
         };
         let pricer = Pricer::new(&model, &cluster, &training);
         let layout = chosen.layout;
+        let (changes, uneven) = tried(&model, &cluster, &training, &chosen);
         Ok(Self {
             outlook: Outlook::of(&chosen.priced, &cluster, &layout, &training),
             traffic: pricer.traffic(&layout),
             memory: (0..layout.pipeline).map(|rank| pricer.rank_memory(&layout, rank)).collect(),
-            changes: changes(&model, &cluster, &layout, &training, 3),
+            changes,
+            uneven,
             model,
             cluster,
             training,
@@ -125,19 +136,6 @@ impl Answer {
     /// A pricer of the question.
     pub fn pricer(&self) -> Pricer {
         Pricer::new(&self.model, &self.cluster, &self.training)
-    }
-
-    /// What uneven routing makes of the chosen layout; `None` when it is even.
-    pub fn uneven(&self) -> Option<Uneven> {
-        let (layout, pricer) = (&self.chosen.layout, self.pricer());
-        let rows = pricer.unevenness(layout);
-        if rows == Percentiles::EVEN {
-            return None;
-        }
-        let training = Training { routing: Routing::Balanced, ..self.training.clone() };
-        let even = Pricer::new(&self.model, &self.cluster, &training).price_simulated(layout).ok()?;
-        let slow = pricer.of_step(RoutedStep::Slow).price_simulated(layout).ok()?;
-        Some(Uneven { rows, slow_step: slow.step(), even_step: even.step(), even_bytes: even.bytes() })
     }
 
     /// The chosen layout's price in closed form, as the search pruned with it.
@@ -176,6 +174,32 @@ impl Answer {
     }
 }
 
+/// What is tried beside the chosen layout, on every core: the changes that would help most, and other routing.
+fn tried(
+    model: &Architecture,
+    cluster: &Cluster,
+    training: &Training,
+    chosen: &Plan,
+) -> (Vec<Change>, Option<Uneven>) {
+    let pricer = Pricer::new(model, cluster, training);
+    let trials = trials(cluster, &chosen.layout, training);
+    let even = Training { routing: Routing::Balanced, ..training.clone() };
+    let routed = [Pricer::new(model, cluster, &even), pricer.clone().of_step(RoutedStep::Slow)];
+    let rows = pricer.unevenness(&chosen.layout);
+    let routed = if rows == Percentiles::EVEN { &[][..] } else { &routed[..] };
+    let screen = Screen::new(TRIALS_BAR);
+    let found = spread(&screen, trials.len(), |at| trials[at].price(model, &pricer, &chosen.priced));
+    let steps = spread(&screen, routed.len(), |at| routed[at].price_simulated(&chosen.layout).ok());
+    screen.finish();
+    let uneven = match &steps[..] {
+        [Some(even), Some(slow)] => {
+            Some(Uneven { rows, slow_step: slow.step(), even_step: even.step(), even_bytes: even.bytes() })
+        }
+        _ => None,
+    };
+    (best_changes(found.into_iter().flatten().collect(), SHOWN_CHANGES), uneven)
+}
+
 /// A given layout, priced; more GPUs than there are is an error, fewer is not.
 fn given(
     model: &Architecture,
@@ -194,7 +218,7 @@ fn given(
     }
     let priced = Pricer::new(model, cluster, training)
         .price_simulated(&layout)
-        .map_err(|error| CliError::usage(format!("--layout {layout}: {error}")))?;
+        .map_err(|error| impossible(model, training, layout, &error))?;
     let outlook = Outlook::of(&priced, cluster, &layout, training);
     Ok(Plan {
         number: 0,
@@ -203,6 +227,19 @@ fn given(
         layout,
         priced,
     })
+}
+
+/// Why a layout cannot be, and where its schedule is why, the nearest one that can.
+fn impossible(
+    model: &Architecture,
+    training: &Training,
+    layout: Parallelism,
+    error: &ParallelismError,
+) -> CliError {
+    let of_schedule = matches!(error, ParallelismError::Schedule(_));
+    let nearest = layout.nearest(model, training).filter(|_| of_schedule);
+    let nearest = nearest.map_or_else(String::new, |nearest| format!("; nearest: {nearest}"));
+    CliError::usage(format!("--layout {layout}: {error}{nearest}"))
 }
 
 /// The words of `layout` that must be smaller, as they then are: replicas before what splits the model, of that the largest
@@ -334,7 +371,7 @@ fn nothing_fits(
         model.name,
         short(model.parameters() as u64),
         cluster.gpus,
-        cluster.gpu.name,
+        cluster.gpu.label(),
         training.global_batch,
         enough.unwrap_or_else(|| "nor would a thousand times as many".into())
     ))

@@ -58,7 +58,7 @@ pub fn run(args: &Compare) -> Result<u8, CliError> {
     let clusters =
         args.clusters.iter().map(|name| question::cluster(name)).collect::<Result<Vec<Cluster>, _>>()?;
     let wanted = Wanted { recompute: args.training.recompute, ..Wanted::default() };
-    let mut rows = Vec::new();
+    let (mut rows, mut all) = (Vec::new(), Vec::new());
     for (model, equal) in &models {
         for (cluster, name) in clusters.iter().zip(&args.clusters) {
             let training = args.training.training(model, cluster);
@@ -66,10 +66,17 @@ pub fn run(args: &Compare) -> Result<u8, CliError> {
                 Answer::to(model.architecture.clone(), cluster.clone(), training, wanted)
             });
             match answer {
-                Ok(answer) => rows.push(Row { answer, equal: *equal, cluster: name }),
+                Ok(answer) => {
+                    let row = Row { answer, equal: *equal, cluster: name };
+                    all.push(object(&row, args.baselines));
+                    rows.push(row);
+                }
                 Err(error) if models.len() * clusters.len() == 1 => return Err(error),
                 // One that cannot be says so; the others are compared.
-                Err(error) => complain("warning", &error.message),
+                Err(error) => {
+                    complain("warning", &error.message);
+                    all.push(failed(model, *equal, name, &error));
+                }
             }
         }
     }
@@ -77,7 +84,6 @@ pub fn run(args: &Compare) -> Result<u8, CliError> {
         return Err(CliError::usage("nothing to compare: no model fits any of the clusters"));
     }
     if args.json {
-        let all: Vec<Value> = rows.iter().map(|row| object(row, args.baselines)).collect();
         say(&format!("{}\n", Value::Array(all)));
     } else {
         print(&rows, args.baselines);
@@ -129,6 +135,15 @@ fn object(row: &Row, baselines: bool) -> Value {
         });
     }
     object
+}
+
+/// A combination without an answer, its names where those of others are.
+fn failed(model: &Model, equal: Option<Equal>, cluster: &str, error: &CliError) -> Value {
+    json!({
+        "model": {"name": model.architecture.name, "dense_of_equal": equal.map(Equal::name)},
+        "cluster": {"name": cluster},
+        "error": error.message,
+    })
 }
 
 fn synchronisation(answer: &Answer) -> Synchronisation {
@@ -207,7 +222,7 @@ fn uneven(rows: &[Row]) -> Vec<Vec<String>> {
     ];
     let mut table = vec![head.map(String::from).to_vec()];
     table.extend(rows.iter().filter_map(|row| {
-        let (uneven, priced) = (row.answer.uneven()?, &row.answer.chosen.priced);
+        let (uneven, priced) = (row.answer.uneven.as_ref()?, &row.answer.chosen.priced);
         Some(vec![
             row.answer.model.name.clone(),
             row.cluster.to_string(),

@@ -85,7 +85,7 @@ fn head(answer: &Answer, origin: &Origin, needs_data: bool) -> String {
         "# unisono plan: {} on {} {}, {layout}; predicted step {:.3} s.\n# {rest}\n# mpirun -n {} unisono train THIS_FILE{data}\n",
         answer.model.name,
         answer.cluster.gpus,
-        answer.cluster.gpu.name,
+        answer.cluster.gpu.label(),
         answer.chosen.priced.step_s,
         layout.gpus(),
     )

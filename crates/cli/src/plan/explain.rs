@@ -413,10 +413,14 @@ fn money(answer: &Answer) -> Vec<String> {
     let outlook = &answer.outlook;
     let dollars = Scale::dollars(outlook.usd.value);
     vec![
-        format!(
-            "  checkpoint interval (Young) sqrt(2 x {:.1} s x {:.0} s) = {:.0} s",
-            outlook.checkpoint_s, outlook.failure_every_s, outlook.checkpoint_every_s
-        ),
+        if outlook.fails() {
+            format!(
+                "  checkpoint interval (Young) sqrt(2 x {:.1} s x {:.0} s) = {:.0} s",
+                outlook.checkpoint_s, outlook.failure_every_s, outlook.checkpoint_every_s
+            )
+        } else {
+            "  no failures, hence no checkpoints".into()
+        },
         format!(
             "  {} GPU-hours x ${:.2} / {:.3} of the time that trains = {}",
             show::whole_hours(outlook.gpu_hours.value),

@@ -41,7 +41,7 @@ pub fn object(answer: &Answer) -> Value {
         "tflops_per_gpu_interval_80": answer.flops_per_s_per_gpu().times(1e-12).interval,
         "share_of_bf16_peak": answer.model_flops_share().value,
         "share_of_bf16_peak_interval_80": answer.model_flops_share().interval,
-        "routing": answer.uneven().map(|uneven| json!({
+        "routing": answer.uneven.map(|uneven| json!({
             "fullest_rank_p50": uneven.rows.p50,
             "fullest_rank_p95": uneven.rows.p95,
             "step_even_s": uneven.even_step.value,
@@ -84,7 +84,7 @@ fn cluster(cluster: &Cluster) -> Value {
         })
     };
     json!({
-        "gpu": cluster.gpu.name,
+        "gpu": cluster.gpu.label(),
         "gpus": cluster.gpus,
         "per_server": cluster.per_server,
         "nvlink_domain": cluster.nvlink_domain(),

@@ -6,7 +6,6 @@ use std::path::Path;
 use serde_json::json;
 use unisono_mesh::Fold;
 use unisono_plan::engine::LocalPrice;
-use unisono_plan::simulate::svg;
 use unisono_plan::{MemoryEstimate, SimulatedStep};
 use unisono_train::config::DispatchConfig;
 use unisono_train::system::{available_memory, readable};
@@ -80,14 +79,13 @@ pub fn run(ask: &Ask<'_>, hosts: Option<&str>) -> Result<u8, CliError> {
         trace::write(&step, to)?;
     }
     if let Some(to) = ask.schedule {
-        let drawn = to.extension().is_some_and(|extension| extension == "svg");
-        write(to, &if drawn { svg(&step.schedule, &step.simulated) } else { step.schedule.to_string() })?;
+        trace::write_schedule(&step, to)?;
     }
     if ask.json {
         let entry = |choice: &Choice| entry(choice, free);
         let object = json!({
             "cpu": hosts.machine.cpu, "hosts": hosts.count(), "simulated_s": step.simulated.seconds,
-            "layouts": choices.iter().map(entry).collect::<Vec<_>>(),
+            "chosen": entry(best), "layouts": choices.iter().map(entry).collect::<Vec<_>>(),
         });
         say(&format!("{object}\n"));
         return Ok(DONE);
@@ -139,7 +137,7 @@ fn entry(choice: &Choice, free: u64) -> serde_json::Value {
     let LocalLayout { hosts, ranks, threads, config } = &choice.layout;
     let phases = choice.price.phases.iter();
     json!({
-        "hosts": hosts, "ranks": ranks, "threads": threads, "zero": config.layout.zero,
+        "name": choice.layout.name(), "hosts": hosts, "ranks": ranks, "threads": threads, "zero": config.layout.zero,
         "recompute": config.train.recompute, "dispatch": config.layout.dispatch, "step_s": choice.price.step_s,
         "step_interval_80_s": choice.price.interval_s,
         "network_s": choice.price.network_s, "waited_s": choice.price.waited_s,

@@ -16,7 +16,6 @@ use std::path::{Path, PathBuf};
 
 use clap::{Args, Subcommand};
 use unisono_plan::engine::HostCluster;
-use unisono_plan::simulate::svg;
 use unisono_plan::{Architecture, Gpu, Parallelism};
 
 use crate::error::{CliError, DONE, STORAGE};
@@ -142,10 +141,7 @@ fn ask(args: &Ask) -> Result<u8, CliError> {
         trace::write(&answer.simulate()?, path)?;
     }
     if let Some(path) = &args.schedule {
-        let step = answer.simulate()?;
-        let drawn = path.extension().is_some_and(|extension| extension == "svg");
-        let text = if drawn { svg(&step.schedule, &step.simulated) } else { step.schedule.to_string() };
-        write(path, &text)?;
+        trace::write_schedule(&answer.simulate()?, path)?;
     }
     if let Some(path) = &args.report {
         write(path, &report::page(&answer)?)?;

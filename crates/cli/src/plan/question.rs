@@ -137,6 +137,7 @@ impl TrainingArgs {
         let usual = if config.is_some() { Precision::F32 } else { Precision::Bf16 };
         let precision = self.precision.unwrap_or(usual);
         check_units(precision, cluster)?;
+        self.check_wire(precision, cluster)?;
         let sequence = match (self.sequence, config) {
             (Some(sequence), _) => sequence as usize,
             (None, Some(config)) => config.train.sequence_length,
@@ -170,6 +171,20 @@ impl TrainingArgs {
         })
     }
 
+    /// Refuses a wire that rows cannot or would not travel in.
+    fn check_wire(&self, precision: Precision, cluster: &Cluster) -> Result<(), CliError> {
+        match self.wire {
+            Some(Precision::F32) if precision != Precision::F32 => Err(CliError::usage(format!(
+                "--wire f32: rows are no wider than the results of products in {precision}, which have 16 bits: leave it out for bf16, or add --precision f32"
+            ))),
+            Some(wire @ (Precision::Mxfp8 | Precision::Nvfp4)) if !has_units(wire, cluster) => {
+                let gpu = cluster.gpu.label();
+                Err(CliError::usage(format!("--wire {wire}: {gpu} has no units for it; nearest: fp8")))
+            }
+            _ => Ok(()),
+        }
+    }
+
     fn routing(&self) -> Result<Routing, CliError> {
         let skew = self.skew.unwrap_or(0.0);
         if !(0.0..=Routing::STEEPEST).contains(&skew) {
@@ -186,18 +201,21 @@ impl TrainingArgs {
     }
 }
 
-/// Refuses a format that the GPU has no units for.
-fn check_units(precision: Precision, cluster: &Cluster) -> Result<(), CliError> {
-    let has = |format: &Precision| match format {
+fn has_units(precision: Precision, cluster: &Cluster) -> bool {
+    match precision {
         Precision::Fp8 => cluster.gpu.fp8_flops > cluster.gpu.bf16_flops,
         Precision::Mxfp8 | Precision::Nvfp4 => cluster.gpu.fp4_flops > cluster.gpu.fp8_flops,
         _ => true,
-    };
-    if has(&precision) {
+    }
+}
+
+/// Refuses a format that the GPU has no units for.
+fn check_units(precision: Precision, cluster: &Cluster) -> Result<(), CliError> {
+    if has_units(precision, cluster) {
         return Ok(());
     }
-    let nearest = [Precision::Fp8, Precision::Bf16].into_iter().find(has).unwrap_or(Precision::Bf16);
-    let gpu = cluster.gpu.name;
+    let nearest = if has_units(Precision::Fp8, cluster) { Precision::Fp8 } else { Precision::Bf16 };
+    let gpu = cluster.gpu.label();
     Err(CliError::usage(format!("--precision {precision}: {gpu} has no units for it; nearest: {nearest}")))
 }
 

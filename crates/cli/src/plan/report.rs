@@ -5,10 +5,9 @@ mod charts;
 use std::fmt::Write as _;
 
 use unisono_plan::bottleneck;
-use unisono_plan::simulate::svg;
 
 use super::answer::{Answer, Wanted};
-use super::{GIB, compare, show};
+use super::{GIB, compare, show, trace};
 use crate::error::CliError;
 use crate::style::{Scale, grouped, grouped_range, percent};
 
@@ -21,30 +20,27 @@ pub fn page(answer: &Answer) -> Result<String, CliError> {
         "{} on {} {}",
         answer.model.name,
         grouped(answer.cluster.gpus as u64),
-        answer.cluster.gpu.name
+        answer.cluster.gpu.label()
     );
     let mut body =
         format!("<h1>{}</h1>\n<p class=\"lead\">{}</p>\n", escape(&title), escape(&show::header(answer)));
     body.push_str(&figures(answer));
     section(&mut body, "The step", &breakdown_note(answer), &charts::breakdown(answer));
+    let (drawing, left_out) = trace::drawing(&step);
+    let left_out = left_out.map_or_else(String::new, |left_out| format!(" Drawn are {left_out}."));
     let note = format!(
         "Pipeline ranks from top to bottom, time to the right: forward blue, backward green, weight gradients violet, the rest grey; \
-         numbers are micro-batches. Simulated op by op: {:.3} s; in closed form {:.3} s.",
+         numbers are micro-batches. Simulated op by op: {:.3} s; in closed form {:.3} s.{left_out}",
         step.simulated.seconds,
         answer.closed_form().step_s
     );
-    section(
-        &mut body,
-        "Timeline",
-        &note,
-        &format!("<div class=\"scroll\">{}</div>", svg(&step.schedule, &step.simulated)),
-    );
+    section(&mut body, "Timeline", &note, &format!("<div class=\"scroll\">{drawing}</div>"));
     let note = format!(
         "GiB on a GPU of each pipeline rank at its peak; the line is what a GPU has, {:.1} GiB.",
         answer.cluster.gpu.memory_bytes / GIB
     );
     section(&mut body, "Memory", &note, &charts::memory(answer));
-    if let Some(uneven) = answer.uneven() {
+    if let Some(uneven) = answer.uneven {
         let note = format!(
             "A step waits in every MoE layer for the fullest of {} expert-parallel ranks. Memory is planned for one step of twenty.",
             answer.chosen.layout.expert

@@ -84,7 +84,7 @@ pub fn cluster(answer: &Answer) -> String {
         format!(", {} GB/s {}{within}{shared}", round(level.bytes_per_s / 1e9), level.name)
     };
     let levels: String = cluster.levels.iter().enumerate().map(level).collect();
-    format!("{} {}{levels}", grouped(cluster.gpus as u64), cluster.gpu.name)
+    format!("{} {}{levels}", grouped(cluster.gpus as u64), cluster.gpu.label())
 }
 
 /// The training in a line.
@@ -216,7 +216,7 @@ fn step(answer: &Answer) -> Vec<String> {
             gib(free(answer, safer.priced.bytes()))
         ));
     }
-    if let Some(uneven) = answer.uneven() {
+    if let Some(uneven) = answer.uneven {
         lines.push(format!(
             "  uneven routing: the fullest of {} expert-parallel ranks gets {:.2} times its share in the median step, {:.2} times in one \
              of twenty,\n  which takes {}; memory is for the latter; evenly, {} and {} GiB",
@@ -318,13 +318,17 @@ fn run(answer: &Answer) -> Vec<String> {
             hours(outlook.gpu_hours),
             grouped_range(outlook.gpu_hours_per_trillion(training))
         ),
-        format!(
-            "  a failure every {}, a checkpoint every {} ({} each): {} of the time trains",
-            duration(outlook.failure_every_s),
-            duration(outlook.checkpoint_every_s),
-            duration(outlook.checkpoint_s),
-            percent(outlook.goodput)
-        ),
+        if outlook.fails() {
+            format!(
+                "  a failure every {}, a checkpoint every {} ({} each): {} of the time trains",
+                duration(outlook.failure_every_s),
+                duration(outlook.checkpoint_every_s),
+                duration(outlook.checkpoint_s),
+                percent(outlook.goodput)
+            )
+        } else {
+            "  no failures, hence no checkpoints: all of the time trains".into()
+        },
         format!(
             "  {} and {} at ${:.2} a GPU-hour ({} of it trains)",
             days.ranged(outlook.days),

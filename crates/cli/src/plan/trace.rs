@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 use unisono_plan::SimulatedStep;
-use unisono_plan::simulate::{Lane, Span, trace_events};
+use unisono_plan::simulate::{Cut, Lane, svg, trace_events};
 
 use crate::error::{CliError, STORAGE};
 use crate::screen::{Screen, complain};
@@ -18,6 +18,9 @@ pub const BAR: &str = "writing events {bar:30} {pos}/{len}  {elapsed}";
 
 /// The most events of a trace: 140 MB, for a page of Perfetto keeps all of it in the memory of a browser.
 const MOST_EVENTS: usize = 1 << 20;
+
+/// The most boxes of a drawing: 5 MB.
+const MOST_BOXES: usize = 1 << 15;
 
 /// Events between two looks at the clock.
 const BATCH: usize = 1 << 12;
@@ -48,49 +51,43 @@ pub fn write(step: &SimulatedStep, path: &Path) -> Result<(), CliError> {
     let cut = written
         .map_err(|error| CliError { code: STORAGE, message: format!("write {}: {error}", path.display()) })?;
     if let Some(cut) = cut {
-        complain("note", &format!("{}: {}", path.display(), cut.said(step)));
+        let said = said(&cut, step, "events", "a page of Perfetto may not open");
+        complain("note", &format!("{}: {said}", path.display()));
     }
     Ok(())
 }
 
-/// The middle of a step, of which nothing is written.
-#[derive(Debug, Clone, Copy, PartialEq)]
-struct Cut {
-    from_s: f64,
-    to_s: f64,
-    kept: usize,
+/// What is said of a trace or a drawing whose middle is left out: of so many events or boxes, and what more of them would do.
+fn said(cut: &Cut, step: &SimulatedStep, what: &str, more: &str) -> String {
+    let whole_s = step.simulated.seconds;
+    format!(
+        "{} of {} {what}, those that begin in the first {} and the last {} of the step's {}; with more {more}: a smaller --batch leaves \
+         nothing out",
+        grouped(cut.kept as u64),
+        grouped(cut.all as u64),
+        duration(cut.from_s),
+        duration(whole_s - cut.to_s),
+        duration(whole_s)
+    )
 }
 
-impl Cut {
-    /// What leaves about `most` spans, half of them from the start and half of them from the end; none if there are no more.
-    fn of(spans: &[Span], most: usize) -> Option<Self> {
-        if spans.len() <= most {
-            return None;
-        }
-        let mut starts: Vec<f64> = spans.iter().map(|span| span.start_s).collect();
-        let mut at = |index: usize| *starts.select_nth_unstable_by(index, f64::total_cmp).1;
-        let (from_s, to_s) = (at(most / 2), at(spans.len() - most / 2));
-        let cut = Self { from_s, to_s, kept: 0 };
-        let kept = spans.iter().filter(|span| !cut.takes(span.start_s)).count();
-        Some(Self { kept, ..cut })
-    }
+/// The drawing of a step, and what is said where it is not of all of it.
+pub fn drawing(step: &SimulatedStep) -> (String, Option<String>) {
+    let (text, cut) = svg(&step.schedule, &step.simulated, MOST_BOXES);
+    (text, cut.map(|cut| said(&cut, step, "boxes", "a browser may not show it")))
+}
 
-    fn takes(&self, start_s: f64) -> bool {
-        start_s >= self.from_s && start_s < self.to_s
+/// Writes the order of passes: drawn if the file ends in .svg, else a line a rank.
+pub fn write_schedule(step: &SimulatedStep, path: &Path) -> Result<(), CliError> {
+    if path.extension().is_none_or(|extension| extension != "svg") {
+        return super::write(path, &step.schedule.to_string());
     }
-
-    fn said(&self, step: &SimulatedStep) -> String {
-        let [head, tail, whole] = [self.from_s, step.simulated.seconds - self.to_s, step.simulated.seconds];
-        format!(
-            "{} of {} events, those that begin in the first {} and the last {} of the step's {}; with more a page of Perfetto may not \
-             open: a smaller --batch leaves nothing out",
-            grouped(self.kept as u64),
-            grouped(step.simulated.spans.len() as u64),
-            duration(head),
-            duration(tail),
-            duration(whole)
-        )
+    let (text, left_out) = drawing(step);
+    super::write(path, &text)?;
+    if let Some(left_out) = left_out {
+        complain("note", &format!("{}: {left_out}", path.display()));
     }
+    Ok(())
 }
 
 /// A rank is a process, its lanes are threads, as in the trace of `unisono train --trace`. Of the engine's own list a rank's calls are
@@ -102,7 +99,7 @@ fn chrome(
     most: usize,
     mut tell: impl FnMut(usize, usize),
 ) -> std::io::Result<Option<Cut>> {
-    let cut = Cut::of(&step.simulated.spans, most);
+    let cut = Cut::of(step.simulated.spans.iter().map(|span| span.start_s).collect(), most);
     out.write_all(b"{\"displayTimeUnit\":\"ms\",\"traceEvents\":[")?;
     let mut separator = "\n";
     let mut line = |out: &mut dyn Write, event: &Value| {
@@ -207,6 +204,6 @@ mod tests {
             some.iter().any(|event| starts(event) == 0.0)
                 && some.iter().any(|event| event["name"] == "optimizer")
         );
-        assert!(cut.said(&step).starts_with(&format!("{} of ", grouped(cut.kept as u64))));
+        assert!(said(&cut, &step, "events", "it").starts_with(&format!("{} of ", grouped(cut.kept as u64))));
     }
 }

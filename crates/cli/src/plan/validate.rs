@@ -104,7 +104,7 @@ fn print(validation: &Validation) {
         validation.all.lost
     ));
     say(&format!("\n{}\n", paint.strong("Rows that were skipped")));
-    for (reason, rows) in &validation.skipped {
+    for (reason, rows) in validation.skipped.iter().chain(&validation.memory_skipped) {
         say(&format!("  {rows:>5}  {reason}\n"));
     }
 }

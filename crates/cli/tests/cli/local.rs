@@ -131,6 +131,9 @@ fn the_fastest_layout_is_emitted_as_a_config_that_trains() {
     run(folder, 0, &["plan", TINY, "local", "--emit", "local-plan.toml"]);
     let plan: Value = serde_json::from_str(&run(folder, 0, &["plan", TINY, "local", "--json"]).out).unwrap();
     let chosen = &plan["layouts"][0];
+    assert_eq!(&plan["chosen"], chosen);
+    let shown = run(folder, 0, &["plan", TINY, "local"]).out;
+    assert!(shown.contains(&format!("Chosen: {}\n", plan["chosen"]["name"].as_str().unwrap())), "{shown}");
     let text = std::fs::read_to_string(folder.join("local-plan.toml")).unwrap();
     let ranks = format!("--ranks {} --threads {}", chosen["ranks"], chosen["threads"]);
     assert!(text.starts_with("# unisono plan: ") && text.contains(&ranks), "{text}");

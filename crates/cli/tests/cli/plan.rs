@@ -2,6 +2,7 @@
 
 use std::fs;
 use std::path::Path;
+use std::process::{Command, Stdio};
 
 use serde_json::Value;
 use tempfile::tempdir;
@@ -74,6 +75,34 @@ fn lists_are_json_too_and_schedules_are_text_or_drawings() {
     assert!(fs::read_to_string(folder.path().join("list.svg")).unwrap().starts_with("<svg"));
 }
 
+/// Work of more than a moment shows a bar on a terminal, the drawing of a long step its two ends.
+#[test]
+fn long_steps_are_waited_for_and_drawn_in_part() {
+    let folder = tempdir().unwrap();
+    let folder = folder.path();
+    let ask = ["plan", "Llama-3.1-405B", "h100x16128", "--layout", "tp8 pp126 dp16 1f1b", "--batch", "16384"];
+    let line = ask.map(|word| format!("'{word}'")).join(" ");
+    let shown = Command::new("script")
+        .args(["-qec", &format!("{} {line}", env!("CARGO_BIN_EXE_unisono")), "/dev/null"])
+        .stdin(Stdio::null())
+        .output();
+    // Not every system has util-linux.
+    if let Ok(shown) = shown {
+        let shown = String::from_utf8_lossy(&shown.stdout).into_owned();
+        assert!(shown.contains("trying changes"), "{shown}");
+    }
+    let files = ["--schedule", "long.svg", "--report", "long.html"];
+    let said = run(folder, 0, &[&ask[..], &files].concat()).err;
+    assert!(
+        said.starts_with("note: long.svg: 32,") && said.contains(" boxes, those that begin in the first "),
+        "{said}"
+    );
+    for file in ["long.svg", "long.html"] {
+        let text = fs::read_to_string(folder.join(file)).unwrap();
+        assert!(text.len() < 8_000_000 && text.contains(" boxes: from "), "{file}: {} bytes", text.len());
+    }
+}
+
 #[test]
 fn what_a_plan_emits_trains_and_what_the_engine_lacks_is_named() {
     let folder = tempdir().unwrap();
@@ -120,8 +149,13 @@ fn the_nearest_that_the_engine_runs_is_emitted_when_asked_for() {
 fn the_impossible_names_the_nearest_possible() {
     let folder = tempdir().unwrap();
     let long = ["plan", "Llama-3.1-405B", "h100x8", "--batch", "1", "--sequence", "131072"];
-    let cases: [(&[&str], &str); 10] = [
+    let cases: [(&[&str], &str); 12] = [
         (&["plan", "deepseek-v4", "h800x8"], "nearest: DeepSeek-V3"),
+        (&["plan", "DeepSeek-V3", "mi355x64"], "nearest: mi355xx64"),
+        (
+            &["plan", "Llama-3.1-8B", "h100x64", "--layout", "pp4 dp16 zb1p vp2"],
+            "one stage a rank; nearest: pp4 dp16 mb1 zb1p zero1\n",
+        ),
         (&["plan", "DeepSeek-V3", "h900x8"], "nearest: H"),
         (&["plan", "Llama-3.1-8B", "h100x64", "--layout", "tp3 dp16"], "nearest: 2"),
         (&["plan", "DeepSeek-V3", "h800x8"], "256 GPUs with a batch of"),
@@ -420,6 +454,16 @@ fn what_would_have_no_effect_is_refused() {
             "{said}"
         );
     }
+    for (more, expected) in [
+        (["h100x8", "--wire", "f32"], "or add --precision f32"),
+        (["h100x8", "--wire", "mxfp8"], "--wire mxfp8: H100 has no units for it; nearest: fp8"),
+        (["a100x8", "--wire", "nvfp4"], "--wire nvfp4: A100 has no units for it; nearest: fp8"),
+    ] {
+        let said = run(folder, 2, &[&["plan", "Qwen3-30B-A3B"][..], &more].concat()).err;
+        assert!(said.contains(expected), "{said}");
+    }
+    let wide = ["plan", "Qwen3-30B-A3B", "h100x64", "--layout", "ep8 dp64 zero3", "--wire", "f32"];
+    run(folder, 0, &[&wide[..], &["--precision", "f32"]].concat());
     let compare = ["plan", "compare", "--model", "Llama-3.1-8B", "--cluster"];
     let said = run(folder, 2, &[&compare[..], &["h100x8", "--skew", "1"]].concat()).err;
     assert!(said.contains("--skew is about experts"), "{said}");
@@ -433,6 +477,16 @@ fn what_would_have_no_effect_is_refused() {
         both.err,
         both.out
     );
+    // As data it is an entry in its place.
+    let ask = ["a100x8", "--cluster", "h100x8", "--precision", "fp8", "--json"];
+    let rows: Value = serde_json::from_str(&run(folder, 0, &[&compare[..], &ask].concat()).out).unwrap();
+    assert_eq!(rows.as_array().map(Vec::len), Some(2));
+    assert_eq!(
+        (&rows[0]["model"]["name"], &rows[0]["cluster"]["name"]),
+        (&"Llama-3.1-8B".into(), &"a100x8".into())
+    );
+    assert!(rows[0]["error"].as_str().unwrap().contains("A100 has no units"), "{}", rows[0]);
+    assert!(rows[1]["error"].is_null() && rows[1]["chosen"].is_object());
     let said = run(folder, 2, &[&compare[..], &["local"]].concat()).err;
     assert!(said.contains("--cluster local: only `unisono plan CONFIG local`"), "{said}");
     let said = run(folder, 2, &[&dense[..], &["--machine", "local.toml"]].concat()).err;
@@ -493,6 +547,27 @@ fn owned_and_failing_machines_are_planned_for() {
         front.split("<text").find(|tag| tag.contains("chosen: ")).map(|tag| number(tag, "y")).unwrap();
     let highest = front.split("<circle").skip(1).map(|tag| number(tag, "cy") - number(tag, "r"));
     assert!(highest.reduce(f64::min).unwrap() > label + 3.0, "a dot is under the label at {label}");
+}
+
+#[test]
+fn a_gpu_that_is_not_known_is_planned_with_a_wider_interval() {
+    let folder = tempdir().unwrap();
+    let folder = folder.path();
+    fs::write(folder.join("like.toml"), "gpu_like = \"h100\"\ngpus = 8\nmemory_gib = 140\n").unwrap();
+    let plan = |cluster: &str| -> Value {
+        let ask = ["plan", "Llama-3.1-8B", cluster, "--layout", "tp2 dp4", "--json"];
+        serde_json::from_str(&run(folder, 0, &ask).out).unwrap()
+    };
+    let (known, like) = (plan("h100x8"), plan("like.toml"));
+    assert_eq!(like["chosen"]["step_s"], known["chosen"]["step_s"]);
+    assert_eq!(
+        (&like["cluster"]["gpu"], &like["measured"]["products"]),
+        (&"H100-like".into(), &"borrowed from H100 in bf16".into())
+    );
+    let high = |plan: &Value| plan["chosen"]["interval_80_s"][1].as_f64().unwrap();
+    assert!(high(&like) > 1.05 * high(&known), "{} {}", high(&like), high(&known));
+    let free = |plan: &Value| plan["chosen"]["free_bytes"].as_f64().unwrap();
+    assert!(free(&like) > free(&known) + 60e9);
 }
 
 #[test]

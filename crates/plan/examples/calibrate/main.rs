@@ -169,7 +169,7 @@ fn parts(cases: &Cases, row: usize, constants: &Constants, predicted_s: f64) -> 
         let calibration = constants.of(&cluster.gpu, training.software);
         let pricer = Pricer::with_calibration(model, cluster, training, calibration);
         if path == PricePath::Simulated {
-            *found.borrow_mut() = Some(pricer.price_simulated(layout).ok()?.breakdown);
+            *found.borrow_mut() = Some(pricer.price_simulated(layout)?.breakdown);
         }
         Prediction::of(&pricer, layout, path)
     });

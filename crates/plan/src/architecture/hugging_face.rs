@@ -1,12 +1,13 @@
 //! Hugging Face's `config.json`: llama, mixtral, qwen3_moe, olmoe, deepseek_v3, GPT-2 style and their kin.
 
+mod defaults;
 mod fields;
 mod numerics;
 
 use serde_json::{Map, Value};
 
 use super::limits::{LARGEST_SIZE, MOST_LAYERS};
-use super::{Architecture, Attention, MoeShape, Pattern, SizeError, Window};
+use super::{Architecture, Attention, MoeShape, Pattern, SizeError, Window, distance};
 
 pub use numerics::Numerics;
 
@@ -18,8 +19,9 @@ pub enum HuggingFaceError {
     Json(#[from] serde_json::Error),
     /// A family of models whose fields are not known to mean what those of the others do.
     #[error(
-        "config.json: model_type {0:?} is not known; known: {known}. Without model_type a file is read as llama",
-        known = KNOWN.join(", ")
+        "config.json: model_type {0:?} is not known; known: {known}; nearest: {nearest}. Without model_type a file is read as llama",
+        known = KNOWN.join(", "),
+        nearest = nearest(.0)
     )]
     ModelType(String),
     /// A field is missing or has an impossible value.
@@ -63,8 +65,20 @@ const KNOWN: [&str; 21] = [
     "opt",
 ];
 
+/// The known family whose name is most like this one.
+fn nearest(kind: &str) -> &'static str {
+    let kind = kind.to_ascii_lowercase();
+    KNOWN.into_iter().min_by_key(|known| distance(known, &kind)).unwrap_or("llama")
+}
+
 /// Families without gates, most of whose heads are their embeddings.
 const CLASSIC: &[&str] = &["gpt2", "gpt_neo", "gpt_neox", "gpt_bigcode", "gptj", "openai-gpt", "opt"];
+
+/// Families whose windows are off unless a file turns them on.
+const WINDOWLESS: &[&str] = &["qwen2", "qwen2_moe", "qwen3", "qwen3_moe"];
+
+/// The first layer with a window in qwen2 and qwen3 where the file does not say.
+const FIRST_WINDOW: usize = 28;
 
 /// The window of gpt_neo's local layers where the file does not say.
 const NEO_WINDOW: usize = 256;
@@ -96,7 +110,7 @@ impl Architecture {
 
 impl Config {
     fn read(json: &str) -> Result<Self, HuggingFaceError> {
-        let fields: Map<String, Value> = serde_json::from_str(json)?;
+        let mut fields: Map<String, Value> = serde_json::from_str(json)?;
         let kind = match fields.get("model_type") {
             None | Some(Value::Null) => "llama".to_string(),
             Some(Value::String(kind)) => kind.clone(),
@@ -105,6 +119,7 @@ impl Config {
         if !KNOWN.contains(&kind.as_str()) {
             return Err(HuggingFaceError::ModelType(kind));
         }
+        defaults::set(&kind, &mut fields);
         Ok(Self { kind, fields })
     }
 
@@ -121,11 +136,13 @@ impl Config {
             layers,
             hidden,
             vocab: self.required(&["vocab_size"])?,
-            tied_embeddings: self.flag("tie_word_embeddings")?.unwrap_or(classic && self.kind != "gptj"),
+            tied_embeddings: self
+                .flag("tie_word_embeddings")?
+                .unwrap_or(classic && !self.is(&["gptj", "gpt_neox"])),
             gated: !classic,
             attention: self.attention(hidden)?,
             qk_norm: self.is(&["qwen3", "qwen3_moe", "olmoe"]),
-            window: self.window()?,
+            window: self.window(layers)?,
             ffn_dense: self.at_least_one(WIDTH)?.unwrap_or(4 * hidden),
             moe: self.moe()?,
             state_space: None,
@@ -223,23 +240,36 @@ impl Config {
         }))
     }
 
+    /// The first layer with a window, and of how many one has it, where the file lists no layers.
+    fn usual_windows(&self) -> Result<(usize, usize), HuggingFaceError> {
+        match self.kind.as_str() {
+            "qwen2" | "qwen3" => Ok((self.count(&["max_window_layers"])?.unwrap_or(FIRST_WINDOW), 1)),
+            "qwen2_moe" => {
+                Err(field("layer_types", "is missing; must say which layers have the sliding_window"))
+            }
+            "gpt_oss" => Ok((0, 2)),
+            _ => Ok((0, 1)),
+        }
+    }
+
     /// Which layers see only a window: all, or every so many from one on.
-    fn window(&self) -> Result<Option<Window>, HuggingFaceError> {
+    fn window(&self, layers: usize) -> Result<Option<Window>, HuggingFaceError> {
         let neo = self.kind == "gpt_neo";
-        let off = self.flag("use_sliding_window")? == Some(false);
+        let off = !self.flag("use_sliding_window")?.unwrap_or(!self.is(WINDOWLESS));
         let tokens = match neo {
             true => Some(self.at_least_one(&["window_size"])?.unwrap_or(NEO_WINDOW)),
             false => self.at_least_one(&["sliding_window"])?.filter(|_| !off),
         };
         let Some(tokens) = tokens else { return Ok(None) };
-        let (name, slides) = match neo {
+        let (name, slides): (_, Vec<bool>) = match neo {
             true => ("attention_types", self.local_layers()?),
             false => {
                 ("layer_types", self.layer_types()?.iter().map(|kind| *kind == "sliding_attention").collect())
             }
         };
         if slides.is_empty() && !neo {
-            return Ok(Some(Window { tokens, first: 0, every: 1 }));
+            let (first, every) = self.usual_windows()?;
+            return Ok(Some(Window { tokens, first, every }).filter(|_| first < layers));
         }
         let Some(first) = slides.iter().position(|slides| *slides) else { return Ok(None) };
         let next = slides.iter().skip(first + 1).position(|slides| *slides);
@@ -251,17 +281,41 @@ impl Config {
     }
 
     fn pattern(&self, layers: usize) -> Result<Pattern, HuggingFaceError> {
-        let listed = self.dense_layers()?;
-        if !listed.iter().enumerate().all(|(at, layer)| at == *layer) {
-            return Err(field("mlp_only_layers", "must be the first layers"));
+        let (name, sparse) = self.sparse_layers(layers)?;
+        let Some(first) = sparse.iter().position(|sparse| *sparse) else {
+            return Ok(Pattern::Uniform { first_dense: layers, moe_every: 1 });
+        };
+        let next = sparse.iter().skip(first + 1).position(|sparse| *sparse);
+        let moe_every = next.map_or(layers - first, |at| at + 1);
+        let fits = |layer: usize| layer >= first && (layer - first).is_multiple_of(moe_every);
+        if moe_every > first + 1 || !sparse.iter().enumerate().all(|(layer, sparse)| *sparse == fits(layer)) {
+            let rule = "layers with experts must be n apart, the first of them the n-th or a later one; others cannot be planned";
+            return Err(field(name, rule));
         }
-        let first_dense = self.count(&["first_k_dense_replace"])?.unwrap_or(listed.len());
+        Ok(Pattern::Uniform { first_dense: first + 1 - moe_every, moe_every })
+    }
+
+    /// The layers that have experts, where the model has any, and the field that says most of it.
+    fn sparse_layers(&self, layers: usize) -> Result<(&'static str, Vec<bool>), HuggingFaceError> {
+        const FREQUENCY: &str = "moe_layer_freq";
+        if let Some(listed) = self.listed(FREQUENCY, layers)? {
+            return Ok((FREQUENCY, listed));
+        }
+        let first_dense = self.count(&["first_k_dense_replace"])?.unwrap_or(0);
         if first_dense > layers {
-            let rule = format!("or mlp_only_layers: {first_dense} dense layers; there are {layers}");
+            let rule = format!("{first_dense} dense layers; there are {layers}");
             return Err(field("first_k_dense_replace", rule));
         }
-        let moe_every = self.count(&["decoder_sparse_step"])?.unwrap_or(1).max(1);
-        Ok(Pattern::Uniform { first_dense, moe_every })
+        let dense = self.dense_layers()?;
+        // DeepSeek counts layers from 0, Qwen from 1.
+        let [of, step] = [FREQUENCY, "decoder_sparse_step"].map(|name| self.at_least_one(&[name]));
+        let (of, step) = (of?.unwrap_or(1), step?.unwrap_or(1));
+        let has = |layer: usize| {
+            let turn = layer.is_multiple_of(of) && (layer + 1).is_multiple_of(step);
+            turn && layer >= first_dense && !dense.contains(&layer)
+        };
+        let name = if of > 1 { FREQUENCY } else { "decoder_sparse_step or mlp_only_layers" };
+        Ok((name, (0..layers).map(has).collect()))
     }
 }
 
@@ -275,6 +329,7 @@ fn field(field: &'static str, rule: impl Into<String>) -> HuggingFaceError {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::architecture::FeedForward;
 
     #[test]
     fn configs_of_every_style_give_the_known_model() {
@@ -337,6 +392,8 @@ mod tests {
             unknown.starts_with("config.json: model_type \"t5\" is not known; known: llama, "),
             "{unknown}"
         );
+        let near = said(r#"{"model_type":"Qwen3MoE","hidden_size":8}"#);
+        assert!(near.contains("; nearest: qwen3_moe."), "{near}");
         let uneven = r#"{"num_hidden_layers":3,"hidden_size":8,"vocab_size":9,"num_attention_heads":1,"sliding_window":4,
             "layer_types":["sliding_attention","sliding_attention","full_attention"]}"#;
         assert!(said(uneven).contains("layer_types: windows must be in every"));
@@ -383,6 +440,108 @@ mod tests {
             let said = with(fields).unwrap_err().to_string();
             assert!(said.starts_with("config.json: ") && said.contains(expected), "{fields}: {said}");
         }
+    }
+
+    #[test]
+    fn layers_with_experts_are_where_the_file_says() {
+        let sparse = |fields: &str| {
+            let sizes = r#""num_hidden_layers":6,"hidden_size":64,"vocab_size":100,"num_attention_heads":4"#;
+            let model = Architecture::from_hugging_face(&format!("{{{sizes},{fields}}}"))?;
+            let has = |layer: usize| u8::from(model.kind(layer).ffn == FeedForward::Moe);
+            Ok::<Vec<u8>, HuggingFaceError>((0..6).map(has).collect())
+        };
+        let cases = [
+            (r#""model_type":"deepseek_v3","moe_layer_freq":1"#, [0, 0, 0, 1, 1, 1]),
+            (
+                r#""model_type":"deepseek_v3","first_k_dense_replace":1,"moe_layer_freq":2"#,
+                [0, 0, 1, 0, 1, 0],
+            ),
+            (r#""model_type":"deepseek_v3","moe_layer_freq":3"#, [0, 0, 0, 1, 0, 0]),
+            (r#""model_type":"deepseek_v3","moe_layer_freq":[0,1,1,1,1,1]"#, [0, 1, 1, 1, 1, 1]),
+            (r#""model_type":"deepseek_v3","moe_layer_freq":[0,0,0,0,0,0]"#, [0; 6]),
+            (r#""model_type":"qwen3_moe","decoder_sparse_step":2"#, [0, 1, 0, 1, 0, 1]),
+            (r#""model_type":"qwen3_moe","decoder_sparse_step":2,"mlp_only_layers":[1]"#, [0, 0, 0, 1, 0, 1]),
+        ];
+        for (fields, expected) in cases {
+            assert_eq!(sparse(fields).unwrap(), expected, "{fields}");
+        }
+        let said = |fields: &str| sparse(fields).unwrap_err().to_string();
+        let apart = "config.json: moe_layer_freq: layers with experts must be n apart";
+        for frequency in ["2", "[1,0,1,0,1,0]", "[0,1,0,0,1,1]"] {
+            let fields =
+                format!(r#""model_type":"deepseek_v2","num_experts_per_tok":2,"moe_layer_freq":{frequency}"#);
+            assert!(said(&fields).starts_with(apart), "{}", said(&fields));
+        }
+        let list = r#""model_type":"deepseek_v3","moe_layer_freq":[0,1]"#;
+        assert!(
+            said(list).ends_with("must be a number or a list of a 0 or 1 for each of 6 layers"),
+            "{}",
+            said(list)
+        );
+        let middle = r#""model_type":"qwen3_moe","mlp_only_layers":[2]"#;
+        assert!(
+            said(middle).contains("mlp_only_layers: layers with experts must be n apart"),
+            "{}",
+            said(middle)
+        );
+    }
+
+    #[test]
+    fn what_a_file_leaves_out_is_its_familys() {
+        let read = |kind: &str, fields: &str| {
+            let sizes =
+                r#""num_hidden_layers":32,"hidden_size":4096,"vocab_size":32000,"num_attention_heads":32"#;
+            Architecture::from_hugging_face(&format!(r#"{{"model_type":"{kind}",{sizes}{fields}}}"#)).unwrap()
+        };
+        let same = |kind: &str, name: &str| {
+            let built_in = Architecture::built_in(name).unwrap();
+            assert_eq!(Architecture { name: name.into(), ..read(kind, "") }, built_in);
+        };
+        same("mixtral", "Mixtral-8x7B");
+        assert_eq!(read("mixtral", r#","num_key_value_heads":null"#).attention.kv_heads(), 32);
+        let mistral = read("mistral", "");
+        assert_eq!((mistral.attention.kv_heads(), mistral.ffn_dense), (8, 14_336));
+        assert_eq!(mistral.window.map(|window| window.tokens), Some(4096));
+        assert_eq!(read("mistral", r#","sliding_window":null"#).window, None);
+        assert_eq!(read("llama", "").ffn_dense, 11_008);
+        // A window that is said is off until it is turned on, and then in the last layers.
+        assert_eq!(read("qwen2", r#","sliding_window":131072"#).window, None);
+        let windowed = read("qwen2", r#","use_sliding_window":true"#);
+        assert_eq!(windowed.window, Some(Window { tokens: 4096, first: 28, every: 1 }));
+        assert_eq!(read("qwen3", "").attention.qk_dim(), 128);
+        let qwen = read("qwen3_moe", "");
+        let moe = qwen.moe.unwrap();
+        assert_eq!((qwen.attention.kv_heads(), moe.experts, moe.top_k, moe.expert_ffn), (4, 128, 8, 768));
+        assert_eq!(read("qwen3_moe", r#","num_local_experts":16"#).moe.unwrap().experts, 16);
+        let moe = read("qwen2_moe", "").moe.unwrap();
+        assert_eq!((moe.experts, moe.top_k, moe.expert_ffn, moe.shared_ffn), (60, 4, 1408, 5632));
+        let moe = read("olmoe", "").moe.unwrap();
+        assert_eq!((moe.experts, moe.top_k, moe.expert_ffn), (64, 8, 2048));
+        let deepseek = read("deepseek_v3", "");
+        let latent = Attention::Latent {
+            heads: 32,
+            q_lora_rank: Some(1536),
+            kv_lora_rank: 512,
+            nope: 128,
+            rope: 64,
+            value: 128,
+        };
+        assert_eq!(
+            (deepseek.attention, deepseek.pattern),
+            (latent, Pattern::Uniform { first_dense: 3, moe_every: 1 })
+        );
+        let moe = deepseek.moe.unwrap();
+        assert_eq!((moe.experts, moe.groups, moe.top_groups, moe.shared_ffn), (256, 8, 4, 2048));
+        let lite = read("deepseek_v2", r#","num_experts_per_tok":6,"q_lora_rank":null"#);
+        assert!(matches!(lite.attention, Attention::Latent { q_lora_rank: None, .. }));
+        assert_eq!(lite.moe.map(|moe| (moe.experts, moe.shared_ffn)), Some((64, 2 * 1407)));
+        let oss = read("gpt_oss", "");
+        assert_eq!((oss.attention.kv_heads(), oss.attention.qk_dim()), (8, 64));
+        assert_eq!(oss.window, Some(Window { tokens: 128, first: 0, every: 2 }));
+        assert_eq!(oss.moe.map(|moe| (moe.experts, moe.top_k)), Some((128, 4)));
+        let neox = read("gpt_neox", "");
+        assert_eq!((neox.tied_embeddings, neox.ffn_dense), (false, 24_576));
+        assert!(read("gpt_neo", "").tied_embeddings);
     }
 
     #[test]

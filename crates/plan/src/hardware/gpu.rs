@@ -1,13 +1,17 @@
 //! GPUs known by name. Peaks are the makers' for dense products; prices are those of spring 2026.
 
+use std::borrow::Cow;
+
 use super::{ClusterError, distance};
 use crate::precision::Precision;
 
 /// A GPU with its usual server. All rates are for one GPU and one direction.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Gpu {
-    /// What it is called.
+    /// What it is called; of one that a file describes, the GPU that it is like.
     pub name: &'static str,
+    /// Whether a file describes it: what its kernels reach of its peaks is then borrowed.
+    pub described: bool,
     /// Floating-point operations per second in bf16 or f16.
     pub bf16_flops: f64,
     /// In fp8; that of bf16 where there is no such unit.
@@ -40,6 +44,7 @@ const GIB: f64 = (1u64 << 30) as f64;
 const fn gpu(name: &'static str, tflops: [f64; 3], usable_gib: f64, memory_tb_per_s: f64) -> Gpu {
     Gpu {
         name,
+        described: false,
         bf16_flops: tflops[0] * 1e12,
         fp8_flops: tflops[1] * 1e12,
         fp4_flops: tflops[2] * 1e12,
@@ -142,6 +147,11 @@ impl Gpu {
             name: name.to_string(),
             nearest: nearest.map_or("", |gpu| gpu.name).to_string(),
         })
+    }
+
+    /// What it is called where it is shown.
+    pub fn label(&self) -> Cow<'static, str> {
+        if self.described { format!("{}-like", self.name).into() } else { self.name.into() }
     }
 
     /// Peak operations per second of dense products; f32 at the rate of TF32, half of bf16.

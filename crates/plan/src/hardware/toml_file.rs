@@ -8,7 +8,14 @@ use crate::engine::HostCluster;
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
 struct File {
-    gpu: String,
+    gpu: Option<String>,
+    gpu_like: Option<String>,
+    bf16_tflops: Option<f64>,
+    fp8_tflops: Option<f64>,
+    fp4_tflops: Option<f64>,
+    memory_gib: Option<f64>,
+    memory_tbyte_per_s: Option<f64>,
+    nvlink_gbyte_per_s: Option<f64>,
     gpus: usize,
     per_server: Option<usize>,
     nvlink_domain: Option<usize>,
@@ -39,7 +46,9 @@ fn one() -> f64 {
 impl Cluster {
     /// A cluster from TOML: `gpu` and `gpus`, and whatever differs from their usual servers: `per_server`, `nvlink_domain`,
     /// `nic_gbyte_per_s`, `network` (`InfiniBand` or `EFA`), `price_usd_per_gpu_hour`, `failures_per_gpu_hour`, and `[[level]]`
-    /// tables (`name`, `width`, `gbyte_per_s`, `latency_us`, `oversubscription`) that replace all levels of the network.
+    /// tables (`name`, `width`, `gbyte_per_s`, `latency_us`, `oversubscription`) that replace all levels of the network. A GPU that is not
+    /// known is described by `gpu_like` instead of `gpu`, and by what differs: `bf16_tflops`, `fp8_tflops`, `fp4_tflops`, `memory_gib`,
+    /// `memory_tbyte_per_s`, `nvlink_gbyte_per_s`.
     ///
     /// # Errors
     /// Unknown keys, GPUs and networks, impossible values, and keys without effect, by name.
@@ -50,7 +59,7 @@ impl Cluster {
         }
         let file: File = toml::from_str(text).map_err(|error| ClusterError::Toml(error.to_string()))?;
         file.check_effect()?;
-        let mut gpu = Gpu::named(&file.gpu)?;
+        let mut gpu = file.gpu()?;
         gpu.per_server = file.per_server.unwrap_or(gpu.per_server);
         gpu.nvlink_domain = file.nvlink_domain.unwrap_or(gpu.nvlink_domain);
         check(gpu.per_server >= 1, "per_server", gpu.per_server, || "must be at least 1".into())?;
@@ -64,7 +73,7 @@ impl Cluster {
             cluster.price_usd_per_gpu_hour = at_least_zero("price_usd_per_gpu_hour", price)?;
         }
         if let Some(rate) = file.failures_per_gpu_hour {
-            cluster.failures_per_gpu_hour = positive("failures_per_gpu_hour", rate)?;
+            cluster.failures_per_gpu_hour = at_least_zero("failures_per_gpu_hour", rate)?;
         }
         if let Some(name) = file.network {
             cluster.be_joined_by(&name)?;
@@ -93,12 +102,61 @@ impl Cluster {
 }
 
 impl File {
+    /// The GPU, by its name or as it is described.
+    fn gpu(&self) -> Result<Gpu, ClusterError> {
+        let described = [
+            ("bf16_tflops", self.bf16_tflops),
+            ("fp8_tflops", self.fp8_tflops),
+            ("fp4_tflops", self.fp4_tflops),
+            ("memory_gib", self.memory_gib),
+            ("memory_tbyte_per_s", self.memory_tbyte_per_s),
+            ("nvlink_gbyte_per_s", self.nvlink_gbyte_per_s),
+        ];
+        for (field, value) in described.into_iter().filter_map(|(field, value)| Some((field, value?))) {
+            positive(field, value)?;
+            check(self.gpu_like.is_some(), field, value, || {
+                "describes a GPU that is not known: say gpu_like instead of gpu".into()
+            })?;
+        }
+        match (&self.gpu, &self.gpu_like) {
+            (Some(name), None) => Gpu::named(name),
+            (None, Some(name)) => self.described(Gpu::named(name)?),
+            _ => {
+                let rule = "must say gpu, such as \"h100\", or gpu_like and what differs from that GPU";
+                Err(ClusterError::Toml(rule.into()))
+            }
+        }
+    }
+
+    /// A GPU that differs from `like`. Peaks that are not said keep their ratio to that of 16 bits.
+    fn described(&self, like: Gpu) -> Result<Gpu, ClusterError> {
+        let of = |said: Option<f64>, unit: f64, usual: f64| said.map_or(usual, |said| said * unit);
+        let bf16_flops = of(self.bf16_tflops, 1e12, like.bf16_flops);
+        let usual = |flops: f64| bf16_flops * (flops / like.bf16_flops);
+        let gpu = Gpu {
+            described: true,
+            bf16_flops,
+            fp8_flops: of(self.fp8_tflops, 1e12, usual(like.fp8_flops)),
+            fp4_flops: of(self.fp4_tflops.or(self.fp8_tflops), 1e12, usual(like.fp4_flops)),
+            memory_bytes: of(self.memory_gib, (1u64 << 30) as f64, like.memory_bytes),
+            memory_bytes_per_s: of(self.memory_tbyte_per_s, 1e12, like.memory_bytes_per_s),
+            nvlink_bytes_per_s: of(self.nvlink_gbyte_per_s, 1e9, like.nvlink_bytes_per_s),
+            ..like
+        };
+        let peaks = [gpu.bf16_flops, gpu.fp8_flops, gpu.fp4_flops].map(|flops| flops / 1e12);
+        check(peaks.is_sorted(), "fp8_tflops", peaks[1], || {
+            format!("must be between {} of bf16 and {} of fp4", peaks[0], peaks[2])
+        })?;
+        Ok(gpu)
+    }
+
     /// Levels replace the usual network, so that nothing else may describe it.
     fn check_effect(&self) -> Result<(), ClusterError> {
         let replaced = [
             ("nvlink_domain", self.nvlink_domain.map(|domain| domain.to_string())),
             ("nic_gbyte_per_s", self.nic_gbyte_per_s.map(|rate| rate.to_string())),
             ("network", self.network.clone()),
+            ("nvlink_gbyte_per_s", self.nvlink_gbyte_per_s.map(|rate| rate.to_string())),
         ];
         for (field, value) in replaced {
             let value = value.filter(|_| !self.level.is_empty());
@@ -164,6 +222,8 @@ mod tests {
         assert_eq!(plain, Cluster::parse("h100x64").unwrap());
         let owned = Cluster::from_toml("gpu = \"h100\"\ngpus = 64\nprice_usd_per_gpu_hour = 0").unwrap();
         assert_eq!(owned.price_usd_per_gpu_hour, 0.0);
+        let lasting = Cluster::from_toml("gpu = \"h100\"\ngpus = 64\nfailures_per_gpu_hour = 0").unwrap();
+        assert_eq!(lasting.failures_per_gpu_hour, 0.0);
         let network =
             |name: &str| Cluster::from_toml(&format!("gpu = \"h100\"\ngpus = 64\nnetwork = \"{name}\""));
         let latency = |name: &str| network(name).unwrap().levels[1].latency_s;
@@ -176,6 +236,40 @@ mod tests {
         assert_eq!(cluster.price_usd_per_gpu_hour, 1.5);
         assert_eq!(cluster.levels[1].width, 64);
         assert_eq!(cluster.levels[1].shared_bytes_per_s(), 6.25e9);
+    }
+
+    #[test]
+    fn a_gpu_that_is_not_known_is_described() {
+        let file = |text: &str| Cluster::from_toml(&format!("gpus = 16\n{text}"));
+        let said = |text: &str| file(text).unwrap_err().to_string();
+        let h100 = Gpu::named("H100").unwrap();
+        let gpu = file("gpu_like = \"h100\"\nbf16_tflops = 1978\nmemory_gib = 140\nnvlink_gbyte_per_s = 900")
+            .unwrap()
+            .gpu;
+        assert_eq!(gpu.bf16_flops, 2.0 * h100.bf16_flops);
+        assert!((gpu.fp8_flops / h100.fp8_flops - 2.0).abs() < 1e-12);
+        assert!(file("gpu_like = \"a100\"\nbf16_tflops = 401.3").is_ok(), "peaks may be equal");
+        assert_eq!(
+            (gpu.memory_bytes, gpu.memory_bytes_per_s),
+            (140.0 * (1u64 << 30) as f64, h100.memory_bytes_per_s)
+        );
+        assert_eq!((gpu.nvlink_bytes_per_s, gpu.label().as_ref()), (900e9, "H100-like"));
+        let narrow = file("gpu_like = \"a100\"\nfp8_tflops = 624").unwrap().gpu;
+        assert_eq!((narrow.fp8_flops, narrow.fp4_flops), (624e12, 624e12));
+        assert_eq!(
+            said("gpu = \"h100\"\nmemory_gib = 140"),
+            "cluster memory_gib = 140: describes a GPU that is not known: say gpu_like instead of gpu"
+        );
+        let both = "cluster file: must say gpu, such as \"h100\", or gpu_like and what differs from that GPU";
+        assert_eq!((said("gpu = \"h100\"\ngpu_like = \"h100\""), said("")), (both.into(), both.into()));
+        assert_eq!(
+            said("gpu_like = \"h100\"\nfp8_tflops = 500"),
+            "cluster fp8_tflops = 500: must be between 989 of bf16 and 500 of fp4"
+        );
+        assert_eq!(
+            said("gpu_like = \"h100\"\nmemory_gib = 0"),
+            "cluster memory_gib = 0: must be more than 0"
+        );
     }
 
     #[test]
@@ -210,6 +304,10 @@ mod tests {
         assert_eq!(
             said("gpu = \"h100\"\ngpus = 64\nprice_usd_per_gpu_hour = -1"),
             "cluster price_usd_per_gpu_hour = -1: must be at least 0"
+        );
+        assert_eq!(
+            said("gpu = \"h100\"\ngpus = 64\nfailures_per_gpu_hour = -1"),
+            "cluster failures_per_gpu_hour = -1: must be at least 0"
         );
         let more = |name: &str, width: usize| {
             let outer = "\n[[level]]\nname = \"all\"\ngbyte_per_s = 1\nlatency_us = 1";

@@ -18,7 +18,7 @@ mod trace;
 pub use closed::{PassTimes, PipelineTime, overlapped_time, pipeline_time};
 pub use costs::{Costs, Lane, LinkClass, Segment, StageCosts, Transfer, UniformCosts};
 pub use parts::{StepParts, step_parts};
-pub use trace::{TraceEvent, svg, trace_events};
+pub use trace::{Cut, TraceEvent, svg, trace_events};
 
 use crate::schedule::Schedule;
 

@@ -5,7 +5,7 @@ use crate::table::{self, Row};
 
 use super::memory::MemoryKind;
 use super::model::Models;
-use super::{GIB, golden, names};
+use super::{GIB, golden, measured, names};
 
 /// What a step's seconds are counted in.
 const SECONDS: [(&str, f64); 11] = [
@@ -90,6 +90,8 @@ pub(super) struct Case {
     /// Whether the source says that virtual stages do not apply.
     pub not_interleaved: bool,
     pub memory_gib: Option<f64>,
+    /// [`measured::COLUMNS`] as printed.
+    pub measured: [String; 4],
 }
 
 /// The numbers of a layout; `None` where the source prints none.
@@ -166,6 +168,7 @@ impl Case {
             convention: text("tflops_convention"),
             not_interleaved: matches!(row.text("vpp"), "n/a" | "N/A" | "-"),
             memory_gib: row.quantity("mem_max_gib", &GIBIBYTES),
+            measured: measured::COLUMNS.map(text),
         };
         case.read_names();
         // A batch of so many tokens, where they are whole sequences.

@@ -4,7 +4,9 @@
 use crate::architecture::{Architecture, Attention};
 use crate::calibration::TEST_SKEW;
 use crate::hardware::Cluster;
-use crate::parallelism::{Modules, Optimizer, Parallelism, Recomputation, Routing, Sharding, Training};
+use crate::parallelism::{
+    Modules, Optimizer, Parallelism, ParallelismError, Recomputation, Routing, Sharding, Training,
+};
 use crate::precision::Precision;
 use crate::schedule::ScheduleKind;
 use crate::software::{DispatchKind, Habits, Software, Trainable};
@@ -49,9 +51,15 @@ pub(super) fn interpret(case: &Case, models: &Models) -> Result<Setup, String> {
     let printed = case.gpus.map(|gpus| gpus as usize).or_else(|| all_gpus(case));
     let gpus = printed.unwrap_or_else(|| fewest_gpus(case).max(GPUS));
     let cluster = Cluster::of(gpu, gpus).map_err(|error| error.to_string())?;
-    let mut candidates = relaxed(case).into_iter().map(|case| candidates(&case, &architecture, &cluster));
-    let Some(candidates) = candidates.find(|found| !found.is_empty()) else {
-        return Err(format!("no layout of {} fits on {gpus} GPUs", describe(case)));
+    let mut refused = None;
+    let candidates = relaxed(case).into_iter().find_map(|case| {
+        let (found, first) = candidates(&case, &architecture, &cluster);
+        refused = refused.take().or(first);
+        (!found.is_empty()).then_some(found)
+    });
+    let Some(candidates) = candidates else {
+        let why = refused.map_or("they are no multiple of tp x pp x cp".into(), |error| error.to_string());
+        return Err(format!("no layout of {} fits on {gpus} GPUs: {why}", describe(case)));
     };
     Ok(Setup { architecture, cluster, nearest_gpu, candidates })
 }
@@ -65,15 +73,22 @@ fn relaxed(case: &Case) -> [Case; 3] {
     without
 }
 
-/// The feasible layouts that the row may mean.
-fn candidates(case: &Case, architecture: &Architecture, cluster: &Cluster) -> Vec<(Parallelism, Training)> {
+/// The feasible layouts that the row may mean, and why the first of the others is none.
+fn candidates(
+    case: &Case,
+    architecture: &Architecture,
+    cluster: &Cluster,
+) -> (Vec<(Parallelism, Training)>, Option<ParallelismError>) {
     let precision = precision(case);
-    let all = layouts(case, architecture, cluster).into_iter();
-    let feasible = all.filter_map(|layout| {
+    let (mut feasible, mut refused) = (Vec::new(), None);
+    for layout in layouts(case, architecture, cluster) {
         let training = training(case, architecture, precision, &layout);
-        layout.check(architecture, &training).is_ok().then_some((layout, training))
-    });
-    feasible.collect()
+        match layout.check(architecture, &training) {
+            Ok(()) => feasible.push((layout, training)),
+            Err(error) => refused = refused.or(Some(error)),
+        }
+    }
+    (feasible, refused)
 }
 
 /// The GPUs of a run that prints its replicas instead.

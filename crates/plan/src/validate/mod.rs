@@ -19,7 +19,7 @@ use serde::Serialize;
 use crate::architecture::Architecture;
 use crate::calibration::{BORROWED_SPREAD, RELEASED_SPREAD};
 use crate::hardware::{Cluster, Gpu};
-use crate::parallelism::{Parallelism, Training};
+use crate::parallelism::{Parallelism, ParallelismError, Training};
 use crate::pricing::{Pricer, QUANTILE_90};
 use crate::software::Software;
 use crate::table::Table;
@@ -52,14 +52,16 @@ pub struct Prediction {
 }
 
 impl Prediction {
-    /// What `pricer` says of `layout`; `None` when the layout cannot be.
-    pub fn of(pricer: &Pricer, layout: &Parallelism, path: PricePath) -> Option<Self> {
+    /// What `pricer` says of `layout`.
+    ///
+    /// # Errors
+    /// The layout cannot be.
+    pub fn of(pricer: &Pricer, layout: &Parallelism, path: PricePath) -> Result<Self, ParallelismError> {
         let priced = match path {
             PricePath::Closed => pricer.price(layout),
             PricePath::Simulated => pricer.price_simulated(layout),
-        };
-        let priced = priced.ok()?;
-        Some(Self {
+        }?;
+        Ok(Self {
             step_s: priced.step_s,
             interval_s: priced.interval_s,
             memory_bytes: priced.memory.allocated(),
@@ -86,9 +88,11 @@ pub enum PricePath {
     Simulated,
 }
 
-/// What prices a plan: `None` when it cannot be.
-pub type Pricing<'a> =
-    &'a dyn Fn(&Architecture, &Cluster, &Parallelism, &Training, PricePath) -> Option<Prediction>;
+/// What a plan is predicted to take, or why it cannot be.
+pub type Predicted = Result<Prediction, ParallelismError>;
+
+/// What prices a plan.
+pub type Pricing<'a> = &'a dyn Fn(&Architecture, &Cluster, &Parallelism, &Training, PricePath) -> Predicted;
 
 /// A step time and its prediction.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize)]
@@ -163,6 +167,8 @@ pub struct Outcome {
     pub golden: bool,
     /// Why no step time was compared of a row that is no golden value, or why nothing was priced.
     pub skipped: Option<String>,
+    /// Why a peak that is printed was not compared.
+    pub memory_skipped: Option<String>,
     /// Operations of the step for one GPU, all keys of attention counted; 0 where no step time was compared.
     pub flops_per_gpu: f64,
 }
@@ -185,6 +191,7 @@ impl Outcome {
             factor: None,
             golden: case.kind == Kind::Golden,
             skipped: None,
+            memory_skipped: None,
             flops_per_gpu: 0.0,
         }
     }
@@ -224,6 +231,8 @@ pub struct Validation {
     pub golden: usize,
     /// Reasons for which no step time of other rows was compared, with the number of rows.
     pub skipped: Vec<(String, usize)>,
+    /// Reasons for which a printed peak of memory was not compared, with the number of rows.
+    pub memory_skipped: Vec<(String, usize)>,
     /// The trivial baseline's mean absolute relative error over rows, not families, each predicted from the others.
     pub baseline_mape_of_rows: Option<f64>,
     /// The same as published with the measurements.
@@ -311,7 +320,7 @@ impl Cases {
         let known = Models::read(models);
         let table = Table::parse(cases);
         let cases: Vec<Case> = table.rows().map(|row| Case::read(row, &known)).collect();
-        Self { rows: cases.iter().map(|case| Row::of(case, &cases, &known)).collect() }
+        Self { rows: (0..cases.len()).map(|at| Row::of(at, &cases, &known)).collect() }
     }
 
     /// The number of rows.
@@ -360,7 +369,11 @@ impl Cases {
             all: score::grouped(&rows, |_| "all".into()).pop().unwrap_or_else(|| Group::empty("all")),
             memory_kinds: memory::by_kind(&rows),
             golden: rows.iter().filter(|row| row.golden && row.skipped.is_none()).count(),
-            skipped: score::reasons(&rows.iter().collect::<Vec<_>>(), str::to_string),
+            skipped: score::reasons(rows.iter().map(|row| row.skipped.as_deref()), str::to_string),
+            memory_skipped: score::reasons(
+                rows.iter().map(|row| row.memory_skipped.as_deref()),
+                str::to_string,
+            ),
             baseline_mape_of_rows: baseline::mape_of_rows(&rows),
             published_baseline_mape: PUBLISHED_BASELINE,
             rows,
@@ -369,8 +382,8 @@ impl Cases {
 }
 
 impl Row {
-    fn of(case: &Case, all: &[Case], models: &Models) -> Self {
-        let filled = neighbours::filled(case, all);
+    fn of(at: usize, all: &[Case], models: &Models) -> Self {
+        let (case, filled) = (&all[at], neighbours::filled(at, all));
         let mut blank = Outcome::of(case);
         let setup = match interpret::interpret(&filled, models) {
             Ok(setup) => {
@@ -390,16 +403,20 @@ impl Row {
     fn outcome(&self, price: Pricing<'_>) -> Outcome {
         let (case, mut outcome) = (&self.case, self.blank.clone());
         let Some(setup) = &self.setup else { return outcome };
-        let Some((layout, training, priced)) = best(setup, price) else {
-            outcome.complete = case.kind == Kind::Run && self.printed.is_complete();
-            outcome.skipped = Some("the plan cannot be priced".into());
-            return outcome;
+        let (layout, training, priced) = match best(setup, price) {
+            Ok(best) => best,
+            Err(error) => {
+                outcome.complete = case.kind == Kind::Run && self.printed.is_complete();
+                outcome.skipped = Some(format!("the plan cannot be priced: {error}"));
+                return outcome;
+            }
         };
         outcome.plan = plan_text(layout, training);
         if case.kind != Kind::OutOfMemory && !self.printed.unknown_replicas(layout) {
-            let measured = case.measured_gib();
-            outcome.memory =
-                measured.map(|measured_gib| Memory::new(case.memory_kind(), measured_gib, &priced));
+            match measured::memory_gib(case, &setup.cluster.gpu) {
+                Ok(gib) => outcome.memory = gib.map(|gib| Memory::new(case.memory_kind(), gib, &priced)),
+                Err(reason) => outcome.memory_skipped = Some(reason),
+            }
         }
         match case.kind {
             Kind::Golden => return outcome,
@@ -409,8 +426,8 @@ impl Row {
         if outcome.skipped.is_some() {
             return outcome;
         }
-        match measured::step_s(case, &setup.architecture, training, setup.cluster.gpus) {
-            Err(reason) => outcome.skipped = Some(reason.into()),
+        match measured::step_s(case, setup, training) {
+            Err(reason) => outcome.skipped = Some(reason),
             Ok(measured_s) => {
                 let tokens = training.sequence as f64 * training.global_batch as f64;
                 let flops = setup.architecture.train_flops(training.sequence, false, false) * tokens;
@@ -423,12 +440,22 @@ impl Row {
     }
 }
 
-fn best<'a>(setup: &'a Setup, price: Pricing<'_>) -> Option<(&'a Parallelism, &'a Training, Prediction)> {
+/// A layout with its training and what it is predicted to take.
+type Best<'a> = (&'a Parallelism, &'a Training, Prediction);
+
+/// The fastest candidate that fits, simulated; or why none can be priced.
+fn best<'a>(setup: &'a Setup, price: Pricing<'_>) -> Result<Best<'a>, String> {
     let capacity = setup.cluster.gpu.memory_bytes * MEMORY_TOLERANCE;
-    let mut best: Option<(&Parallelism, &Training, Prediction)> = None;
+    let (mut best, mut refused): (Option<Best<'_>>, _) = (None, String::new());
     for (layout, training) in &setup.candidates {
         let priced = price(&setup.architecture, &setup.cluster, layout, training, PricePath::Closed);
-        let Some(priced) = priced else { continue };
+        let priced = match priced {
+            Ok(priced) => priced,
+            Err(error) => {
+                refused = error.to_string();
+                continue;
+            }
+        };
         // Batches of candidates differ where none is printed: what counts is the time of a sequence.
         let rank = |priced: &Prediction, training: &Training| {
             let over = (priced.memory_bytes / capacity).max(1.0);
@@ -438,9 +465,9 @@ fn best<'a>(setup: &'a Setup, price: Pricing<'_>) -> Option<(&'a Parallelism, &'
             best = Some((layout, training, priced));
         }
     }
-    let (layout, training, _) = best?;
-    let priced = price(&setup.architecture, &setup.cluster, layout, training, PricePath::Simulated)?;
-    Some((layout, training, priced))
+    let (layout, training, _) = best.ok_or(refused)?;
+    let priced = price(&setup.architecture, &setup.cluster, layout, training, PricePath::Simulated);
+    Ok((layout, training, priced.map_err(|error| error.to_string())?))
 }
 
 fn plan_text(layout: &Parallelism, training: &Training) -> String {

@@ -13,11 +13,12 @@ pub(super) fn fully_sharded(case: &Case) -> bool {
 
 /// The row with its blanks filled from the most similar row of the same model and GPU that prints tensor and pipeline degree:
 /// same file, framework, sequence length, precision, then the nearest number of GPUs; another source's fastest plan comes last. Rows that print all, and fully sharded rows
-/// without a similar one of their own framework, stay as they are.
-pub(super) fn filled(case: &Case, all: &[Case]) -> Case {
-    let mut case = case.clone();
+/// without a similar one of their own framework, stay as they are. Neither what rows call themselves nor their order counts.
+pub(super) fn filled(at: usize, all: &[Case]) -> Case {
+    let mut case = all[at].clone();
+    let others = || all.iter().enumerate().filter(|(other, _)| *other != at).map(|(_, other)| other);
     if case.recompute == "final" {
-        case.recompute = best_before(&case, all).unwrap_or_default();
+        case.recompute = best_before(&case, others()).unwrap_or_default();
     }
     let blank = case.degrees.tensor.is_none() || case.degrees.pipeline.is_none();
     // A pipeline whose virtual stages are not printed, as opposed to printed as not applicable.
@@ -26,7 +27,7 @@ pub(super) fn filled(case: &Case, all: &[Case]) -> Case {
     if !blank && !stages_missing {
         return case;
     }
-    let Some(other) = nearest(&case, all, blank) else { return case };
+    let Some(other) = nearest(&case, others(), blank) else { return case };
     let (own, theirs) = (&mut case.degrees, &other.degrees);
     if blank {
         own.tensor = own.tensor.or(theirs.tensor);
@@ -45,20 +46,20 @@ pub(super) fn filled(case: &Case, all: &[Case]) -> Case {
 }
 
 /// What the fastest of the other variants of a series says of itself: the last one is called final.
-fn best_before(case: &Case, all: &[Case]) -> Option<String> {
+fn best_before<'a>(case: &Case, others: impl Iterator<Item = &'a Case>) -> Option<String> {
     let same = |other: &&Case| {
         let (of, theirs) =
             ((&case.file, case.model_name(), &case.gpu), (&other.file, other.model_name(), &other.gpu));
-        of == theirs && other.gpus == case.gpus && other.id != case.id
+        of == theirs && other.gpus == case.gpus
     };
-    let others = all.iter().filter(same).filter_map(|other| Some((other.step_s?, &other.recompute)));
-    others.min_by(|a, b| a.0.total_cmp(&b.0)).map(|(_, variant)| variant.clone())
+    let others = others.filter(same).filter_map(|other| Some((other.step_s?, &other.recompute)));
+    others.min_by(|a, b| a.0.total_cmp(&b.0).then(a.1.cmp(b.1))).map(|(_, variant)| variant.clone())
 }
 
-fn nearest<'a>(case: &Case, all: &'a [Case], blank: bool) -> Option<&'a Case> {
+fn nearest<'a>(case: &Case, others: impl Iterator<Item = &'a Case>, blank: bool) -> Option<&'a Case> {
     let sharded = fully_sharded(case);
-    let similar = all.iter().filter(|other| {
-        let same = other.model_name() == case.model_name() && other.gpu == case.gpu && other.id != case.id;
+    let similar = others.filter(|other| {
+        let same = other.model_name() == case.model_name() && other.gpu == case.gpu;
         let degrees = &other.degrees;
         let prints = match blank {
             true => degrees.tensor.is_some() && degrees.pipeline.is_some(),
@@ -70,7 +71,7 @@ fn nearest<'a>(case: &Case, all: &'a [Case], blank: bool) -> Option<&'a Case> {
         let alike = !sharded || other.framework == case.framework;
         same && prints && alike && fully_sharded(other) == sharded
     });
-    similar.min_by_key(|other| {
+    let distance = |other: &Case| {
         let gpus = |case: &Case| (case.gpus.unwrap_or(1) as f64).log2();
         let distance = (gpus(case) - gpus(other)).abs();
         // Of another source's plans the fastest is the most likely one.
@@ -84,5 +85,11 @@ fn nearest<'a>(case: &Case, all: &'a [Case], blank: bool) -> Option<&'a Case> {
             slowness,
             (16.0 * distance) as u64,
         )
-    })
+    };
+    similar.min_by(|a, b| distance(a).cmp(&distance(b)).then_with(|| content(a).cmp(&content(b))))
+}
+
+/// All that a row says but its name.
+fn content(case: &Case) -> String {
+    format!("{:?}", Case { id: String::new(), ..case.clone() })
 }

@@ -71,20 +71,27 @@ pub fn grouped(outcomes: &[Outcome], key: impl Fn(&Outcome) -> String) -> Vec<Gr
         .map(|(name, rows)| {
             let families = by_key(rows.iter().copied(), Outcome::family);
             let families: Vec<Group> = families.into_iter().map(|(name, rows)| family(name, &rows)).collect();
-            Group { reasons: reasons(&rows, general), ..mean(name, &families) }
+            Group { reasons: reasons_of(&rows), ..mean(name, &families) }
         })
         .collect()
 }
 
 /// Why rows were skipped as `of` puts it, and how many; the most frequent reason first.
-pub(super) fn reasons(rows: &[&Outcome], of: fn(&str) -> String) -> Vec<(String, usize)> {
+pub(super) fn reasons<'a>(
+    said: impl Iterator<Item = Option<&'a str>>,
+    of: fn(&str) -> String,
+) -> Vec<(String, usize)> {
     let mut counts = BTreeMap::new();
-    for reason in rows.iter().filter_map(|row| row.skipped.as_deref()) {
+    for reason in said.flatten() {
         *counts.entry(of(reason)).or_insert(0) += 1;
     }
     let mut counts: Vec<_> = counts.into_iter().collect();
     counts.sort_by_key(|(_, rows)| std::cmp::Reverse(*rows));
     counts
+}
+
+fn reasons_of(rows: &[&Outcome]) -> Vec<(String, usize)> {
+    reasons(rows.iter().map(|row| row.skipped.as_deref()), general)
 }
 
 /// A reason without what it quotes, which differs from row to row.
@@ -120,7 +127,7 @@ fn family(name: String, rows: &[&Outcome]) -> Group {
         golden: rows.len() - timed.len() - skipped,
         skipped,
         lost,
-        reasons: reasons(rows, general),
+        reasons: reasons_of(rows),
         plain: time_figures(&timed, lost, |_| 1.0, |row| row.time.map(|time| time.interval_s)),
         released: time_figures(&timed, lost, Outcome::factor, |row| {
             row.time.map(|time| time.released_interval_s)

@@ -89,6 +89,24 @@ impl Config {
         }
     }
 
+    /// Yes or no for each of so many layers, as 1 and 0, where the field is a list.
+    pub(super) fn listed(
+        &self,
+        name: &'static str,
+        layers: usize,
+    ) -> Result<Option<Vec<bool>>, HuggingFaceError> {
+        let Some(Value::Array(values)) = self.value(&[name])? else { return Ok(None) };
+        let of = |value: &Value| value.as_u64().filter(|one| *one <= 1).map(|one| one == 1);
+        let listed: Option<Vec<bool>> = values.iter().map(of).collect();
+        match listed.filter(|listed| listed.len() == layers) {
+            Some(listed) => Ok(Some(listed)),
+            None => Err(field(
+                name,
+                format!("must be a number or a list of a 0 or 1 for each of {layers} layers"),
+            )),
+        }
+    }
+
     /// The layers without experts, in order, where the file lists them.
     pub(super) fn dense_layers(&self) -> Result<Vec<usize>, HuggingFaceError> {
         const NAME: &str = "mlp_only_layers";

@@ -45,13 +45,14 @@ impl Config {
     fn numerics(&self) -> Result<Numerics, HuggingFaceError> {
         let epsilon = if self.is(&["mixtral", "olmo", "olmo2", "olmoe", "gpt_oss"]) { 1e-5 } else { 1e-6 };
         let always = self.is(&["mixtral", "gpt_oss"]);
+        let scaling = if self.is(&["deepseek_v3", "kimi_k2"]) { 2.5 } else { 1.0 };
         let usually = always || self.is(&["deepseek_v3", "kimi_k2"]);
         Ok(Numerics {
             rope_theta: self.rope_theta()? as f32,
             rms_norm_eps: self.positive("rms_norm_eps")?.unwrap_or(epsilon) as f32,
             normalize_top_k: always || self.flag("norm_topk_prob")?.unwrap_or(usually),
             score_function: self.score_function()?,
-            routed_scaling_factor: self.positive("routed_scaling_factor")?.unwrap_or(1.0) as f32,
+            routed_scaling_factor: self.positive("routed_scaling_factor")?.unwrap_or(scaling) as f32,
             positions: self.at_least_one(&["max_position_embeddings", "n_positions"])?,
             lacking: self.lacking()?,
         })
@@ -127,6 +128,7 @@ mod tests {
         assert_eq!((mixtral.rope_theta, mixtral.rms_norm_eps, mixtral.normalize_top_k), (1e6, 1e-5, true));
         let deepseek = read(r#"{"model_type":"deepseek_v3","routed_scaling_factor":2.5}"#);
         assert_eq!((deepseek.score_function, deepseek.routed_scaling_factor), (ScoreFunction::Sigmoid, 2.5));
+        assert_eq!(read(r#"{"model_type":"deepseek_v3"}"#).routed_scaling_factor, 2.5);
         let newer = read(r#"{"rope_parameters":{"rope_theta":500000.0,"rope_type":"llama3"}}"#);
         assert_eq!(newer.rope_theta, 5e5);
         assert_eq!(newer.lacking, ["scaled rotary frequencies (rope_scaling)"]);
