@@ -44,7 +44,8 @@ pub(crate) fn check(json: &[u8]) -> Result<(), String> {
         Some(Value::Array(tokens)) => check_added_tokens(tokens)?,
         Some(_) => return Err("\"added_tokens\" is not an array".into()),
     }
-    fields.get("pre_tokenizer").map_or(Ok(()), check_fixed_length)
+    fields.get("pre_tokenizer").map_or(Ok(()), check_fixed_length)?;
+    fields.get("normalizer").map_or(Ok(()), check_charsmap)
 }
 
 fn check_vocabulary(vocabulary: &Value) -> Result<(), String> {
@@ -140,6 +141,42 @@ fn check_fixed_length(value: &Value) -> Result<(), String> {
     }
 }
 
+/// A character map of SentencePiece begins with the length of its trie, for which the library makes room before it looks whether
+/// so much is there. Normalizers nest.
+fn check_charsmap(value: &Value) -> Result<(), String> {
+    match value {
+        Value::Object(fields) => {
+            if let Some(Value::String(map)) = fields.get("precompiled_charsmap")
+                && trie_bytes(map).is_some_and(|bytes| bytes as usize > map.len() / 4 * 3)
+            {
+                return Err(
+                    "\"precompiled_charsmap\" of \"normalizer\" is shorter than its first number says".into(),
+                );
+            }
+            fields.values().try_for_each(check_charsmap)
+        }
+        Value::Array(items) => items.iter().try_for_each(check_charsmap),
+        _ => Ok(()),
+    }
+}
+
+/// The first four bytes of what base64 spells, the least first; none if that is no base64.
+fn trie_bytes(base64: &str) -> Option<u32> {
+    let digit = |character: &u8| {
+        Some(u64::from(match character {
+            b'A'..=b'Z' => character - b'A',
+            b'a'..=b'z' => character - b'a' + 26,
+            b'0'..=b'9' => character - b'0' + 52,
+            b'+' => 62,
+            b'/' => 63,
+            _ => return None,
+        }))
+    };
+    let digits = base64.as_bytes().get(..6)?.iter().map(digit);
+    let bits = digits.into_iter().try_fold(0, |bits, digit| Some(bits << 6 | digit?))?;
+    Some(((bits >> 4) as u32).swap_bytes())
+}
+
 /// How a tokenizer spells bytes in its tokens.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Spelling {
@@ -231,6 +268,18 @@ mod tests {
             r#"{"model":{"vocab":{"a":0}},"pre_tokenizer":{"type":"Sequence","pretokenizers":[{"type":"FixedLength","length":0}]}}"#,
             "length 0",
         );
+        refused(
+            r#"{"model":{"vocab":{"a":0}},"normalizer":{"type":"Sequence","normalizers":[{"type":"Precompiled","precompiled_charsmap":"AAAA/////w=="}]}}"#,
+            "shorter than",
+        );
+    }
+
+    #[test]
+    fn the_length_of_a_trie_is_read() {
+        assert_eq!(trie_bytes("ALQCAACE"), Some(0x0002_b400));
+        assert_eq!(trie_bytes("AAAA/////w=="), Some(0xff00_0000));
+        assert_eq!(trie_bytes("AAAA"), None);
+        assert_eq!(trie_bytes("AA?A/////w=="), None);
     }
 
     #[test]
