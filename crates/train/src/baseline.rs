@@ -2,23 +2,22 @@
 //! and the engine's own.
 //!
 //! The first two replicate every expert on every rank, as data parallelism in the MapReduce and parameter-server
-//! tradition does; the third shards experts, dispatches tokens and shards the optimizer.
+//! tradition does; the third shards experts, dispatches tokens and shards the optimizer. All make the same update: same
+//! batches, schedule, clipping, decay and moments, so that parameters differ by the order of sums alone.
 
-use std::ops::Range;
 use std::time::Instant;
 
 use serde::{Deserialize, Serialize};
-use unisono_comm::{CommError, Communicator, Ledger, Part, ThreadRanks};
+use unisono_comm::{Communicator, Ledger, ThreadRanks};
 use unisono_data::Dataset;
 use unisono_mesh::{Fold, Grid};
-use unisono_model::Profile;
-use unisono_plan::{Layout, SegmentKind};
-use unisono_tensor::{Backend, Buffer, Cpu};
+use unisono_model::{Lane, Profile};
+use unisono_tensor::Cpu;
 
-use crate::config::RunConfig;
+use crate::central::Central;
+use crate::config::{ReduceEvery, RunConfig};
 use crate::crew::lending;
 use crate::error::TrainError;
-use crate::optimizer::adamw_step;
 use crate::rank::RankState;
 use crate::run::root_cause;
 use crate::ways::DISPATCH_CALLS;
@@ -29,7 +28,8 @@ use crate::ways::DISPATCH_CALLS;
 pub enum Synchronisation {
     /// Every rank sends its whole gradient to rank 0, which sums, updates and broadcasts.
     MapReduce,
-    /// Each tensor has a server among the ranks; every rank pushes its gradient and pulls the parameters.
+    /// Each tensor has a server among the ranks, the one that has the least so far; every rank pushes its gradient and
+    /// pulls the parameters.
     ParameterServer,
     /// Experts sharded with all-to-all dispatch; reduce-scatter, sharded update, all-gather.
     Unisono,
@@ -50,7 +50,8 @@ pub struct BaselineMeasured {
     pub dispatched_bytes: u64,
     /// Median seconds of a step.
     pub step_s: f64,
-    /// Median seconds of it that rank 0 spent synchronising and, for the third way, dispatching.
+    /// Median seconds of it that rank 0 spent in calls that move data, for the third way dispatch too: copies, waits for
+    /// other ranks and sums of gradients are in it, allocation of moments and AdamW are not.
     pub communication_s: f64,
 }
 
@@ -65,9 +66,7 @@ pub fn bench_baseline(
     ranks: usize,
     steps: usize,
 ) -> Result<BaselineMeasured, TrainError> {
-    let mut config = config.clone();
-    let expert_group = if synchronisation == Synchronisation::Unisono { ranks } else { 1 };
-    config.grid = Grid { replicas: ranks, expert_group, ..Grid::default() };
+    let config = config_of(config, synchronisation, ranks);
     config.validate()?;
     let fold = Fold::new(config.grid, ranks)?;
     let (threads, crew) = lending(ThreadRanks::new(ranks), ranks);
@@ -92,6 +91,57 @@ pub fn bench_baseline(
     })
 }
 
+/// The config with one replica a rank; central ways need every gradient whole, joined once a step.
+fn config_of(config: &RunConfig, synchronisation: Synchronisation, ranks: usize) -> RunConfig {
+    let mut config = config.clone();
+    let central = synchronisation != Synchronisation::Unisono;
+    config.grid = Grid { replicas: ranks, expert_group: if central { 1 } else { ranks }, ..Grid::default() };
+    if central {
+        (config.layout.zero, config.train.reduce_every) = (1, ReduceEvery::Step);
+    }
+    config
+}
+
+/// A rank that trains one way.
+struct Trainer<'a> {
+    state: RankState<'a, Cpu>,
+    /// None for our way.
+    central: Option<Central>,
+}
+
+impl<'a> Trainer<'a> {
+    fn new(
+        config: &'a RunConfig,
+        dataset: &'a Dataset,
+        backend: Cpu,
+        synchronisation: Synchronisation,
+        fold: Fold,
+        comm: Communicator,
+    ) -> Result<Self, TrainError> {
+        let profile = Profile::new(Instant::now());
+        let state = RankState::new(config, dataset, backend.clone(), fold, comm.clone(), profile.clone())?;
+        let central = |one| Central::new(state.model().layout(), backend, comm, profile, one);
+        let central = match synchronisation {
+            Synchronisation::MapReduce => Some(central(true)),
+            Synchronisation::ParameterServer => Some(central(false)),
+            Synchronisation::Unisono => None,
+        };
+        Ok(Self { state, central })
+    }
+
+    fn step(&mut self) -> Result<(), TrainError> {
+        match &mut self.central {
+            Some(central) => self.state.step_centrally(central),
+            None => self.state.step().map(|_| ()),
+        }
+    }
+
+    /// Seconds in calls that move data so far.
+    fn communication_s(&self) -> f64 {
+        self.state.model().profile().total(Lane::Communication).as_secs_f64()
+    }
+}
+
 struct Outcome {
     ledger: Ledger,
     steps: Vec<f64>,
@@ -113,132 +163,178 @@ fn run_rank(
     steps: usize,
     comm: Communicator,
 ) -> Result<Outcome, TrainError> {
-    let profile = Profile::new(Instant::now());
-    let mut state = RankState::new(config, dataset, backend, fold, comm.clone(), profile)?;
-    let mut before = comm.ledger();
+    let mut trainer = Trainer::new(config, dataset, backend, synchronisation, fold, comm.clone())?;
     let mut outcome = Outcome { ledger: Ledger::default(), steps: Vec::new(), communication: Vec::new() };
-    for turn in 0..=steps {
-        if turn == 1 {
-            before = comm.ledger();
-        }
-        let begin = Instant::now();
-        let communication = match synchronisation {
-            Synchronisation::Unisono => {
-                let record = state.step()?;
-                record.communication_share * record.step_s
-            }
-            _ => central_step(&mut state, &comm, synchronisation)?,
-        };
-        if turn > 0 {
-            outcome.steps.push(begin.elapsed().as_secs_f64());
-            outcome.communication.push(communication);
-        }
+    trainer.step()?;
+    let before = comm.ledger();
+    for _ in 0..steps {
+        let (begin, busy) = (Instant::now(), trainer.communication_s());
+        trainer.step()?;
+        outcome.steps.push(begin.elapsed().as_secs_f64());
+        outcome.communication.push(trainer.communication_s() - busy);
     }
     outcome.ledger = comm.ledger().since(&before);
     Ok(outcome)
 }
 
-/// A step whose gradients are summed at servers; seconds spent on that.
-fn central_step(
-    state: &mut RankState<'_, Cpu>,
-    comm: &Communicator,
-    synchronisation: Synchronisation,
-) -> Result<f64, TrainError> {
-    let step = state.progress().step + 1;
-    let roots = state.accumulate_for_bench(step)?.into_roots();
-    let begin = Instant::now();
-    let tensors = split_tensors(state, roots);
-    let servers: Vec<usize> = match synchronisation {
-        Synchronisation::MapReduce => vec![0; tensors.len()],
-        _ => (0..tensors.len()).map(|index| index % comm.size()).collect(),
-    };
-    let mut updated: Vec<(SegmentKind, Range<usize>, Vec<f32>)> = Vec::with_capacity(tensors.len());
-    for (index, (tensor, server)) in tensors.iter().zip(&servers).enumerate() {
-        let parameters = push_and_update(state, comm, tensor, *server, index)?;
-        updated.push((tensor.segment, tensor.range.clone(), parameters));
-    }
-    state.parameters.fill(|segment, range| {
-        let mut values = vec![0.0; range.len()];
-        for (_, range, parameters) in updated.iter().filter(|(kind, ..)| *kind == segment) {
-            values[range.clone()].copy_from_slice(parameters);
-        }
-        Ok::<_, CommError>(values)
-    })?;
-    Ok(begin.elapsed().as_secs_f64())
-}
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::central::served_bytes;
+    use crate::rank::Progress;
+    use std::collections::BTreeMap;
+    use unisono_comm::kind;
+    use unisono_mesh::LinkClass;
+    use unisono_plan::{Layout, ModelConfig};
 
-/// One message's worth of gradient, and which elements of which segment it is.
-struct Tensor {
-    gradient: Part<f32>,
-    segment: SegmentKind,
-    range: Range<usize>,
-    unit: usize,
-    /// Where its parameters start in the unit.
-    place: usize,
-}
+    const STEPS: usize = 3;
+    /// Largest distance of parameters, relative to how far the steps moved them: sums are in another order.
+    const TOLERANCE: f64 = 3e-5;
+    const CENTRAL: [Synchronisation; 2] = [Synchronisation::MapReduce, Synchronisation::ParameterServer];
 
-fn split_tensors(state: &RankState<'_, Cpu>, roots: Vec<(SegmentKind, Vec<Part<f32>>)>) -> Vec<Tensor> {
-    let mut tensors = Vec::new();
-    let layout = state.model().layout();
-    for (segment, roots) in roots {
-        let Some(root) = roots.first() else { continue };
-        let tensor = |unit: usize, start: usize, range: Range<usize>| Tensor {
-            gradient: root.slice(range.clone()),
-            segment,
-            unit,
-            place: start + range.start,
-            range,
+    fn config() -> RunConfig {
+        let mut config = RunConfig {
+            model: ModelConfig {
+                vocab_size: 64,
+                hidden_size: 32,
+                num_hidden_layers: 2,
+                num_attention_heads: 2,
+                num_key_value_heads: 1,
+                head_dim: 8,
+                intermediate_size: 48,
+                moe_intermediate_size: 24,
+                num_experts: 8,
+                top_k: 2,
+                ..ModelConfig::default()
+            },
+            ..RunConfig::default()
         };
-        match segment {
-            SegmentKind::Dense { unit } => {
-                tensors
-                    .extend(layout.unit_tensors(unit).into_iter().map(|spec| tensor(unit, 0, spec.range())));
+        (config.train.sequence_length, config.train.clip_norm) = (16, 0.5);
+        (config.schedule.warmup_steps, config.train.steps) = (2, 4);
+        config
+    }
+    /// By name, of all ranks; those that hold the same have the same bits.
+    type Parameters = BTreeMap<String, Vec<f32>>;
+
+    fn parameters_of(state: &RankState<'_, Cpu>) -> Parameters {
+        let (layout, parameters) = (state.model().layout(), state.parameters());
+        let mut all = Parameters::new();
+        for unit in 0..layout.units() {
+            for spec in layout.unit_tensors(unit) {
+                all.insert(spec.name.clone(), parameters.read(unit, spec.range()));
             }
-            // Every rank holds every expert.
-            SegmentKind::Expert { moe_layer, expert } => {
-                let unit = Layout::layer_unit(layout.moe_layers().start + moe_layer);
-                let start = layout.unit_len(unit) + expert * layout.expert_len();
-                tensors.push(tensor(unit, start, 0..layout.expert_len()));
+        }
+        for layer in layout.moe_layers() {
+            let unit = Layout::layer_unit(layer);
+            for (index, expert) in state.model().held_experts().iter().enumerate() {
+                let start = layout.unit_len(unit) + index * layout.expert_len();
+                for (which, spec) in layout.expert.iter().enumerate() {
+                    let range = start + spec.range().start..start + spec.range().end;
+                    let name = layout.expert_tensor_name(layer, *expert, which);
+                    all.insert(name, parameters.read(unit, range));
+                }
+            }
+        }
+        all
+    }
+
+    /// Parameters after so many steps, and each rank's ledger of the last.
+    fn train(config: &RunConfig, way: Synchronisation, steps: usize) -> (Parameters, Vec<Ledger>) {
+        config.validate().expect("the test's config is valid");
+        let dataset = Dataset::random(1, 4096, 64).expect("random tokens");
+        let ranks = config.grid.replicas;
+        let fold = Fold::new(config.grid, ranks).expect("one replica a rank");
+        let body = |comm: Communicator| {
+            let mut trainer = Trainer::new(config, &dataset, Cpu::new(1), way, fold, comm.clone())?;
+            let mut before = comm.ledger();
+            for _ in 0..steps {
+                before = comm.ledger();
+                trainer.step()?;
+            }
+            let Progress { step, updates, .. } = trainer.state.progress();
+            assert_eq!([step, updates], [steps as u64; 2]);
+            Ok::<_, TrainError>((parameters_of(&trainer.state), comm.ledger().since(&before)))
+        };
+        let outcomes = ThreadRanks::new(ranks).run(body).expect("the steps succeed");
+        let (mut all, mut ledgers) = (Parameters::new(), Vec::new());
+        for (parameters, ledger) in outcomes {
+            for (name, values) in parameters {
+                if let Some(others) = all.insert(name.clone(), values) {
+                    assert!(others == all[&name], "{way:?}: ranks differ in {name}");
+                }
+            }
+            ledgers.push(ledger);
+        }
+        (all, ledgers)
+    }
+
+    fn distance(a: &[f32], b: &[f32]) -> f64 {
+        a.iter().zip(b).map(|(a, b)| f64::from(a - b) * f64::from(a - b)).sum::<f64>().sqrt()
+    }
+
+    #[test]
+    fn central_ways_make_our_steps() {
+        for ranks in [2, 4] {
+            let replicated = config_of(&config(), Synchronisation::MapReduce, ranks);
+            let sharded = config_of(&config(), Synchronisation::Unisono, ranks);
+            let (start, _) = train(&replicated, Synchronisation::Unisono, 0);
+            let ours = [&replicated, &sharded].map(|config| train(config, Synchronisation::Unisono, STEPS).0);
+            for way in CENTRAL {
+                let (theirs, _) = train(&replicated, way, STEPS);
+                for ours in &ours {
+                    assert_eq!(ours.len(), theirs.len());
+                    for (name, values) in ours {
+                        let moved = distance(values, &start[name]);
+                        let apart = distance(values, &theirs[name]);
+                        assert!(moved > 0.0, "{name} did not move");
+                        assert!(
+                            apart <= TOLERANCE * moved,
+                            "{way:?} at {ranks} ranks: {name} is {apart} from ours, which moved by {moved}"
+                        );
+                    }
+                }
             }
         }
     }
-    tensors
-}
 
-/// Every rank's gradient goes to the server, which adds them in rank order, updates, and sends the parameters back.
-fn push_and_update(
-    state: &mut RankState<'_, Cpu>,
-    comm: &Communicator,
-    tensor: &Tensor,
-    server: usize,
-    tag: usize,
-) -> Result<Vec<f32>, CommError> {
-    let len = tensor.range.len();
-    let tag = tag as u32;
-    let mut parameters = state.parameters.read(tensor.unit, tensor.place..tensor.place + len);
-    if comm.rank() != server {
-        comm.send(server, tag, tensor.gradient.clone())?;
-        return comm.broadcast(server, parameters);
-    }
-    let backend = state.model().backend().clone();
-    let mut sum = comm_copy(comm, tensor, server, tag, len)?;
-    for from in (0..comm.size()).filter(|rank| *rank != server) {
-        let received = comm.recv(from, tag, vec![0.0f32; len], 0..len)?;
-        backend.add(&mut sum, &received);
-    }
-    let scalars = adamw_step(&state.config().optimizer, 1e-4, 1, 1.0, 0.0);
-    let (mut first, mut second) = (backend.zeros(len), backend.zeros(len));
-    backend.adamw(scalars, &[(0..len, true)], &sum, &mut parameters, first.all_mut(), second.all_mut());
-    comm.broadcast(server, parameters)
-}
+    /// S bytes of parameters, n ranks. The one reducer takes S from n - 1 ranks and gives S to them. A server of P bytes does
+    /// so with P, and gives and takes the other S - P once.
+    #[test]
+    fn bytes_are_those_of_closed_formulas() {
+        for ranks in [2, 4, 8] {
+            let config = config_of(&config(), Synchronisation::MapReduce, ranks);
+            let layout = Layout::new(&config.model);
+            let all = 4 * layout.parameters(config.model.top_k).0 as u64;
+            let others = ranks as u64 - 1;
+            for way in CENTRAL {
+                let one = way == Synchronisation::MapReduce;
+                let served = served_bytes(&layout, if one { 1 } else { ranks });
+                assert_eq!(served.iter().sum::<u64>(), all);
+                let (_, ledgers) = train(&config, way, 1);
+                let mut through = Vec::new();
+                for (rank, ledger) in ledgers.iter().enumerate() {
+                    let own = served.get(rank).copied().unwrap_or(0);
+                    let rows = ledger.rows.iter().filter(|row| row.link != LinkClass::SameRank);
+                    let rows = rows.filter(|row| [kind::SEND, kind::BROADCAST].contains(&row.kind.as_str()));
+                    let moved = rows.map(|row| [row.bytes_sent, row.bytes_received]);
+                    let moved = moved.fold([0; 2], |sum, row| [sum[0] + row[0], sum[1] + row[1]]);
+                    assert_eq!(moved, [others * own + all - own; 2], "{way:?}, rank {rank} of {ranks}");
+                    through.push(moved[0] + moved[1]);
+                }
+                let busiest = through.into_iter().max().unwrap_or(0);
+                let largest = served.iter().max().copied().unwrap_or(0);
+                match one {
+                    true => assert_eq!(busiest, 2 * others * all),
+                    false => assert_eq!(busiest, 2 * all + 2 * (others - 1) * largest),
+                }
+                assert!(largest < all / served.len() as u64 + all / 10, "servers are even");
 
-/// The server's own gradient, out of the shared buffer.
-fn comm_copy(
-    comm: &Communicator,
-    tensor: &Tensor,
-    server: usize,
-    tag: u32,
-    len: usize,
-) -> Result<Vec<f32>, CommError> {
-    comm.shift(server, tensor.gradient.clone(), server, vec![0.0f32; len], 0..len, tag | 1 << 31)
+                let dataset = Dataset::random(1, 4096, 64).expect("random tokens");
+                let measured = bench_baseline(&config, &dataset, way, ranks, 1).expect("it runs");
+                let control = measured.busiest_rank_bytes - busiest;
+                assert!(control < 8192, "{control} bytes of losses, counts and the norm");
+                assert!(measured.communication_s > 0.0 && measured.communication_s <= measured.step_s);
+            }
+        }
+    }
 }

@@ -3,6 +3,7 @@
 mod agreement;
 pub mod baseline;
 pub mod bench;
+mod central;
 mod checkpointing;
 mod comparison;
 pub mod config;

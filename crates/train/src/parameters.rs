@@ -175,40 +175,44 @@ impl<B: Backend> ShardedParameters<B> {
         Ok(())
     }
 
+    /// Changes what the rank keeps of a unit, and tells no other rank.
+    pub(crate) fn change(&mut self, unit: usize, change: impl FnOnce(&mut B::Buf)) {
+        match &mut self.store {
+            Store::Shards { shards, .. } => {
+                let host = std::mem::replace(&mut shards[unit], Arc::new(self.backend.alloc_host(0)));
+                let host = Arc::into_inner(host).expect("no exchange is under way");
+                let mut values = self.backend.take_from_host(host);
+                change(&mut values);
+                shards[unit] = Arc::new(self.backend.hand_to_host(values));
+            }
+            Store::Whole(units) => change(Rc::get_mut(&mut units[unit]).expect("no pass is under way")),
+        }
+    }
+
     /// Changes what the rank keeps of every unit with `change(unit, values)`; whole units then get what the other ranks
     /// have changed.
     ///
     /// # Errors
     /// If an exchange fails.
     pub fn update(&mut self, mut change: impl FnMut(usize, &mut B::Buf)) -> Result<(), CommError> {
+        let Store::Whole(units) = &mut self.store else {
+            (0..self.units.len()).for_each(|unit| self.change(unit, |values| change(unit, values)));
+            return Ok(());
+        };
         let backend = &self.backend;
-        match &mut self.store {
-            Store::Shards { shards, .. } => {
-                for (unit, shard) in shards.iter_mut().enumerate() {
-                    let host = std::mem::replace(shard, Arc::new(backend.alloc_host(0)));
-                    let host = Arc::into_inner(host).expect("no exchange is under way");
-                    let mut values = backend.take_from_host(host);
-                    change(unit, &mut values);
-                    *shard = Arc::new(backend.hand_to_host(values));
-                }
-                Ok(())
-            }
-            Store::Whole(units) => {
-                let mut under_way = Vec::with_capacity(units.len());
-                for (unit, whole) in units.iter_mut().enumerate() {
-                    let values = std::mem::replace(whole, Rc::new(backend.alloc(0)));
-                    let mut values = Rc::into_inner(values).expect("no pass is under way");
-                    change(unit, &mut values);
-                    let gather = || start_gather_whole(backend, &self.units[unit], values);
-                    under_way.push(self.profile.communicate("gather parameters", gather)?);
-                }
-                for (whole, pending) in units.iter_mut().zip(under_way) {
-                    let values = self.profile.communicate("gather parameters", || pending.finish())?;
-                    *whole = Rc::new(backend.take_from_host(values));
-                }
-                Ok(())
-            }
+        let mut under_way = Vec::with_capacity(units.len());
+        for (unit, whole) in units.iter_mut().enumerate() {
+            let values = std::mem::replace(whole, Rc::new(backend.alloc(0)));
+            let mut values = Rc::into_inner(values).expect("no pass is under way");
+            change(unit, &mut values);
+            let gather = || start_gather_whole(backend, &self.units[unit], values);
+            under_way.push(self.profile.communicate("gather parameters", gather)?);
         }
+        for (whole, pending) in units.iter_mut().zip(under_way) {
+            let values = self.profile.communicate("gather parameters", || pending.finish())?;
+            *whole = Rc::new(backend.take_from_host(values));
+        }
+        Ok(())
     }
 
     fn start_gather(&self, shard: &Arc<B::Host>, unit: usize) -> Result<Gathering<B>, CommError> {

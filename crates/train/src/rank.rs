@@ -14,8 +14,9 @@ use unisono_model::{
 use unisono_plan::dispatch::Census;
 use unisono_plan::engine::{Traffic, TrafficPlan};
 use unisono_plan::{Layout, SegmentKind, Shards, StepMemory};
-use unisono_tensor::{Backend, Buffer};
+use unisono_tensor::{AdamW, Backend, Buffer, Cpu};
 
+use crate::central::Central;
 use crate::config::{RecomputeConfig, ReduceEvery, RunConfig};
 use crate::engine_layout::{dispatch_shape, engine_layout};
 use crate::error::TrainError;
@@ -279,23 +280,13 @@ impl<'a, B: Backend> RankState<'a, B> {
         let profile = self.model.profile().clone();
         let norm = self.optimizer.norm(&gradients, &profile)?;
         self.states_bytes = self.model.backend().memory().0;
-        let rate = learning_rate(
-            &self.config.schedule,
-            self.config.optimizer.learning_rate,
-            step,
-            self.config.train.steps,
-        );
-        let finite = norm.is_finite() && totals.loss.is_finite();
-        if finite {
-            let clip = self.config.train.clip_norm;
-            let scalars = adamw_step(&self.config.optimizer, rate, self.progress.updates + 1, norm, clip);
+        let (rate, scalars) = self.scalars(step, norm, totals.loss);
+        if let Some(scalars) = scalars {
             let (optimizer, parameters) = (&mut self.optimizer, &mut self.parameters);
             optimizer.update(&gradients, scalars, parameters, &profile)?;
-            self.update_bias(&totals.counts);
-            self.progress.updates += 1;
         }
-        self.progress.step = step;
-        self.progress.tokens += self.config.tokens_per_step() as u64;
+        let finite = scalars.is_some();
+        self.advance(finite, &totals.counts);
         let busy = self.model.profile().total(Lane::Communication) - busy;
         let moved = self.comm.ledger().since(&traffic);
         let seconds = begin.elapsed().as_secs_f64();
@@ -340,10 +331,22 @@ impl<'a, B: Backend> RankState<'a, B> {
         Ok((gradients, sums))
     }
 
-    /// The gradients of a step, not joined over ranks; for the baselines.
-    pub(crate) fn accumulate_for_bench(&mut self, step: u64) -> Result<StepGradients<'_, B>, TrainError> {
-        self.progress.step = step;
-        Ok(self.accumulate(step, |_| Ok(()))?.0)
+    /// The learning rate of a step, and the scalars of its update unless a number is not finite.
+    fn scalars(&self, step: u64, norm: f64, loss: f64) -> (f64, Option<AdamW>) {
+        let RunConfig { schedule, optimizer, train, .. } = self.config;
+        let rate = learning_rate(schedule, optimizer.learning_rate, step, train.steps);
+        let scalars = adamw_step(optimizer, rate, self.progress.updates + 1, norm, train.clip_norm);
+        (rate, (norm.is_finite() && loss.is_finite()).then_some(scalars))
+    }
+
+    /// Ends a step: moves the balance bias if it has `updated` parameters, and counts it.
+    fn advance(&mut self, updated: bool, counts: &[Vec<u64>]) {
+        if updated {
+            self.update_bias(counts);
+            self.progress.updates += 1;
+        }
+        self.progress.step += 1;
+        self.progress.tokens += self.config.tokens_per_step() as u64;
     }
 
     fn feed_train(
@@ -538,6 +541,24 @@ impl<'a, B: Backend> RankState<'a, B> {
             }
             element -= values.iter().filter(|value| **value != 0.0).count();
         }
+    }
+}
+
+impl RankState<'_, Cpu> {
+    /// The next step with gradients and parameters by way of servers; for the baselines.
+    pub(crate) fn step_centrally(&mut self, central: &mut Central) -> Result<(), TrainError> {
+        let step = self.progress.step + 1;
+        self.comm.set_step(step);
+        let (gradients, sums) = self.accumulate(step, |_| Ok(()))?;
+        let pushed = central.push(&gradients.into_roots())?;
+        let totals = self.join(&sums)?;
+        let norm = central.norm(&pushed)?;
+        let (_, scalars) = self.scalars(step, norm, totals.loss);
+        if let Some(scalars) = scalars {
+            central.update(&pushed, scalars, &mut self.parameters)?;
+        }
+        self.advance(scalars.is_some(), &totals.counts);
+        Ok(())
     }
 }
 
