@@ -396,7 +396,8 @@ impl Row {
             return outcome;
         };
         outcome.plan = plan_text(layout, training);
-        if case.kind != Kind::OutOfMemory && !self.printed.unknown_replicas(layout) {
+        let unknown = self.printed.unknown_replicas(layout) || self.printed.holds_less_along_a_v();
+        if case.kind != Kind::OutOfMemory && !unknown {
             let measured = case.measured_gib();
             outcome.memory =
                 measured.map(|measured_gib| Memory::new(case.memory_kind(), measured_gib, &priced));
