@@ -286,6 +286,14 @@ impl Parallelism {
         self.pipeline * self.virtual_stages
     }
 
+    /// The chunk of layers that is pipeline rank `rank`'s in its stage `turn`.
+    pub(crate) fn chunk(&self, rank: usize, turn: usize) -> usize {
+        match self.schedule {
+            ScheduleKind::DualPipeV if turn % 2 == 1 => (turn + 1) * self.pipeline - 1 - rank,
+            _ => turn * self.pipeline + rank,
+        }
+    }
+
     /// Checks every degree against the model, the batch and the others.
     ///
     /// # Errors

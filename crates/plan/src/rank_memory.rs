@@ -6,7 +6,7 @@ use crate::calibration::{BASE_BYTES, Constants, RESERVED};
 use crate::parallelism::{Parallelism, Recomputation, Sharding};
 use crate::precision::Precision;
 use crate::pricing::{MOST_KINDS, Pricer, Share};
-use crate::schedule::{ScheduleKind, peak};
+use crate::schedule::ChunkBytes;
 use crate::software::{Software, Trainable};
 
 use activations::Half;
@@ -23,6 +23,8 @@ pub struct RankMemory {
     pub optimizer: f64,
     /// What layers keep for the backward, all micro-batches in flight.
     pub activations: f64,
+    /// What weight gradients that are put off still need: inputs of products and gradients of their outputs.
+    pub operands: f64,
     /// What is alive only within the layer that is being computed: gradients of activations, recomputed tensors.
     pub temporary: f64,
     /// Logits and their gradient.
@@ -56,11 +58,32 @@ const MIB: f64 = (1u64 << 20) as f64;
 #[derive(Debug, Clone, Default)]
 struct KeptBytes {
     /// All of it; where attention is captured, what that keeps.
-    first: [f64; MOST_KINDS],
+    first: KindBytes,
     /// The rest, where attention is captured.
-    second: [f64; MOST_KINDS],
+    second: KindBytes,
     temporary: [f64; MOST_KINDS],
     captured: bool,
+}
+
+/// Bytes of a micro-batch in a layer of each kind.
+#[derive(Debug, Clone, Default)]
+struct KindBytes {
+    kinds: [ChunkBytes; MOST_KINDS],
+    /// What the weight gradient of the head needs.
+    head: f64,
+}
+
+impl KindBytes {
+    /// Those of all layers that `share` has.
+    fn of(&self, share: &Share) -> ChunkBytes {
+        let mut sum = ChunkBytes::default();
+        for (layers, bytes) in share.layers.iter().zip(&self.kinds) {
+            sum.activations += f64::from(*layers) * bytes.activations;
+            sum.weight_operands += f64::from(*layers) * bytes.weight_operands;
+        }
+        sum.weight_operands += if share.head { self.head } else { 0.0 };
+        sum
+    }
 }
 
 /// What a rank's memory is made of.
@@ -71,7 +94,9 @@ pub struct MemoryTerms {
     /// Bytes of a parameter: as weight, as gradient, as master copy and moments.
     pub widths: [f64; 3],
     /// Layers of each kind that the rank has, in the order of [`Pricer::kinds`], with the bytes that one keeps of a micro-batch.
-    pub layers: Vec<(u32, f64)>,
+    pub layers: Vec<(u32, ChunkBytes)>,
+    /// Bytes of a micro-batch that the head's weight gradient needs, where the rank has it.
+    pub head: f64,
     /// Communicators that it belongs to.
     pub communicators: usize,
 }
@@ -79,7 +104,13 @@ pub struct MemoryTerms {
 impl MemoryTerms {
     /// Bytes that all layers of the rank keep of a micro-batch.
     pub fn kept_bytes(&self) -> f64 {
-        self.layers.iter().map(|(layers, bytes)| f64::from(*layers) * bytes).sum()
+        self.layers.iter().map(|(layers, bytes)| f64::from(*layers) * bytes.activations).sum()
+    }
+
+    /// Bytes that weight gradients of the rank need of a micro-batch.
+    pub fn operand_bytes(&self) -> f64 {
+        let layers = self.layers.iter().map(|(layers, bytes)| f64::from(*layers) * bytes.weight_operands);
+        layers.sum::<f64>() + self.head
     }
 }
 
@@ -92,12 +123,13 @@ impl RankMemory {
     pub const COMMUNICATOR_BYTES: f64 = COMMUNICATOR_BYTES;
 
     /// The names and bytes of all parts, in the order in which they are printed.
-    pub fn parts(&self) -> [(&'static str, f64); 10] {
+    pub fn parts(&self) -> [(&'static str, f64); 11] {
         [
             ("weights", self.weights),
             ("gradients", self.gradients),
             ("optimizer", self.optimizer),
             ("activations", self.activations),
+            ("operands", self.operands),
             ("temporary", self.temporary),
             ("logits", self.logits),
             ("communication", self.communication),
@@ -143,11 +175,12 @@ impl Pricer {
         let share = self.stages.share(layout, rank);
         let held = self.rank_parameters(layout, &share);
         let kept = self.kept_bytes(layout);
-        let bytes = kept.first.iter().zip(kept.second).map(|(first, second)| first + second);
+        let bytes = kept.first.kinds.iter().zip(kept.second.kinds).map(|(first, second)| *first + second);
         MemoryTerms {
             parameters: [held.dense, held.experts],
             widths: self.state_widths(),
             layers: share.layers.into_iter().zip(bytes).take(self.kinds().len()).collect(),
+            head: if share.head { kept.first.head + kept.second.head } else { 0.0 },
             communicators: communicators(layout),
         }
     }
@@ -181,11 +214,32 @@ impl Pricer {
         let [first, second] = if captured { [Half::Mixer, Half::Network] } else { [Half::Both; 2] };
         let mut bytes = KeptBytes { captured, ..KeptBytes::default() };
         for (at, kept) in self.kept_by_kind(layout).iter().enumerate().take(MOST_KINDS) {
-            bytes.first[at] = kept.bytes_of(first, layout.recompute);
-            bytes.second[at] = if captured { kept.bytes_of(second, layout.recompute) } else { 0.0 };
+            bytes.first.kinds[at] = kept.chunk(first, layout.recompute);
+            if captured {
+                bytes.second.kinds[at] = kept.chunk(second, layout.recompute);
+            }
             bytes.temporary[at] = kept.temporary(layout.recompute);
         }
+        let rest = if captured { &mut bytes.second } else { &mut bytes.first };
+        rest.head = self.head_operands(layout);
+        if self.training.trainable == Trainable::Adapters {
+            // No gradient of a whole weight, hence nothing that waits for it.
+            for of in [&mut bytes.first, &mut bytes.second] {
+                of.kinds.iter_mut().for_each(|kind| kind.weight_operands = 0.0);
+                of.head = 0.0;
+            }
+        }
         bytes
+    }
+
+    /// Bytes of a micro-batch that the weight gradients of all heads need: their inputs and the gradients of the logits.
+    fn head_operands(&self, layout: &Parallelism) -> f64 {
+        let tokens = (layout.micro_batch * self.training.sequence) as f64 / layout.context as f64;
+        let tensor = layout.tensor as f64;
+        let split = if layout.sequence_parallel { tokens / tensor } else { tokens };
+        let inputs = split * self.model.hidden as f64;
+        let logits = tokens * self.model.vocab as f64 / tensor;
+        (1 + self.model.mtp_layers) as f64 * self.training.element_bytes() * (inputs + logits)
     }
 
     fn memory_of(&self, layout: &Parallelism, rank: usize, kept: &KeptBytes) -> RankMemory {
@@ -211,43 +265,39 @@ impl Pricer {
             memory.logits = bytes * tokens * self.model.vocab as f64 / layout.tensor as f64;
         }
         let loss = (memory.logits - memory.temporary).max(0.0);
-        memory.activations = self.held_at_peak(layout, rank, &share, loss, &kept.first);
+        let mut held = self.held_at_peak(layout, rank, &share, loss, &kept.first);
         if kept.captured {
             let running = self.held_at_peak(layout, rank, &share, loss, &kept.second);
-            memory.activations = memory.activations.max(running);
+            held = if running.total() > held.total() { running } else { held };
         }
-        let passing = memory.activations + memory.temporary.max(memory.logits) + memory.communication;
+        (memory.activations, memory.operands) = (held.activations, held.weight_operands);
+        let passing = held.total() + memory.temporary.max(memory.logits) + memory.communication;
         memory.fragmentation = (RESERVED - 1.0) * passing;
         memory
     }
 
-    /// Activations of all micro-batches in flight, of which a layer of each kind keeps `bytes`, at the moment when they and what
-    /// the loss takes beyond a layer's temporary tensors are most; less `loss` where that moment is not one of the loss.
+    /// What all micro-batches in flight hold, of which a layer of each kind keeps `bytes`, at the moment when they and what the loss
+    /// takes beyond a layer's temporary tensors are most; less `loss` where that moment is not one of the loss.
     fn held_at_peak(
         &self,
         layout: &Parallelism,
         rank: usize,
         share: &Share,
         loss: f64,
-        bytes: &[f64; MOST_KINDS],
-    ) -> f64 {
-        let of = |share: &Share| -> f64 {
-            share.layers.iter().zip(bytes).map(|(layers, bytes)| f64::from(*layers) * bytes).sum()
-        };
+        bytes: &KindBytes,
+    ) -> ChunkBytes {
         let (ranks, stages) = (layout.pipeline, layout.virtual_stages);
         let micro_batches = layout.micro_batches(&self.training);
-        let evenly = || {
-            let in_flight = layout.schedule.in_flight(ranks, stages, micro_batches, rank).activations;
-            in_flight as f64 / stages as f64 * of(share)
+        let peak = |chunks: &[ChunkBytes], elsewhere: f64| {
+            layout.schedule.peak(ranks, micro_batches, rank, chunks, elsewhere)
         };
-        if layout.schedule != ScheduleKind::Interleaved || ranks == 1 {
-            return evenly();
+        if stages == 1 {
+            return peak(&[bytes.of(share)], 0.0);
         }
         // Stages that hold fewer layers are in flight for fewer micro-batches than those before them.
-        let chunk = |turn: usize| self.stages.chunk_share(turn * ranks + rank, layout.chunks());
-        let kept: Vec<f64> = (0..stages).map(|turn| of(&chunk(turn))).collect();
-        let elsewhere = if share.head { loss } else { 0.0 };
-        peak(&kept, ranks, micro_batches, rank, elsewhere)
+        let chunk = |turn| self.stages.chunk_share(layout.chunk(rank, turn), layout.chunks());
+        let chunks: Vec<ChunkBytes> = (0..stages).map(|turn| bytes.of(&chunk(turn))).collect();
+        peak(&chunks, if share.head { loss } else { 0.0 })
     }
 
     /// At least so many bytes of weights, gradients and optimizer states on the fullest rank: the mean over pipeline ranks,

@@ -2,7 +2,7 @@
 
 use proptest::prelude::*;
 use unisono_plan::schedule::{
-    Chunk, EngineStep, Exchange, ExchangeKind, InFlight, KernelKind, Op, Schedule, ScheduleKind,
+    Chunk, ChunkBytes, EngineStep, Exchange, ExchangeKind, InFlight, KernelKind, Op, Schedule, ScheduleKind,
 };
 use unisono_plan::{KeptActivations, ModelConfig};
 
@@ -36,6 +36,27 @@ proptest! {
         for rank in 0..ranks {
             let stated = kind.in_flight(ranks, stages, micro_batches, rank);
             prop_assert_eq!(schedule.in_flight(rank), stated, "{} rank {}\n{}", kind, rank, schedule);
+        }
+    }
+
+    #[test]
+    fn peaks_in_closed_form_are_those_of_the_ops(
+        kind in prop::sample::select(&ScheduleKind::ALL[..]),
+        ranks in 1usize..9, stages in 1usize..4, extra in 0usize..24,
+        kept in prop::array::uniform4(0u32..100), waiting in prop::array::uniform4(0u32..400),
+    ) {
+        let (ranks, stages, micro_batches) = allowed(kind, ranks, stages, extra);
+        let schedule = kind.schedule(ranks, stages, micro_batches).expect("allowed sizes");
+        let chunks: Vec<ChunkBytes> = kept.iter().zip(waiting).take(stages).map(|(kept, waiting)| {
+            ChunkBytes { activations: f64::from(*kept), weight_operands: f64::from(waiting) }
+        }).collect();
+        for rank in 0..ranks {
+            let turn = |stage: u16| schedule.stages_of(rank).iter().position(|held| *held == stage).expect("held");
+            let counted = schedule.peak_bytes(
+                rank, |stage| u64::from(kept[turn(stage)]), |stage| u64::from(waiting[turn(stage)]),
+            );
+            let closed = kind.peak(ranks, micro_batches, rank, &chunks, 0.0).total();
+            prop_assert_eq!(closed, counted as f64, "{} rank {} {:?}\n{}", kind, rank, chunks, schedule);
         }
     }
 

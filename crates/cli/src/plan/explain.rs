@@ -4,7 +4,7 @@ use std::iter::once;
 
 use serde_json::{Map, Value, json};
 use unisono_plan::collectives::places_touched;
-use unisono_plan::schedule::ScheduleKind;
+use unisono_plan::schedule::{ChunkBytes, ScheduleKind};
 use unisono_plan::simulate::{StepParts, step_parts};
 use unisono_plan::{ExchangeTerms, IntervalTerms, LayerKind, RankMemory, Sharding, Work};
 
@@ -263,16 +263,18 @@ fn memory(answer: &Answer) -> Vec<String> {
         Sharding::Zero2 => "optimizer and gradients sharded",
         Sharding::Zero3 => "all sharded",
     };
-    let kept: Vec<String> = terms
-        .layers
-        .iter()
-        .filter(|(layers, _)| *layers > 0)
-        .map(|(layers, bytes)| format!("{layers} x {}", figure(bytes / GIB)))
-        .collect();
-    let in_flight = match terms.kept_bytes() > 0.0 {
-        true => memory.activations / terms.kept_bytes(),
-        false => 0.0,
+    let by_layer = |pick: fn(&ChunkBytes) -> f64| -> Vec<String> {
+        let held = terms.layers.iter().filter(|(layers, _)| *layers > 0);
+        held.map(|(layers, bytes)| format!("{layers} x {}", figure(pick(bytes) / GIB))).collect()
     };
+    let kept = by_layer(|bytes| bytes.activations);
+    let mut operands = by_layer(|bytes| bytes.weight_operands);
+    if terms.head > 0.0 {
+        operands.push(format!("head {}", figure(terms.head / GIB)));
+    }
+    let times = |bytes: f64, each: f64| if each > 0.0 { bytes / each } else { 0.0 };
+    let in_flight = times(memory.activations, terms.kept_bytes());
+    let waiting = times(memory.operands, terms.operand_bytes());
     let rows = [
         (
             "weights",
@@ -286,6 +288,11 @@ fn memory(answer: &Answer) -> Vec<String> {
             memory.activations,
             format!("{in_flight:.2} micro-batches in flight x ({})", kept.join(" + ")),
         ),
+        (
+            "operands",
+            memory.operands,
+            format!("{waiting:.2} whose weight gradients wait x ({})", operands.join(" + ")),
+        ),
         ("temporary", memory.temporary, "of the layer that needs most".into()),
         ("logits", memory.logits, "gone before temporary: the larger counts".into()),
         ("communication", memory.communication, "parameters gathered, gradients on their way".into()),
@@ -294,7 +301,7 @@ fn memory(answer: &Answer) -> Vec<String> {
             "fragmentation",
             memory.fragmentation,
             format!(
-                "{:.2} x (activations + max(temporary, logits) + communication)",
+                "{:.2} x (activations + operands + max(temporary, logits) + communication)",
                 RankMemory::FRAGMENTATION
             ),
         ),

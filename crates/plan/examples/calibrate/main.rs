@@ -11,7 +11,7 @@ use std::collections::BTreeMap;
 use std::error::Error;
 use std::path::Path;
 
-use unisono_plan::validate::{Cases, Outcome, Prediction, PricePath, TimeFigures, Validation};
+use unisono_plan::validate::{Cases, MemoryKind, Outcome, Prediction, PricePath, TimeFigures, Validation};
 use unisono_plan::{Constants, FITTED, Pricer};
 
 use fit::Fit;
@@ -50,6 +50,15 @@ fn print(validation: &Validation) {
             group.timed,
             text(group.plain),
             text(group.released)
+        );
+    }
+    for group in &validation.memory_kinds {
+        let [error, inside] = [group.figures.mape, group.figures.coverage].map(|share| 100.0 * share);
+        println!(
+            "memory {}: {} rows of {} families, error {error:.1}, cover {inside:.0}",
+            group.kind.name(),
+            group.rows,
+            group.families
         );
     }
 }
@@ -91,11 +100,10 @@ fn cross_validate(cases: &Cases, folds: usize, rounds: usize, shown: Option<&Str
         of(&|row| row.golden),
         of(&|row| !row.golden)
     );
-    for group in &validation.memory_kinds {
-        let kind = group.kind;
-        let band = of(&|row| row.memory.is_some_and(|memory| memory.kind == kind));
-        println!("memory {} ({} rows): a band of {band:.3} covers 80%", kind.name(), group.rows);
-    }
+    let [allocated, reserved] = [false, true].map(|reserved| {
+        of(&|row| row.memory.is_some_and(|of| (of.kind == MemoryKind::ReservedFullest) == reserved))
+    });
+    println!("memory allocated: a band of {allocated:.3} covers 80%, reserved {reserved:.3}");
 }
 
 /// The standard deviation of logarithms whose 80% interval holds that share of rows, every family weighing the same.
@@ -113,7 +121,7 @@ fn memory_band<'a>(rows: impl Iterator<Item = &'a Outcome>) -> f64 {
     band(rows.filter_map(|row| Some((row.family(), row.memory?.predicted_gib / row.memory?.measured_gib))))
 }
 
-/// The absolute logarithm that holds 80% of ratios, every family weighing the same.
+/// The absolute logarithm that holds 80% of ratios, every family weighing the same, rounded up to three digits.
 fn band(ratios: impl Iterator<Item = (String, f64)>) -> f64 {
     let mut families: BTreeMap<String, Vec<f64>> = BTreeMap::new();
     ratios.for_each(|(family, ratio)| families.entry(family).or_default().push(ratio.ln().abs()));
@@ -126,7 +134,7 @@ fn band(ratios: impl Iterator<Item = (String, f64)>) -> f64 {
     for (error, weight) in errors {
         below += weight;
         if below >= 0.8 {
-            return error;
+            return (1e3 * error).ceil() / 1e3;
         }
     }
     f64::NAN

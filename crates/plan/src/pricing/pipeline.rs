@@ -60,30 +60,44 @@ impl Pricer {
         Slowest { through_s, ..slowest }
     }
 
-    /// Seconds of a micro-batch in which rank `slowest` of an interleaved pipeline waits though it has most to do: all ranks
-    /// work on the same turn of their chunks, and in turns in which the others have more than it, it waits for them.
+    /// Seconds of a micro-batch in which rank `slowest` of an interleaved pipeline waits though it has most to do: while each rank
+    /// runs a forward of one stage and a backward of another, all wait for the one that takes longest.
     fn starved_s(&self, layout: &Parallelism, kinds: &[Passes], slowest: usize) -> f64 {
-        let total_s = |passes: &Passes| {
-            [&passes.forward, &passes.input, &passes.weight].into_iter().map(|work| self.pass_s(work)).sum()
-        };
-        let mut of_kind = [0.0; MOST_KINDS];
-        of_kind.iter_mut().zip(kinds).for_each(|(seconds, passes)| *seconds = total_s(passes));
-        let sizes = self.sizes(layout);
-        let embedding_s: f64 = total_s(&sizes.embedding());
-        let head_s: f64 = total_s(&sizes.head()) * (1.0 + self.model.mtp_layers as f64);
-        let chunk_s = |chunk: usize| {
-            let share = self.stages.chunk_share(chunk, layout.chunks());
-            let layers: f64 =
-                share.layers.iter().zip(of_kind).map(|(n, seconds)| f64::from(*n) * seconds).sum();
-            let ends = [(share.embedding, embedding_s), (share.head, head_s)];
-            layers + ends.iter().filter(|(held, _)| *held).map(|(_, seconds)| seconds).sum::<f64>()
-        };
+        let (ranks, group) = (layout.pipeline, layout.chunks());
+        let chunks = self.chunks_s(layout, kinds);
         let turn = |turn: usize| {
-            let first = turn * layout.pipeline;
-            let all: f64 = (first..first + layout.pipeline).map(chunk_s).sum();
-            (all / layout.pipeline as f64 - chunk_s(first + slowest)).max(0.0)
+            // A rank lags one behind the next in backwards and is one ahead of it in forwards.
+            let of = |rank: usize| {
+                let forward = (turn + group + ranks - 2 - rank) % group / ranks;
+                let backward = layout.virtual_stages - 1 - (turn + rank) % group / ranks;
+                chunks[forward * ranks + rank][0] + chunks[backward * ranks + rank][1]
+            };
+            (0..ranks).map(of).fold(0.0, f64::max) - of(slowest)
         };
-        (0..layout.virtual_stages).map(turn).sum()
+        (0..group).map(turn).sum::<f64>() / ranks as f64
+    }
+
+    /// Seconds of a micro-batch in every chunk: forward, and both gradients.
+    fn chunks_s(&self, layout: &Parallelism, kinds: &[Passes]) -> Vec<[f64; 2]> {
+        let sizes = self.sizes(layout);
+        let of = |passes: &Passes| {
+            [self.pass_s(&passes.forward), self.pass_s(&passes.input) + self.pass_s(&passes.weight)]
+        };
+        let mut of_kind = [[0.0; 2]; MOST_KINDS];
+        of_kind.iter_mut().zip(kinds).for_each(|(seconds, passes)| *seconds = of(passes));
+        let heads = 1.0 + self.model.mtp_layers as f64;
+        let (embedding, head) = (of(&sizes.embedding()), of(&sizes.head()).map(|seconds| heads * seconds));
+        let chunk = |chunk: usize| {
+            let share = self.stages.chunk_share(chunk, layout.chunks());
+            std::array::from_fn(|pass| {
+                let layers =
+                    share.layers.iter().zip(of_kind).map(|(n, seconds)| f64::from(*n) * seconds[pass]);
+                let ends = [(share.embedding, embedding[pass]), (share.head, head[pass])];
+                let ends = ends.into_iter().filter(|(held, _)| *held).map(|(_, seconds)| seconds);
+                layers.chain(ends).sum()
+            })
+        };
+        (0..layout.chunks()).map(chunk).collect()
     }
 
     pub(super) fn rank_time(&self, layout: &Parallelism, kinds: &[Passes], share: &Share) -> RankTime {

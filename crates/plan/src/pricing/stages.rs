@@ -4,7 +4,6 @@ use std::ops::Range;
 
 use crate::architecture::{Architecture, FeedForward, LayerKind};
 use crate::parallelism::Parallelism;
-use crate::schedule::ScheduleKind;
 
 /// At most so many distinct kinds of layers: mixers, networks, windows.
 pub(crate) const MOST_KINDS: usize = 8;
@@ -94,14 +93,9 @@ impl Stages {
 
     /// What pipeline rank `rank` holds.
     pub fn share(&self, layout: &Parallelism, rank: usize) -> Share {
-        let (ranks, chunks) = (layout.pipeline, layout.chunks());
         let mut share = Share::default();
         for turn in 0..layout.virtual_stages {
-            let chunk = match layout.schedule {
-                ScheduleKind::DualPipeV if turn % 2 == 1 => (turn + 1) * ranks - 1 - rank,
-                _ => turn * ranks + rank,
-            };
-            let held = self.chunk_share(chunk, chunks);
+            let held = self.chunk_share(layout.chunk(rank, turn), layout.chunks());
             share.layers.iter_mut().zip(held.layers).for_each(|(sum, layers)| *sum += layers);
             share.embedding |= held.embedding;
             share.head |= held.head;
@@ -113,6 +107,7 @@ impl Stages {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::schedule::ScheduleKind;
 
     #[test]
     fn every_layer_lies_on_one_rank_and_the_ends_hold_fewer() {

@@ -3,6 +3,7 @@
 use crate::architecture::{Architecture, Attention, FeedForward, LayerKind, Mixer, MoeShape};
 use crate::parallelism::{Parallelism, Recomputation, Training};
 use crate::precision::Precision;
+use crate::schedule::ChunkBytes;
 
 /// Which part of a layer a tensor belongs to, and hence what spares it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -36,10 +37,23 @@ pub(super) enum Half {
     Both,
 }
 
-/// Tensors that one layer keeps, with their bytes.
+/// A tensor of a layer for one micro-batch.
+#[derive(Debug, Clone, Copy, PartialEq)]
+struct Tensor {
+    name: &'static str,
+    part: Part,
+    /// Bytes until the gradient of the layer's input is done.
+    bytes: f64,
+    /// Bytes of it from then on, until the gradients of the layer's weights are done.
+    operand: f64,
+}
+
+/// Tensors that one layer keeps, with their bytes. Between a layer's input gradient and its weight gradients these are the inputs of
+/// products, computed again or not, and the gradients of their outputs. Under sequence parallelism inputs stay split and are gathered once
+/// more, gradients stay gathered (as zero-bubble-pipeline-parallelism by Qi et al. does); norms' gradients are not put off.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Kept {
-    tensors: Vec<(&'static str, Part, f64)>,
+    tensors: Vec<Tensor>,
     /// So many are the mixer's.
     of_mixer: usize,
     /// The tensor whose gradient takes the place of the one that it is made of.
@@ -56,15 +70,18 @@ impl Kept {
         uneven: f64,
     ) -> Self {
         let sizes = Sizes::of(model, layout, training);
-        let mut kept = Self { tensors: Vec::with_capacity(24), of_mixer: 0, in_place: None };
+        let mut kept = Self { tensors: Vec::with_capacity(32), of_mixer: 0, in_place: None };
         if kind.mixer != Mixer::None {
             kept.push("residual stream", Part::Input, sizes.width * sizes.split * sizes.hidden);
-            kept.push("norm before the mixer", Part::Norm, sizes.input * sizes.split * sizes.hidden);
+            kept.input("norm before the mixer", Part::Norm, sizes.input * sizes.split * sizes.hidden);
         }
         match kind.mixer {
             Mixer::None => {}
             Mixer::Attention => kept.attention(model, &sizes),
             Mixer::StateSpace => kept.state_space(model, &sizes),
+        }
+        if kind.mixer != Mixer::None && !model.parallel_blocks {
+            kept.gradient("gradient of the mixer's output", sizes.input * sizes.tokens * sizes.hidden);
         }
         kept.of_mixer = kept.tensors.len();
         if kind.ffn == FeedForward::None {
@@ -78,7 +95,7 @@ impl Kept {
         }
         if !model.parallel_blocks {
             kept.push("residual stream after the mixer", first, sizes.width * sizes.split * sizes.hidden);
-            kept.push("norm before the network", Part::Norm, sizes.input * sizes.split * sizes.hidden);
+            kept.input("norm before the network", Part::Norm, sizes.input * sizes.split * sizes.hidden);
         }
         match (kind.ffn, &model.moe) {
             (FeedForward::Moe, Some(moe)) => kept.experts(model, moe, layout, &sizes, uneven),
@@ -88,7 +105,17 @@ impl Kept {
     }
 
     fn push(&mut self, name: &'static str, part: Part, bytes: f64) {
-        self.tensors.push((name, part, bytes));
+        self.tensors.push(Tensor { name, part, bytes, operand: 0.0 });
+    }
+
+    /// What a product with weights reads, too.
+    fn input(&mut self, name: &'static str, part: Part, bytes: f64) {
+        self.tensors.push(Tensor { name, part, bytes, operand: bytes });
+    }
+
+    /// The gradient of what such a product writes.
+    fn gradient(&mut self, name: &'static str, operand: f64) {
+        self.tensors.push(Tensor { name, part: Part::Other, bytes: 0.0, operand });
     }
 
     fn attention(&mut self, model: &Architecture, sizes: &Sizes) {
@@ -101,14 +128,21 @@ impl Kept {
             Attention::Latent { .. } => Part::UpProjection,
             Attention::Grouped { .. } => Part::Other,
         };
+        // What is rotated of a latent key is no output of its up-projection.
+        let mut projected = heads * qk + kv_heads * (qk + v);
         if let Attention::Latent { q_lora_rank, kv_lora_rank, rope, .. } = *attention {
             let ranks = (q_lora_rank.unwrap_or(0) + kv_lora_rank) as f64;
+            let rotated = rope as f64;
+            projected -= kv_heads * rotated;
+            let compressed = sizes.input * sizes.tokens * (ranks + rotated);
             self.push("compressed queries, keys, values", Part::Other, sizes.width * sizes.tokens * ranks);
-            self.push("their norms", Part::Norm, sizes.input * sizes.tokens * (ranks + rope as f64));
+            self.gradient("gradients of compressed queries, keys, values", compressed);
+            self.input("their norms", Part::Norm, compressed);
         }
         self.push("queries", part, of(heads * qk));
         self.push("keys", part, of(kv_heads * qk));
         self.push("values", part, of(kv_heads * v));
+        self.gradient("gradients of queries, keys, values", sizes.input * sizes.tokens * projected);
         if model.qk_norm {
             self.push("queries and keys before their norms", Part::Other, of((heads + kv_heads) * qk));
         }
@@ -123,9 +157,11 @@ impl Kept {
             }
             self.push("attention scores", Part::Core, (sizes.width + dropout) * scores);
         }
-        self.push("attention output", Part::Other, of(heads * v));
         if sizes.input < sizes.width {
-            self.push("attention output in 8 bits", Part::Other, sizes.input * sizes.tokens * heads * v);
+            self.push("attention output", Part::Other, of(heads * v));
+            self.input("attention output in 8 bits", Part::Other, sizes.input * sizes.tokens * heads * v);
+        } else {
+            self.input("attention output", Part::Other, of(heads * v));
         }
     }
 
@@ -137,19 +173,25 @@ impl Kept {
         // Convolution and scan are one kernel that computes its inside again in the backward (mamba_ssm's
         // `mamba_split_conv1d_scan_combined`, Megatron's default): what goes in, and what comes out before its gate, after it in
         // the layout of the next layer, and after its norm.
-        self.push(
-            "state-space projection",
-            Part::Other,
-            bytes(2.0 * inner + states + of.heads as f64 / sizes.tensor),
-        );
-        self.push("scan output", Part::Other, bytes(3.0 * inner));
+        let projected = 2.0 * inner + states + of.heads as f64 / sizes.tensor;
+        self.push("state-space projection", Part::Other, bytes(projected));
+        self.gradient("gradient of the state-space projection", sizes.input * sizes.tokens * projected);
+        let operand = sizes.input * sizes.tokens * inner;
+        self.tensors.push(Tensor {
+            name: "scan output",
+            part: Part::Other,
+            bytes: bytes(3.0 * inner),
+            operand,
+        });
     }
 
     fn network(&mut self, model: &Architecture, ffn: usize, part: Part, sizes: &Sizes) {
         let inner = sizes.tokens * ffn as f64 / sizes.tensor;
         let gates = model.ffn_matrices() as f64 - 1.0;
         self.push("network before its activation", part, sizes.width * gates * inner);
-        self.push("network after its activation", part, sizes.input * inner);
+        self.gradient("gradient of the network before its activation", sizes.input * gates * inner);
+        self.input("network after its activation", part, sizes.input * inner);
+        self.gradient("gradient of the network's output", sizes.input * sizes.tokens * sizes.hidden);
     }
 
     fn experts(
@@ -164,52 +206,59 @@ impl Kept {
         let inner = rows * moe.expert_ffn as f64 / layout.expert_tensor as f64;
         let gates = model.ffn_matrices() as f64 - 1.0;
         let dispatched = model.dispatch_width() as f64;
-        self.push("router scores", Part::Moe, 8.0 * sizes.split * moe.experts as f64);
+        let scores = sizes.split * moe.experts as f64;
+        self.push("router scores", Part::Moe, 8.0 * scores);
+        self.gradient("gradients of router scores", 4.0 * scores);
         if moe.latent.is_some() {
-            self.push("tokens for experts", Part::Moe, 2.0 * sizes.width * sizes.split * dispatched);
+            let tokens = sizes.split * dispatched;
+            self.push("tokens for experts", Part::Moe, 2.0 * sizes.width * tokens);
+            // Of what is narrowed the gradient; of what is widened again the input, and the gradient at full width.
+            let widened = sizes.split * sizes.hidden;
+            self.gradient("operands of projections around experts", sizes.input * (2.0 * tokens + widened));
         }
-        self.push("rows of experts", Part::Moe, sizes.input * rows * dispatched);
+        self.input("rows of experts", Part::Moe, sizes.input * rows * dispatched);
         self.push("experts before their activation", Part::Moe, sizes.width * gates * inner);
-        self.push("experts after their activation", Part::MoeActivation, sizes.input * inner);
+        self.gradient("gradients of experts before their activation", sizes.input * gates * inner);
+        self.input("experts after their activation", Part::MoeActivation, sizes.input * inner);
+        self.gradient("gradients of experts' outputs", sizes.input * rows * dispatched);
         if moe.shared_ffn > 0 {
             self.network(model, moe.shared_ffn, Part::Moe, sizes);
         }
     }
 
-    /// The names and bytes of all tensors.
+    /// The names and bytes of all tensors, whatever is computed again.
     pub fn tensors(&self) -> impl Iterator<Item = (&'static str, f64)> {
-        self.tensors.iter().map(|(name, _, bytes)| (*name, *bytes))
+        self.tensors.iter().map(|of| (of.name, of.bytes)).filter(|(_, bytes)| *bytes > 0.0)
     }
 
     /// Bytes kept under `recompute`.
     pub fn bytes(&self, recompute: Recomputation) -> f64 {
-        self.bytes_of(Half::Both, recompute)
+        self.chunk(Half::Both, recompute).activations
     }
 
-    /// Bytes of a half.
-    pub(super) fn bytes_of(&self, half: Half, recompute: Recomputation) -> f64 {
+    /// Bytes of a half under `recompute`.
+    pub(super) fn chunk(&self, half: Half, recompute: Recomputation) -> ChunkBytes {
         let counts = |at: usize, part: Part| match half {
             Half::Both => true,
             Half::Mixer => at < self.of_mixer,
             Half::Network => at >= self.of_mixer || part == Part::Input,
         };
+        let mut sum = ChunkBytes::default();
         let tensors = self.tensors.iter().enumerate();
-        let kept = tensors.filter(|(at, (_, part, _))| counts(*at, *part) && !spared(*part, recompute));
-        kept.map(|(_, (_, _, bytes))| bytes).sum()
+        for (_, of) in tensors.filter(|(at, of)| counts(*at, of.part)) {
+            sum.activations += if spared(of.part, recompute) { 0.0 } else { of.bytes };
+            sum.weight_operands += of.operand;
+        }
+        sum
     }
 
     /// Bytes alive only while the backward is in this layer: what is computed again, and as many gradients as the widest
     /// pair of tensors.
     pub fn temporary(&self, recompute: Recomputation) -> f64 {
-        let again: f64 = self
-            .tensors
-            .iter()
-            .filter(|(_, part, _)| spared(*part, recompute))
-            .map(|(_, _, bytes)| bytes)
-            .sum();
+        let again: f64 = self.tensors.iter().filter(|of| spared(of.part, recompute)).map(|of| of.bytes).sum();
         let gradients = |at: usize| if self.in_place == Some(at) { 1.0 } else { 2.0 };
         let tensors = self.tensors.iter().enumerate();
-        again + tensors.map(|(at, (_, _, bytes))| gradients(at) * bytes).fold(0.0, f64::max)
+        again + tensors.map(|(at, of)| gradients(at) * of.bytes).fold(0.0, f64::max)
     }
 }
 

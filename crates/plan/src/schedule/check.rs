@@ -1,5 +1,7 @@
 //! What must hold of every schedule: complete, in order, free of deadlock; and how much it keeps in flight.
 
+use std::ops::Add;
+
 use super::{Chunk, Exchange, Op, Schedule};
 
 /// A schedule that cannot be, or cannot run.
@@ -62,6 +64,46 @@ pub struct InFlight {
     pub activations: usize,
     /// Chunks of which only the weight gradients' operands are left.
     pub weight_operands: usize,
+}
+
+/// Bytes of a chunk, or of several: before its input gradient is done, and from then until its weight gradients are.
+#[derive(Debug, Clone, Copy, Default, PartialEq)]
+pub struct ChunkBytes {
+    /// All activations.
+    pub activations: f64,
+    /// The operands of weight gradients alone.
+    pub weight_operands: f64,
+}
+
+impl ChunkBytes {
+    /// Both.
+    pub fn total(self) -> f64 {
+        self.activations + self.weight_operands
+    }
+
+    /// What chunks of these bytes hold together, `held` of them.
+    pub(super) fn times(self, held: InFlight) -> Self {
+        Self {
+            activations: held.activations as f64 * self.activations,
+            weight_operands: held.weight_operands as f64 * self.weight_operands,
+        }
+    }
+}
+
+impl Add for ChunkBytes {
+    type Output = Self;
+
+    fn add(self, other: Self) -> Self {
+        Self {
+            activations: self.activations + other.activations,
+            weight_operands: self.weight_operands + other.weight_operands,
+        }
+    }
+}
+
+/// The larger of two.
+pub(super) fn larger(one: ChunkBytes, other: ChunkBytes) -> ChunkBytes {
+    if other.total() > one.total() { other } else { one }
 }
 
 /// What has happened to a chunk.
@@ -212,7 +254,7 @@ impl Schedule {
     }
 
     /// Bytes that pipeline rank `rank` holds for its chunks at its peak, if a chunk of stage s keeps `activations(s)` bytes
-    /// until its input gradient is done, and `weight_operands(s)` of them until its weight gradients are done.
+    /// until its input gradient is done, and then `weight_operands(s)` until its weight gradients are done.
     pub fn peak_bytes(
         &self,
         rank: usize,
@@ -227,6 +269,7 @@ impl Schedule {
             now -= backward.map_or(0, |chunk| activations(chunk.stage));
             now += backward.map_or(0, |chunk| weight_operands(chunk.stage));
             now -= weights.map_or(0, |chunk| weight_operands(chunk.stage));
+            peak = peak.max(now);
         }
         peak
     }

@@ -3,7 +3,8 @@
 
 use std::collections::VecDeque;
 
-use super::{Chunk, Op, Schedule};
+use super::check::larger;
+use super::{Chunk, ChunkBytes, InFlight, Op, Schedule};
 
 /// The list of one rank under construction: the next micro-batch of each leg, forward and backward.
 struct List {
@@ -105,4 +106,38 @@ pub(super) fn schedule(ranks: usize, micro_batches: usize) -> Schedule {
         placement: stages.map(|stage| stage.min(2 * ranks - 1 - stage) as u16).collect(),
         ranks: (0..ranks).map(|rank| list(ranks, micro_batches, rank)).collect(),
     }
+}
+
+/// The most that rank `rank` holds, where a micro-batch keeps `down` in its first stage and `up` in its second.
+///
+/// It is held in an overlapped pair; or, where operands weigh more than activations, after an input gradient: of the first
+/// backwards, or of the drain. There legs alternate, so that every second turn changes what is held by the same bytes.
+pub(super) fn peak([down, up]: [ChunkBytes; 2], ranks: usize, rank: usize) -> ChunkBytes {
+    let (p, r, after) = (ranks, rank, ranks - rank - 1);
+    let of = |[activations_down, activations_up]: [usize; 2], [down_waits, up_waits]: [usize; 2]| {
+        down.times(InFlight { activations: activations_down, weight_operands: down_waits })
+            + up.times(InFlight { activations: activations_up, weight_operands: up_waits })
+    };
+    let mut most = of([2 * p - r, r + 1], [0, 0]);
+    if after > 0 {
+        most = larger(most, of([2 * p - r - 1, r], [0, 1]));
+    }
+    // The drain: r + 1 whole backwards, as many input gradients, then one and one on the way down. Legs begin with `up`.
+    let legs = |count: usize| [count / 2, count.div_ceil(2)];
+    let waiting = |inputs: usize, done: usize| {
+        let (all, gone) = (legs(r + 1 + inputs), legs(r + 1 + done));
+        [all[0] - gone[0], all[1] - gone[1]]
+    };
+    for inputs in [1, r, r + 1] {
+        let begun = legs(r + 1 + inputs);
+        most = larger(most, of([p - begun[0], r + 1 - begun[1]], waiting(inputs, 0)));
+    }
+    let turns = after.min(r + 1);
+    for turn in [1, turns.saturating_sub(1), turns] {
+        if (1..=turns).contains(&turn) {
+            let [down_waits, up_waits] = waiting(r + 1, turn);
+            most = larger(most, of([after - turn, 0], [down_waits + turn, up_waits]));
+        }
+    }
+    most
 }

@@ -1,40 +1,46 @@
 //! Interleaved 1F1B: a rank holds every p-th stage, and micro-batches go through its stages in groups of p.
 
-use super::{Chunk, Op, Schedule};
+use super::{Chunk, ChunkBytes, Op, Schedule};
 
 /// Forwards that rank `rank` runs before its first backward, one less than it then holds.
 pub(super) fn warmup(ranks: usize, virtual_stages: usize, rank: usize) -> usize {
     2 * (ranks - rank - 1) + (virtual_stages - 1) * ranks
 }
 
-/// The most that rank `rank` holds between a forward and the backward after it, where a micro-batch keeps `kept[turn]` in the rank's
-/// `turn`-th stage; less `elsewhere` where that backward is not one of the last stage.
+/// The most that rank `rank` holds between a forward and the backward after it, where a micro-batch keeps `chunks[turn]` in the
+/// rank's `turn`-th stage; less `elsewhere` where that backward is not one of the last stage.
 ///
 /// What is held changes evenly while neither pass changes its stage, so that the ends of such stretches are enough, and after as
 /// many passes as there are stages it repeats.
-pub(crate) fn peak(kept: &[f64], ranks: usize, micro_batches: usize, rank: usize, elsewhere: f64) -> f64 {
-    let group = ranks * kept.len();
-    let total = micro_batches * kept.len();
-    let ahead = warmup(ranks, kept.len(), rank).min(total - 1);
+pub(super) fn peak(
+    chunks: &[ChunkBytes],
+    ranks: usize,
+    micro_batches: usize,
+    rank: usize,
+    elsewhere: f64,
+) -> f64 {
+    let group = ranks * chunks.len();
+    let total = micro_batches * chunks.len();
+    let ahead = warmup(ranks, chunks.len(), rank).min(total - 1);
     let (mut forwards, mut backwards) = (ahead + 1, 0);
-    let turns = kept.iter().enumerate();
+    let turns = chunks.iter().enumerate();
     let mut held: f64 = turns
-        .map(|(turn, bytes)| {
+        .map(|(turn, chunk)| {
             let begun = (forwards % group).saturating_sub(turn * ranks).min(ranks);
-            (forwards / group * ranks + begun) as f64 * bytes
+            (forwards / group * ranks + begun) as f64 * chunk.activations
         })
         .sum();
     let mut left = (total - ahead).min(group) - 1;
     let mut most = 0.0f64;
     loop {
-        let back = kept.len() - 1 - backwards % group / ranks;
-        let less = if back + 1 < kept.len() { elsewhere } else { 0.0 };
+        let back = chunks.len() - 1 - backwards % group / ranks;
+        let less = if back + 1 < chunks.len() { elsewhere } else { 0.0 };
         most = most.max(held - less);
         if left == 0 {
             return most;
         }
         let steps = (ranks - backwards % ranks).min(ranks - forwards % ranks).min(left);
-        let change = kept[forwards % group / ranks] - kept[back];
+        let change = chunks[forwards % group / ranks].activations - chunks[back].activations;
         most = most.max(held + (steps - 1) as f64 * change - less);
         held += steps as f64 * change;
         (forwards, backwards, left) = (forwards + steps, backwards + steps, left - steps);
@@ -95,7 +101,8 @@ mod tests {
                             _ => {}
                         }
                     }
-                    let found = peak(&kept[..stages], ranks, micro_batches, rank, elsewhere);
+                    let chunks = kept.map(|bytes| ChunkBytes { activations: bytes, weight_operands: 9.0 });
+                    let found = peak(&chunks[..stages], ranks, micro_batches, rank, elsewhere);
                     assert!(
                         (found - most).abs() < 1e-9,
                         "{ranks} {stages} {micro_batches} {rank}: {found} {most}"

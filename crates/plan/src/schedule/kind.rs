@@ -3,7 +3,8 @@
 use std::fmt;
 
 use super::{
-    InFlight, Schedule, ScheduleError, dual_pipe_v, interleaved, one_forward_one_backward, zero_bubble,
+    ChunkBytes, InFlight, Schedule, ScheduleError, dual_pipe_v, interleaved, one_forward_one_backward,
+    zero_bubble,
 };
 
 /// A pipeline schedule. With one pipeline rank all but [`ScheduleKind::DualPipeV`] are plain gradient accumulation.
@@ -103,6 +104,32 @@ impl ScheduleKind {
             },
             Self::ZeroBubble => InFlight { activations: (p - r).min(m), weight_operands: (r + 1).min(m) },
             Self::DualPipeV => InFlight { activations: 2 * p + 1, weight_operands: r + 1 },
+        }
+    }
+
+    /// Bytes that pipeline rank `rank` holds at its peak, where a micro-batch keeps `chunks[turn]` in the rank's `turn`-th stage:
+    /// exactly what [`Schedule::peak_bytes`] counts, in closed form. Of an interleaved pipeline `elsewhere` is taken off moments
+    /// that are not between a forward and a backward of the last stage.
+    pub fn peak(
+        self,
+        ranks: usize,
+        micro_batches: usize,
+        rank: usize,
+        chunks: &[ChunkBytes],
+        elsewhere: f64,
+    ) -> ChunkBytes {
+        let turn = |turn: usize| chunks.get(turn).copied().unwrap_or_default();
+        match self {
+            Self::OneForwardOneBackward => {
+                let held = (ranks - rank).min(micro_batches);
+                turn(0).times(InFlight { activations: held, weight_operands: 0 })
+            }
+            Self::Interleaved => ChunkBytes {
+                activations: interleaved::peak(chunks, ranks, micro_batches, rank, elsewhere),
+                weight_operands: 0.0,
+            },
+            Self::ZeroBubble => zero_bubble::peak(turn(0), ranks, micro_batches, rank),
+            Self::DualPipeV => dual_pipe_v::peak([turn(0), turn(1)], ranks, rank),
         }
     }
 

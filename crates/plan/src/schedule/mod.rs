@@ -14,9 +14,8 @@ mod one_forward_one_backward;
 mod op;
 mod zero_bubble;
 
-pub use check::{InFlight, ScheduleError};
+pub use check::{ChunkBytes, InFlight, ScheduleError};
 pub use engine::EngineStep;
-pub(crate) use interleaved::peak;
 pub use kind::ScheduleKind;
 pub use op::{Chunk, Exchange, ExchangeKind, Kernel, KernelKind, Op, Pass, Site};
 

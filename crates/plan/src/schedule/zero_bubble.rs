@@ -1,6 +1,7 @@
 //! ZB1P: 1F1B whose weight gradients wait, the longer the later the rank, and fill the drain of the pipeline.
 
-use super::{Chunk, Op, Schedule};
+use super::check::larger;
+use super::{Chunk, ChunkBytes, InFlight, Op, Schedule};
 
 pub(super) fn schedule(ranks: usize, micro_batches: usize) -> Schedule {
     let of_rank = |rank: usize| {
@@ -27,4 +28,23 @@ pub(super) fn schedule(ranks: usize, micro_batches: usize) -> Schedule {
         placement: (0..ranks as u16).collect(),
         ranks: (0..ranks).map(of_rank).collect(),
     }
+}
+
+/// The most that rank `rank` holds, where a micro-batch keeps `chunk`.
+///
+/// With a forward what weight gradients wait for has grown to the rank's lag or to the last forward; after an input gradient
+/// it may weigh more than the activations that are gone. In between both change evenly.
+pub(super) fn peak(chunk: ChunkBytes, ranks: usize, micro_batches: usize, rank: usize) -> ChunkBytes {
+    let ahead = (ranks - rank - 1).min(micro_batches);
+    let turns = micro_batches - ahead;
+    let begun = InFlight {
+        activations: (ahead + 1).min(micro_batches),
+        weight_operands: rank.min(turns.saturating_sub(1)),
+    };
+    let after = |micro_batch: usize| InFlight {
+        activations: ahead.min(micro_batches - micro_batch - 1),
+        weight_operands: micro_batch.min(rank) + 1,
+    };
+    let most = larger(chunk.times(begun), chunk.times(after(turns.saturating_sub(1))));
+    larger(most, chunk.times(after(rank.min(micro_batches - 1))))
 }

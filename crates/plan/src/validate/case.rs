@@ -211,6 +211,11 @@ impl Case {
         ["zero-bubble", "zbv", "v-half", "v-min", "dualpipe"].iter().any(|name| self.mentions(name))
     }
 
+    /// Whether its schedule is one along a V that the planner prices as another, which takes as long and holds more.
+    pub(super) fn holds_less_along_a_v(&self) -> bool {
+        ["zbv", "v-half", "v-min"].iter().any(|name| self.mentions(name))
+    }
+
     /// Whether memory depends on a number of replicas that the row does not print. Tests run on one server where they do not say;
     /// release tests on as many as they need.
     pub(super) fn unknown_replicas(&self, layout: &Parallelism) -> bool {

@@ -412,7 +412,8 @@ impl Row {
             }
         };
         outcome.plan = plan_text(layout, training);
-        if case.kind != Kind::OutOfMemory && !self.printed.unknown_replicas(layout) {
+        let unknown = self.printed.unknown_replicas(layout) || self.printed.holds_less_along_a_v();
+        if case.kind != Kind::OutOfMemory && !unknown {
             match measured::memory_gib(case, &setup.cluster.gpu) {
                 Ok(gib) => outcome.memory = gib.map(|gib| Memory::new(case.memory_kind(), gib, &priced)),
                 Err(reason) => outcome.memory_skipped = Some(reason),
