@@ -211,15 +211,19 @@ impl Case {
         ["zero-bubble", "zbv", "v-half", "v-min", "dualpipe"].iter().any(|name| self.mentions(name))
     }
 
-    /// Whether its schedule is one along a V that the planner prices as another, which takes as long and holds more.
-    pub(super) fn holds_less_along_a_v(&self) -> bool {
-        ["zbv", "v-half", "v-min"].iter().any(|name| self.mentions(name))
-    }
-
-    /// Whether memory depends on a number of replicas that the row does not print. Tests run on one server where they do not say;
-    /// release tests on as many as they need.
-    pub(super) fn unknown_replicas(&self, layout: &Parallelism) -> bool {
-        self.gpus.is_none() && self.mentions("release") && layout.sharding != Sharding::None
+    /// Why its memory says nothing of the plan that is priced, if so.
+    pub(super) fn incomparable_memory(&self, layout: &Parallelism) -> Option<&'static str> {
+        // Activations are in proportion to the tokens of a micro-batch.
+        if [self.sequence, self.degrees.micro_batch, self.global_batch].iter().all(Option::is_none) {
+            return Some("memory of a micro-batch whose tokens are not printed");
+        }
+        // zbv, v-half and v-min are priced as a schedule that takes as long and holds more.
+        if ["zbv", "v-half", "v-min"].iter().any(|name| self.mentions(name)) {
+            return Some("memory of a schedule along a V that the planner does not have");
+        }
+        // Tests run on one server where they do not say; release tests on as many as they need.
+        let unknown = self.gpus.is_none() && self.mentions("release") && layout.sharding != Sharding::None;
+        unknown.then_some("memory shared by replicas whose number is not printed")
     }
 
     /// Whether there is no plan to price: a rate of a model on a GPU, and nothing else.

@@ -412,9 +412,12 @@ impl Row {
             }
         };
         outcome.plan = plan_text(layout, training);
-        let unknown = self.printed.unknown_replicas(layout) || self.printed.holds_less_along_a_v();
-        if case.kind != Kind::OutOfMemory && !unknown {
-            match measured::memory_gib(case, &setup.cluster.gpu) {
+        if case.kind != Kind::OutOfMemory {
+            let measured = match self.printed.incomparable_memory(layout) {
+                Some(reason) => case.measured_gib().map_or(Ok(None), |_| Err(reason.into())),
+                None => measured::memory_gib(case, &setup.cluster.gpu),
+            };
+            match measured {
                 Ok(gib) => outcome.memory = gib.map(|gib| Memory::new(case.memory_kind(), gib, &priced)),
                 Err(reason) => outcome.memory_skipped = Some(reason),
             }
