@@ -8,7 +8,7 @@ use unisono_comm::{Failure, Reason};
 use unisono_train::run_folder::{
     CONFIG_FILE, METRICS_FILE, SUMMARY_FILE, holds_a_run, read_config, write_durably,
 };
-use unisono_train::{GenerateOptions, Opened, RunConfig, RunOptions, Summary, generate};
+use unisono_train::{GenerateOptions, Opened, RunConfig, RunOptions, Summary, fast_product, generate};
 
 use crate::args::Train;
 use crate::config;
@@ -170,7 +170,12 @@ fn predict(
             None => None,
         },
     };
-    let Some(known) = known else { return Ok(()) };
+    let threads_of_host = (ranks * threads).div_ceil(hosts);
+    let Some(known) = known else {
+        // Not the machine's own measurement, but enough to say how much of its rate a step reaches.
+        options.peak_flops = Some((hosts * threads_of_host.min(cores())) as f64 * fast_product()?);
+        return Ok(());
+    };
     if let Some(path) = cluster.filter(|_| known.count() < hosts) {
         return Err(CliError::usage(format!(
             "--cluster {}: describes {} hosts, these ranks are on {hosts}",
@@ -180,8 +185,7 @@ fn predict(
     }
     let price = known.price(config, ranks, threads, host)?;
     (options.predicted_step_s, options.predicted_interval_s) = (Some(price.step_s), price.interval_s);
-    options.peak_flops =
-        Some(hosts as f64 * machine::peak_flops(&known.machine, (ranks * threads).div_ceil(hosts)));
+    options.peak_flops = Some(hosts as f64 * machine::peak_flops(&known.machine, threads_of_host));
     Ok(())
 }
 

@@ -43,7 +43,7 @@ pub use engine_layout::engine_layout;
 pub use error::TrainError;
 pub use generate::{GenerateOptions, Opened, evaluate, generate};
 pub use hashes::StepHashes;
-pub use local::{measure_machine, step_rows};
+pub use local::{fast_product, measure_machine, step_rows};
 pub use memory::{check_fits, dense_roots, estimate_all};
 pub use probe::probe;
 pub use rank::{Fault, Progress, RankState, max_over_mean};

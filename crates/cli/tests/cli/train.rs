@@ -52,6 +52,26 @@ fn a_run_trains_shows_and_leaves_what_it_should() {
         serde_json::from_slice(&fs::read(folder.path().join("a/summary.json")).unwrap()).unwrap();
     assert!(summary["sample"].as_str().unwrap().len() > 1);
 
+    let mut files = fs::read_dir(folder.path().join("a")).unwrap().map(|entry| entry.unwrap().path());
+    let events = files.find(|path| path.to_string_lossy().contains("tfevents")).unwrap();
+    let events = fs::read(events).unwrap();
+    for tag in [
+        "loss_metrics/global_avg_loss",
+        "loss_metrics/global_max_loss",
+        "throughput(tps)",
+        "tflops",
+        "mfu(%)",
+        "time_metrics/end_to_end(s)",
+        "time_metrics/data_loading(s)",
+        "memory/max_active(GiB)",
+        "moe/load_max_over_mean",
+        "moe/router_entropy",
+        "moe/dropped(%)",
+        "goodput/effective_ratio",
+    ] {
+        assert!(events.windows(tag.len()).any(|window| window == tag.as_bytes()), "{tag}");
+    }
+
     let text =
         run(folder.path(), 0, &["generate", "--run", "a", "--prompt", "The king", "--tokens", "8"]).out;
     assert!(text.starts_with("The king") && text.len() > 12, "{text:?}");
