@@ -87,6 +87,7 @@ fn trials(seed: u64, count: usize) {
     save(dir, id(1, 5), &tensors(2), 3).unwrap();
     save(dir, id(1, 10), &saved, 3).unwrap();
     let files = read_files(&dir.join("step-000010"));
+    let size: usize = files.values().map(Vec::len).sum();
     let others = read_files(&dir.join("step-000005"));
     let mut rng = ChaCha8Rng::seed_from_u64(seed);
     let mut harmless = 0;
@@ -98,7 +99,6 @@ fn trials(seed: u64, count: usize) {
         }
         damaged.iter().for_each(|(path, bytes)| write_or_remove(path, bytes.as_deref()));
 
-        let size: usize = files.values().map(Vec::len).sum();
         let (outcome, held) = held(|| verify(dir, 10));
         assert!(held < ROOM + 4 * size, "trial {trial}: {held} bytes for {size}");
         let error = outcome.expect_err("damage verified");

@@ -148,6 +148,11 @@ pub fn duration(seconds: f64) -> String {
     }
 }
 
+/// ` (2.4 ms to 3.1 ms)`, or nothing.
+pub fn between(interval_s: Option<[f64; 2]>) -> String {
+    interval_s.map_or_else(String::new, |[low, high]| format!(" ({} to {})", duration(low), duration(high)))
+}
+
 /// An interval relative to its figure: `-19 +24%`.
 pub fn off(of: Ranged) -> String {
     let [low, high] = of.interval.map(|end| 100.0 * (end / of.value - 1.0));

@@ -9,7 +9,7 @@ use unisono_train::config::DispatchConfig;
 use unisono_train::system::readable;
 use unisono_train::{RunConfig, Started, Summary};
 
-use crate::style::{Paint, bar, duration, grouped, percent, spark, table};
+use crate::style::{Paint, bar, between, duration, grouped, percent, spark, table};
 
 /// The whole summary; `on_hosts` if ranks were on several.
 pub fn render(
@@ -87,12 +87,7 @@ fn agreement(summary: &Summary, on_hosts: bool, paint: Paint) -> Vec<String> {
     let mut rows = vec![["", "predicted", "measured", ""].map(String::from).to_vec()];
     let time = &summary.step_time;
     let (said, by) = match time.predicted_s {
-        Some(seconds) => {
-            let between = time.interval_80_s.map_or_else(String::new, |[low, high]| {
-                format!(" ({} to {})", duration(low), duration(high))
-            });
-            (duration(seconds) + &between, off(seconds, time.measured_s))
-        }
+        Some(seconds) => (duration(seconds) + &between(time.interval_80_s), off(seconds, time.measured_s)),
         None => ("-".into(), String::new()),
     };
     rows.push(vec!["step, median".into(), said, duration(time.measured_s), by]);

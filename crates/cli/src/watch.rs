@@ -10,7 +10,7 @@ use unisono_train::{Event, NodeRecord, Observer, RunConfig, Started, StepRecord,
 
 use crate::screen::Screen;
 use crate::signals::Signals;
-use crate::style::{counted, duration, grouped, percent, short};
+use crate::style::{between, counted, duration, grouped, percent, short};
 
 /// Shows the events of a run.
 pub struct Watch<'a> {
@@ -181,13 +181,8 @@ fn introduction(started: &Started, config: &RunConfig) -> Vec<String> {
     lines.extend(memory_lines(started));
     lines.extend(started.predicted_step_s.map(|seconds| {
         let rate = grouped((started.tokens_per_step as f64 / seconds) as u64);
-        let between = started.predicted_interval_s.map_or_else(String::new, |[low, high]| {
-            format!(" ({} to {} in 4 of 5 cases)", duration(low), duration(high))
-        });
-        format!(
-            "step    ~{}{between}, {rate} tokens/s, by what `unisono bench local` measured",
-            duration(seconds)
-        )
+        let seconds = duration(seconds) + &between(started.predicted_interval_s);
+        format!("step    ~{seconds}, {rate} tokens/s, by what `unisono bench local` measured")
     }));
     lines.push(format!("run     {}", started.folder.display()));
     if started.from_step > 0 {

@@ -393,5 +393,10 @@ fn a_message_of_another_length_type_or_tag_is_named() {
         }
         Ok(())
     });
-    assert!(tags.to_string().contains("send") || tags.to_string().contains("receive"), "{tags}");
+    assert_eq!(tags.failure.cause, Cause::Deadlock);
+    let text = tags.to_string();
+    for (rank, other) in [(0, 1), (1, 0)] {
+        assert!(text.contains(&format!("rank {rank} waits in send_recv (call 0 on")), "{text}");
+        assert!(text.contains(&format!(" for rank {other}")), "{text}");
+    }
 }

@@ -80,28 +80,24 @@ fn needed(config: &RunConfig, fold: &Fold, estimates: &[MemoryEstimate], place: 
 /// The least change to what a step keeps that makes it fit.
 fn fewer_activations(config: &RunConfig, fits: impl Fn(&RunConfig) -> bool) -> String {
     let mut other = config.clone();
+    let recompute = if other.train.recompute == RecomputeConfig::Full { "" } else { "train.recompute=full " };
     other.train.recompute = RecomputeConfig::Full;
-    let recompute = if config.train.recompute == RecomputeConfig::Full { "" } else { "train.recompute=full" };
     if !recompute.is_empty() && fits(&other) {
-        return format!("set {recompute}");
+        return format!("set {}", recompute.trim_end());
     }
-    let and = if recompute.is_empty() { "" } else { ", " };
     let whole = config.train.micro_batch;
     for micro_batch in (1..whole).rev().filter(|smaller| whole.is_multiple_of(*smaller)) {
-        other.train.micro_batch = micro_batch;
-        other.train.accumulate = config.train.accumulate * (whole / micro_batch);
+        let accumulate = config.train.accumulate * (whole / micro_batch);
+        (other.train.micro_batch, other.train.accumulate) = (micro_batch, accumulate);
         if fits(&other) {
-            let accumulate = other.train.accumulate;
             return format!(
-                "set {recompute}{and}train.micro_batch={micro_batch} and train.accumulate={accumulate} (another computation, the \
-                 same batch)"
+                "set {recompute}train.micro_batch={micro_batch} train.accumulate={accumulate} (another computation, the same batch)"
             );
         }
     }
-    format!(
-        "set {recompute}{and}train.micro_batch=1 and lower train.sequence_length, lower model.num_hidden_layers or \
-         model.hidden_size, or spread the run over more machines"
-    )
+    "no recomputation and no smaller train.micro_batch makes it fit: lower train.sequence_length, \
+     model.num_hidden_layers or model.hidden_size, or spread the run over more machines"
+        .into()
 }
 
 /// Partial sums that a rank of a fold sends for its dense gradients: 1 for aligned folds.
@@ -125,12 +121,12 @@ mod tests {
         assert_eq!(most(RecomputeConfig::Full, 12), "set train.recompute=full");
         let said = most(RecomputeConfig::Full, 5);
         assert!(
-            said.starts_with("set train.recompute=full, train.micro_batch=4 and train.accumulate=9 ("),
+            said.starts_with("set train.recompute=full train.micro_batch=4 train.accumulate=9 ("),
             "{said}"
         );
-        assert!(most(RecomputeConfig::Full, 0).contains("micro_batch=1 and lower train.sequence_length"));
+        assert!(most(RecomputeConfig::Full, 0).contains("lower train.sequence_length"));
         config.train.recompute = RecomputeConfig::Full;
         let said = fewer_activations(&config, |other| other.train.micro_batch == 1);
-        assert!(said.starts_with("set train.micro_batch=1 and train.accumulate=36 ("), "{said}");
+        assert!(said.starts_with("set train.micro_batch=1 train.accumulate=36 ("), "{said}");
     }
 }

@@ -73,7 +73,8 @@ pub struct RunOptions {
     pub predicted_step_s: Option<f64>,
     /// The 80% interval of that, likewise.
     pub predicted_interval_s: Option<[f64; 2]>,
-    /// Floating-point operations a second that all ranks together reach at most, where the machine has been measured.
+    /// Floating-point operations a second that all ranks together reach at most, for `mfu(%)` in TensorBoard; none leaves
+    /// it out.
     pub peak_flops: Option<f64>,
 }
 

@@ -133,20 +133,21 @@ impl File {
         let of = |said: Option<f64>, unit: f64, usual: f64| said.map_or(usual, |said| said * unit);
         let bf16_flops = of(self.bf16_tflops, 1e12, like.bf16_flops);
         let usual = |flops: f64| bf16_flops * (flops / like.bf16_flops);
+        let fp8_flops = of(self.fp8_tflops, 1e12, usual(like.fp8_flops));
         let gpu = Gpu {
             described: true,
             bf16_flops,
-            fp8_flops: of(self.fp8_tflops, 1e12, usual(like.fp8_flops)),
-            fp4_flops: of(self.fp4_tflops.or(self.fp8_tflops), 1e12, usual(like.fp4_flops)),
+            fp8_flops,
+            // Who has units of 8 bits only runs 4 bits on them.
+            fp4_flops: of(self.fp4_tflops, 1e12, usual(like.fp4_flops).max(fp8_flops)),
             memory_bytes: of(self.memory_gib, (1u64 << 30) as f64, like.memory_bytes),
             memory_bytes_per_s: of(self.memory_tbyte_per_s, 1e12, like.memory_bytes_per_s),
             nvlink_bytes_per_s: of(self.nvlink_gbyte_per_s, 1e9, like.nvlink_bytes_per_s),
             ..like
         };
-        let peaks = [gpu.bf16_flops, gpu.fp8_flops, gpu.fp4_flops].map(|flops| flops / 1e12);
-        check(peaks.is_sorted(), "fp8_tflops", peaks[1], || {
-            format!("must be between {} of bf16 and {} of fp4", peaks[0], peaks[2])
-        })?;
+        let [bf16, fp8, fp4] = [gpu.bf16_flops, gpu.fp8_flops, gpu.fp4_flops].map(|flops| flops / 1e12);
+        check(fp8 >= bf16, "fp8_tflops", fp8, || format!("must be at least bf16_tflops, {bf16}"))?;
+        check(fp4 >= fp8, "fp4_tflops", fp4, || format!("must be at least fp8_tflops, {fp8}"))?;
         Ok(gpu)
     }
 
@@ -254,6 +255,13 @@ mod tests {
             (140.0 * (1u64 << 30) as f64, h100.memory_bytes_per_s)
         );
         assert_eq!((gpu.nvlink_bytes_per_s, gpu.label().as_ref()), (900e9, "H100-like"));
+        assert_eq!(
+            said("gpu_like = \"h100\"\nfp4_tflops = 1500"),
+            "cluster fp4_tflops = 1500: must be at least fp8_tflops, 1979"
+        );
+        let b200 = Gpu::named("B200").unwrap();
+        let wide = file("gpu_like = \"b200\"\nfp8_tflops = 4600").unwrap().gpu;
+        assert_eq!(wide.fp4_flops, b200.fp4_flops, "what is not said keeps its ratio");
         let narrow = file("gpu_like = \"a100\"\nfp8_tflops = 624").unwrap().gpu;
         assert_eq!((narrow.fp8_flops, narrow.fp4_flops), (624e12, 624e12));
         assert_eq!(
@@ -264,7 +272,7 @@ mod tests {
         assert_eq!((said("gpu = \"h100\"\ngpu_like = \"h100\""), said("")), (both.into(), both.into()));
         assert_eq!(
             said("gpu_like = \"h100\"\nfp8_tflops = 500"),
-            "cluster fp8_tflops = 500: must be between 989 of bf16 and 500 of fp4"
+            "cluster fp8_tflops = 500: must be at least bf16_tflops, 989"
         );
         assert_eq!(
             said("gpu_like = \"h100\"\nmemory_gib = 0"),
