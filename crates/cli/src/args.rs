@@ -257,8 +257,8 @@ pub struct Guard {
     pub rank: usize,
     /// The process that has started the rank
     pub daemon: i32,
-    /// Run folder
-    pub folder: PathBuf,
+    /// Run folder, if the job has one
+    pub folder: Option<PathBuf>,
 }
 
 /// `unisono verify`

@@ -65,12 +65,14 @@ impl Job {
             None => Place::Threads,
             Some(launched) => join(&launched)?,
         };
-        Ok(Self {
+        let job = Self {
             place,
             patience: Cell::new(Some(PATIENCE)),
             #[cfg(feature = "mpi")]
             guard: Cell::new(None),
-        })
+        };
+        job.guard(None);
+        Ok(job)
     }
 
     /// Whether this process speaks for the job.
@@ -106,9 +108,15 @@ impl Job {
         self.patience.set(patience);
     }
 
-    /// The run goes to `folder`: a rank whose death nobody on its host would notice leaves a guard, until the job ends.
+    /// The run goes to `folder`, where others look for word of a death.
+    pub fn runs_in(&self, folder: &Path) {
+        self.dismiss_guard();
+        self.guard(Some(folder));
+    }
+
+    /// A rank whose death nobody on its host would notice leaves a guard, until the job ends.
     #[cfg_attr(not(feature = "mpi"), expect(unused_variables, reason = "ranks are threads"))]
-    pub fn guard(&self, folder: &Path) {
+    fn guard(&self, folder: Option<&Path>) {
         #[cfg(feature = "mpi")]
         if let Place::Mpi(ranks) = &self.place
             && ranks.size() > 1

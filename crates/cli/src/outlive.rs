@@ -49,12 +49,12 @@ fn hurry(daemon: Daemon) {
 pub struct Guard(Child);
 
 impl Guard {
-    /// Starts one for `rank`, whose run goes to `folder`. None where it would be of no use, or cannot be started: then `mpirun`
-    /// notices alone.
-    pub fn start(rank: usize, folder: &Path) -> Option<Self> {
+    /// Starts one for `rank`, whose run goes to `folder` if there is one. None where it would be of no use, or cannot be
+    /// started: then `mpirun` notices alone.
+    pub fn start(rank: usize, folder: Option<&Path>) -> Option<Self> {
         let daemon = Daemon::find()?;
         let mut command = Command::new(std::env::current_exe().ok()?);
-        command.arg("guard").arg(rank.to_string()).arg(daemon.process().to_string()).arg(folder);
+        command.arg("guard").arg(rank.to_string()).arg(daemon.process().to_string()).args(folder);
         // What is meant for the rank's group is not for it, and it keeps no output of the rank's open.
         command.process_group(0).stdin(Stdio::piped()).stdout(Stdio::null()).stderr(Stdio::null());
         command.spawn().ok().map(Self)
@@ -71,14 +71,16 @@ impl Guard {
 }
 
 /// `unisono guard`: waits until the rank that has started it ends. If that was without a word, and not because the rank was told to
-/// end, it tells the others; when they have had time to write their flight records, it hurries `mpirun`.
+/// end, it tells the others of its run; when they have had time to write their flight records, it hurries `mpirun`.
 pub fn guard(args: &args::Guard) -> Result<u8, CliError> {
     let mut word = Vec::new();
     // An error is the end of the rank, too.
     let _ = stdin().read_to_end(&mut word);
     if word.is_empty() {
-        if let Ok(Some(run)) = read_identity(&args.folder) {
-            let (flight, run) = (args.folder.join(FLIGHT), Identity { run_id: run.run_id, epoch: run.epoch });
+        if let Some(folder) = &args.folder
+            && let Ok(Some(run)) = read_identity(folder)
+        {
+            let (flight, run) = (folder.join(FLIGHT), Identity { run_id: run.run_id, epoch: run.epoch });
             if was_told_to_end(&flight, &run, args.rank) {
                 return Ok(DONE);
             }
