@@ -31,7 +31,7 @@ const BEAT: Duration = Duration::from_millis(250);
 /// So many buckets of a sum are asked for ahead where a rank is on another node, if they are of one rank; of several,
 /// fewer. A question stands in line behind all that this rank is itself sending there, so the next bucket must be asked for long
 /// before the last has arrived. Inside a node it need not, and few buckets stay in the cache.
-const AHEAD: usize = 8;
+const AHEAD: usize = 32;
 
 /// This process's side of the job.
 pub(super) struct Engine {

@@ -34,7 +34,7 @@ const LOOKS: u32 = 64;
 pub struct MpiOptions {
     /// Larger messages are cut: counts of MPI end at 2^31. Results do not depend on it.
     pub chunk_bytes: usize,
-    /// A sum takes about so many bytes of each rank at once, and stages at most twice as many of each; between nodes eight times
+    /// A sum takes about so many bytes of each rank at once, and stages at most twice as many of each; between nodes 32 times
     /// as many in all, if that is more. Results do not depend on it.
     pub bucket_bytes: usize,
     /// So many members of a group are named to the others, for what is said if they open it with other members. Results do
