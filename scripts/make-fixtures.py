@@ -167,7 +167,7 @@ class Model:
             x = self.keep(at + "act.attn_residual", x + self.attention(at, h) @ p[at + "wo"])
             h = self.keep(at + "act.ffn_norm", self.rms_norm(x, p[at + "ffn_norm"]))
             if is_dense(c, layer):
-                y = self.swiglu(at, h)
+                y = self.swiglu(at, self.keep(at + "act.gate_up", h @ p[at + "w13"]))
             else:
                 y, layer_balance, layer_z = self.moe(at, h)
                 balance, z = balance + layer_balance, z + layer_z
@@ -183,8 +183,9 @@ class Model:
     def rms_norm(self, x, weight):
         return x / (x.square().mean(-1, keepdim=True) + self.c["rms_norm_eps"]).sqrt() * weight
 
-    def swiglu(self, at, x):
-        gate, up = (x @ self.p[at + "w13"]).chunk(2, -1)
+    def swiglu(self, at, gate_up):
+        """`gate_up` is the input times `w13`."""
+        gate, up = gate_up.chunk(2, -1)
         return (gate / (1 + torch.exp(-gate)) * up) @ self.p[at + "w2"]
 
     def rope(self, x):
@@ -214,8 +215,12 @@ class Model:
         start = self.batch["document_start"].view(self.sequences, self.length, 1)
         visible = (j >= start) & (j <= j[:, None])
         scores = scores.masked_fill(~visible[:, None, None], -math.inf)
-        exponentials = (scores - scores.detach().amax(-1, keepdim=True)).exp()
-        out = torch.einsum("shgij,sjhd->sihgd", exponentials / exponentials.sum(-1, keepdim=True), v)
+        largest = scores.detach().amax(-1, keepdim=True)
+        exponentials = (scores - largest).exp()
+        total = exponentials.sum(-1, keepdim=True)
+        lse = (largest + total.log()).squeeze(-1).permute(0, 3, 1, 2)
+        self.facts[at + "act.lse"] = lse.detach().reshape(-1, heads)
+        out = torch.einsum("shgij,sjhd->sihgd", exponentials / total, v)
         return self.keep(at + "act.attention", out.reshape(-1, heads * hd))
 
     def choose(self, choice):
@@ -246,14 +251,18 @@ class Model:
             weights = weights / weights.sum(-1, keepdim=True)
         weights = self.keep(at + "act.router_weights", weights * c["routed_scaling_factor"])
 
+        rows = [(experts == expert).any(-1).nonzero()[:, 0] for expert in range(n)]
+        gate_up = torch.cat([x[rows[expert]] @ p[f"{at}experts.{expert}.w13"] for expert in range(n)])
+        gate_up = self.keep(at + "act.expert_gate_up", gate_up).split([len(some) for some in rows])
         routed = torch.zeros_like(x)
         for expert in range(n):
-            weight = torch.where(experts == expert, weights, 0.0).sum(-1)
-            rows = (experts == expert).any(-1).nonzero()[:, 0]
-            routed = routed.index_add(0, rows, weight[rows, None] * self.swiglu(f"{at}experts.{expert}.", x[rows]))
+            weight = torch.where(experts == expert, weights, 0.0).sum(-1)[rows[expert], None]
+            y = weight * self.swiglu(f"{at}experts.{expert}.", gate_up[expert])
+            routed = routed.index_add(0, rows[expert], y)
         y = self.keep(at + "act.routed", routed)
         if c["num_shared_experts"]:
-            y = y + self.keep(at + "act.shared", self.swiglu(at + "shared.", x))
+            gate_up = self.keep(at + "act.shared_gate_up", x @ p[at + "shared.w13"])
+            y = y + self.keep(at + "act.shared", self.swiglu(at + "shared.", gate_up))
 
         counts = torch.nn.functional.one_hot(experts, n).sum(1).view(self.sequences, self.length, n).sum(1)
         share = scores / scores.sum(-1, keepdim=True)
@@ -392,8 +401,10 @@ def attention(normal, leaves, keep):
     mask = (start[:, None] == start) & torch.ones(length, length, dtype=torch.bool).tril()
     out = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask)
     out = out.transpose(0, 1).reshape(length, heads * hd)
+    scores = (q @ k.transpose(1, 2) / math.sqrt(hd)).masked_fill(~mask, -math.inf)
+    lse = torch.logsumexp(scores, -1).T
     dout = normal(length, heads * hd)
-    keep("attention", (out * dout).sum(), inputs, out=out, dout=dout, document_start=start)
+    keep("attention", (out * dout).sum(), inputs, out=out, lse=lse, dout=dout, document_start=start)
 
 
 def optimizer(normal, tensors):

@@ -66,6 +66,7 @@ impl<B: Backend> Transformer<B> {
             lse.all_mut(),
         );
         self.note("", layer, "attention", &out);
+        self.note("", layer, "lse", &lse);
         let mut y = self.project(&out, tensors.wo.range(), self.model.hidden_size, parameters);
         backend.add(y.all_mut(), x.all());
         let all = keep == Recompute::None;

@@ -14,7 +14,7 @@ const WHOLE_RUN: usize = 1 << 40;
 
 /// What the weight-gradient step needs: gradient of the hidden products, hidden values, gradient of the result.
 pub(crate) struct FeedForwardWeights<B: Backend> {
-    dgu: B::Buf,
+    pub dgu: B::Buf,
     hidden: B::Buf,
 }
 

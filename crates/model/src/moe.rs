@@ -195,8 +195,12 @@ impl<B: Backend> Transformer<B> {
             (profile.communicate("combine", || back.finish())?, Some(received))
         };
         let (shared, shared_gu) = shared.map(|shared| (shared.result, shared.kept)).unzip();
-        if let Some(shared) = &shared {
+        if let Some((shared, gu)) = shared.as_ref().zip(shared_gu.as_ref()) {
             self.note("", layer, "shared", shared);
+            self.note("", layer, "shared_gate_up", gu);
+        }
+        if let Some(received) = &received {
+            self.note("", layer, "expert_gate_up", &received.gu);
         }
         let y = profile.compute("permute", || {
             let mut y = backend.alloc(x.len());
@@ -339,6 +343,12 @@ impl<B: Backend> Transformer<B> {
             }
         };
         let (dshared, shared) = shared.map(|shared| (shared.result, shared.work)).unzip();
+        if let Some(shared) = &shared {
+            self.note("grad.", layer, "shared_gate_up", &shared.dgu);
+        }
+        if let Some(experts) = &experts {
+            self.note("grad.", layer, "expert_gate_up", &experts.dgu);
+        }
         let (dx, dnormed, dlogits) = profile.compute("router", || {
             let dlogits = self.router_gradient(batch, scale, &logits, &routing, &dweights);
             let router = self.router_tensor(layer);

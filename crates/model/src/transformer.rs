@@ -306,6 +306,7 @@ impl<B: Backend> Transformer<B> {
             let (normed, rstd) = self.norm(&x, &tensors.ffn_norm, parameters);
             self.note("", layer, "ffn_norm", &normed);
             let (mut y, gu) = self.feed_forward(ffn, parameters, batch, &normed);
+            self.note("", layer, "gate_up", &gu);
             self.note("", layer, "ffn", &y);
             self.backend.add(y.all_mut(), x.all());
             let normed = (keep == Recompute::None).then_some(normed);
@@ -338,6 +339,7 @@ impl<B: Backend> Transformer<B> {
             let normed = normed.unwrap_or_else(|| self.norm(&x, &tensors.ffn_norm, parameters).0);
             self.note("grad.", layer, "ffn", &dy);
             let (dnormed, work) = self.feed_forward_backward(ffn, parameters, batch, &dy, gu);
+            self.note("grad.", layer, "gate_up", &work.dgu);
             self.note("grad.", layer, "ffn_norm", &dnormed);
             let dx = self.norm_backward(&dy, &dnormed, &x, &rstd, &tensors.ffn_norm, parameters);
             (dx, FfnWeights::Dense { dy, x, rstd, normed, dnormed, work })

@@ -74,10 +74,11 @@ fn norms_of_heads_rotation_and_attention() {
     backend.rope(heads, qkv.all_mut(), &positions, table.all(), false);
 
     let shape = AttentionShape { heads, sequences: 1, queries: rows, keys: rows, document_start };
-    let (mut out, mut lse) = (kernel.zeros_like("out"), backend.alloc(rows * heads.heads));
+    let (mut out, mut lse) = (kernel.zeros_like("out"), kernel.zeros_like("lse"));
     let (width, kv) = (heads.qkv_width(), qkv.slice(heads.q_width()..qkv.len()));
     backend.attention(shape, qkv.all(), width, kv, width, out.all_mut(), lse.all_mut());
     kernel.check("out", &out);
+    kernel.check("lse", &lse);
 
     let mut dqkv = backend.alloc(qkv.len());
     let dout = kernel.buffer("dout");
