@@ -1,134 +1,87 @@
-//! The gradient of every parameter tensor against central finite differences of the whole loss: differences in f64 of the
-//! backend's own f32 pass, so within 2%. Kernels are held to f64 references and closer in `crates/tensor/tests`, layers to PyTorch's
-//! gradients in `reference.rs`.
+//! Every layer's gradients, of each parameter and of each activation that its backward passes on, its input among them:
+//! central finite differences of the loss of a forward pass in f64, which is first held to the engine's own forward.
 
 mod common;
 
-use std::ops::Range;
-use std::rc::Rc;
-
-use common::{Case, run};
-use unisono_comm::CommError;
+use common::exact::{Exact, forward};
+use common::pass::every_tensor;
+use common::support::{Rng, dot, gradient, widen};
+use common::{Reference, compare, run};
 use unisono_model::Recompute;
-use unisono_plan::Layout;
 
-/// Length of a step along a direction: short enough that no token changes its experts (the fixtures keep a gap), long
-/// enough that the rounding of an f32 pass stays below `TOLERANCE`.
-const STEP: f64 = 4e-3;
-/// Largest error of a derivative, relative to the length of the tensor's gradient.
-const TOLERANCE: f64 = 0.02;
+/// Largest error of a derivative, relative to the largest element (for elements) or the length (for directions) of the
+/// tensor's gradient. What differences in f64 are off by themselves is far below.
+const TOLERANCE: f64 = 1e-5;
+/// Elements of every tensor that are moved one by one, beside the one with the largest gradient.
+const ELEMENTS: usize = 12;
+/// Directions that every tensor is moved along, all its elements at a time.
+const DIRECTIONS: usize = 2;
 
-/// Where a tensor lies in its unit's parameters and gradients.
-struct Tensor {
-    name: String,
-    unit: usize,
-    dense: bool,
-    parameter: Range<usize>,
-    gradient: Range<usize>,
+/// The slope of the loss as `name` moves along `direction`. The step must not change an expert: a choice has no slope.
+fn slope(reference: &Reference, still: &Exact, name: &str, direction: &[f64]) -> f64 {
+    let loss = |step: &[f64]| {
+        let by: Vec<f64> = direction.iter().map(|along| step[0] * along).collect();
+        let tensors = forward(reference, Some((name, &by)));
+        for (experts, chosen) in still.iter().filter(|(name, _)| name.ends_with("act.experts")) {
+            assert_eq!(&tensors[experts], chosen, "{name}: the step changes {experts}");
+        }
+        tensors["loss.total"][0]
+    };
+    gradient(&[0.0], loss)[0]
 }
 
-fn tensors(case: &Case) -> Vec<Tensor> {
-    let layout = case.model.layout();
-    let dense = (0..layout.units()).flat_map(|unit| {
-        layout.unit_tensors(unit).into_iter().map(move |tensor| Tensor {
-            name: tensor.name.clone(),
-            unit,
-            dense: true,
-            parameter: tensor.range(),
-            gradient: tensor.range(),
-        })
-    });
-    let blocks =
-        layout.moe_layers().flat_map(|layer| (0..layout.num_experts()).map(move |expert| (layer, expert)));
-    let expert = blocks.flat_map(|(layer, expert)| {
-        layout.expert.iter().enumerate().map(move |(which, tensor)| {
-            let unit = Layout::layer_unit(layer);
-            let gradient = expert * layout.expert_len() + tensor.offset;
-            let parameter = layout.unit_len(unit) + gradient;
-            Tensor {
-                name: layout.expert_tensor_name(layer, expert, which),
-                unit,
-                dense: false,
-                parameter: parameter..parameter + tensor.len(),
-                gradient: gradient..gradient + tensor.len(),
-            }
-        })
-    });
-    dense.chain(expert).collect()
-}
-
-/// A tensor's values, to be moved.
-fn values<'a>(case: &'a mut Case, tensor: &Tensor) -> &'a mut [f32] {
-    let unit = Rc::get_mut(&mut case.parameters.0[tensor.unit].values).expect("no pass is under way");
-    &mut unit[tensor.parameter.clone()]
-}
-
-/// The loss with a tensor moved by `step` along `direction`.
-fn loss(case: &mut Case, tensor: &Tensor, direction: &[f64], step: f64) -> Result<f64, CommError> {
-    let kept = values(case, tensor).to_vec();
-    for ((value, kept), along) in values(case, tensor).iter_mut().zip(&kept).zip(direction) {
-        *value = (f64::from(*kept) + step * along) as f32;
-    }
-    let outcome = case.model.evaluate(&case.parameters, &case.batch)?;
-    values(case, tensor).copy_from_slice(&kept);
-    let (losses, model, scale) = (outcome.losses[0], &case.reference.model, &case.scale);
-    let sequences = scale.sequences as f64;
-    Ok(losses.cross_entropy / scale.targets as f64
-        + f64::from(model.balance_loss_coef) * losses.balance / sequences
-        + f64::from(model.z_loss_coef) * losses.z / (sequences * scale.sequence_length as f64))
-}
-
-/// The unit vector between the gradient and a pseudo-random one: along it the loss moves, and no component is left out.
-fn direction(gradient: &[f64], seed: u64) -> Vec<f64> {
-    let mut state = seed;
-    let random: Vec<f64> = gradient
-        .iter()
-        .map(|_| {
-            state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
-            (state >> 33) as f64 / f64::from(1u32 << 30) - 1.0
-        })
-        .collect();
-    let mixed = unit(gradient).into_iter().zip(unit(&random)).map(|(g, r)| g + r).collect::<Vec<_>>();
-    unit(&mixed)
+fn length(values: &[f64]) -> f64 {
+    dot(values, values).sqrt()
 }
 
 fn unit(values: &[f64]) -> Vec<f64> {
-    let length = norm(values);
+    let length = length(values).max(f64::MIN_POSITIVE);
     values.iter().map(|value| value / length).collect()
 }
 
-fn norm(values: &[f64]) -> f64 {
-    values.iter().map(|value| value * value).sum::<f64>().sqrt()
+/// The unit vector between the gradient and a random one: along it the loss moves, and no element is left out.
+fn direction(gradient: &[f64], rng: &mut Rng) -> Vec<f64> {
+    let random = unit(&widen(&rng.values(gradient.len())));
+    unit(&unit(gradient).iter().zip(&random).map(|(g, r)| g + r).collect::<Vec<_>>())
 }
 
-fn check(name: &str) {
-    run(name, Recompute::Selective, |mut case| {
-        let mut gradients = case.zeros();
-        case.model.forward_backward(&case.parameters, &case.batch, &case.scale, &mut gradients)?;
-        let mut moved = 0;
-        for (index, tensor) in tensors(&case).iter().enumerate() {
-            let of_unit = &gradients.0[tensor.unit];
-            let buffer = if tensor.dense { &of_unit.dense } else { &of_unit.experts };
-            let gradient: Vec<f64> = buffer[tensor.gradient.clone()].iter().map(|g| f64::from(*g)).collect();
-            let length = norm(&gradient);
-            if length == 0.0 {
-                // An expert that no token chose.
-                continue;
-            }
-            let along = direction(&gradient, index as u64 + 1);
-            let step = STEP;
-            let rise = loss(&mut case, tensor, &along, step)? - loss(&mut case, tensor, &along, -step)?;
-            let expected: f64 = gradient.iter().zip(&along).map(|(g, a)| g * a).sum();
-            let error = (rise / (2.0 * step) - expected).abs();
-            assert!(
-                error <= TOLERANCE * length,
-                "{name}, {}: the loss rises by {} along a direction, the gradient says {expected}",
-                tensor.name,
-                rise / (2.0 * step)
-            );
-            moved += 1;
+fn check_gradient(reference: &Reference, still: &Exact, name: &str, ours: &[f64], rng: &mut Rng) {
+    let check = |what: &str, along: &[f64], scale: f64| {
+        let (want, got) = (slope(reference, still, name, along), dot(ours, along));
+        let error = (want - got).abs();
+        assert!(
+            error <= TOLERANCE * scale.max(1e-6),
+            "{name}, {what}: the loss rises by {want}, the gradient says {got} (scale {scale})"
+        );
+    };
+    let largest = (0..ours.len()).max_by(|a, b| ours[*a].abs().total_cmp(&ours[*b].abs()));
+    let largest = largest.expect("no tensor is empty");
+    for element in [largest].into_iter().chain((0..ELEMENTS).map(|_| rng.below(ours.len()))) {
+        let mut along = vec![0.0; ours.len()];
+        along[element] = 1.0;
+        check(&format!("element {element}"), &along, ours[largest].abs());
+    }
+    for _ in 0..DIRECTIONS {
+        check("a direction", &direction(ours, rng), length(ours));
+    }
+}
+
+fn check(case: &str) {
+    run(case, Recompute::Selective, |case| {
+        let ours = every_tensor(&case)?;
+        let still = forward(&case.reference, None);
+        let (gradients, results): (Vec<_>, Vec<_>) =
+            ours.iter().partition(|(name, _)| name.starts_with("grad."));
+        assert!(results.iter().map(|(name, _)| *name).eq(still.keys()), "both have the same tensors");
+        for (name, ours) in results {
+            let exact: Vec<f32> = still[name].iter().map(|value| *value as f32).collect();
+            compare(name, ours, &exact);
         }
-        assert!(moved >= 10, "only {moved} tensors were moved");
+        let mut rng = Rng::new(1);
+        for (name, ours) in gradients {
+            let name = name.trim_start_matches("grad.");
+            check_gradient(&case.reference, &still, name, &widen(ours), &mut rng);
+        }
         Ok(())
     });
 }

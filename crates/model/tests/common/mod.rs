@@ -2,7 +2,12 @@
 
 #![allow(dead_code, reason = "each test binary uses its own part")]
 
+pub mod exact;
+#[path = "../../../tensor/tests/kernels/formulas.rs"]
+pub mod formulas;
 pub mod pass;
+#[path = "../../../tensor/tests/kernels/support.rs"]
+pub mod support;
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};

@@ -1,40 +1,7 @@
 use unisono_tensor::{AttentionShape, Backend, Cpu, Heads};
 
+use crate::formulas::attention;
 use crate::support::*;
-
-/// Forward in f64, one query at a time: `out`, then `lse`.
-fn reference(
-    shape: AttentionShape<'_>,
-    q: &[f64],
-    q_stride: usize,
-    kv: &[f64],
-    kv_stride: usize,
-) -> [Vec<f64>; 2] {
-    let Heads { heads, kv_heads, head_dim: hd } = shape.heads;
-    let (mut out, mut lse) = (Vec::new(), Vec::new());
-    for row in 0..shape.sequences * shape.queries {
-        let (sequence, query) = (row / shape.queries, row % shape.queries);
-        let seen = shape.document_start[row] as usize..shape.keys - shape.queries + query + 1;
-        for head in 0..heads {
-            let q = &q[row * q_stride + head * hd..][..hd];
-            let kv_head = head / (heads / kv_heads);
-            let at = |key: usize, part: usize| {
-                &kv[(sequence * shape.keys + key) * kv_stride + (part * kv_heads + kv_head) * hd..][..hd]
-            };
-            let scores: Vec<f64> = seen.clone().map(|j| dot(q, at(j, 0)) / (hd as f64).sqrt()).collect();
-            let max = scores.iter().fold(f64::NEG_INFINITY, |m, s| m.max(*s));
-            let log_sum = max + scores.iter().map(|s| (s - max).exp()).sum::<f64>().ln();
-            let mut mixed = vec![0.0; hd];
-            for (j, s) in seen.clone().zip(&scores) {
-                let p = (s - log_sum).exp();
-                mixed.iter_mut().zip(at(j, 1)).for_each(|(m, v)| *m += p * v);
-            }
-            out.extend(mixed);
-            lse.push(log_sum);
-        }
-    }
-    [out, lse]
-}
 
 struct Case {
     heads: Heads,
@@ -65,7 +32,7 @@ impl Case {
 
     fn reference(&self, qkv: &[f64]) -> [Vec<f64>; 2] {
         let width = self.heads.qkv_width();
-        reference(self.shape(), qkv, width, &qkv[self.heads.q_width()..], width)
+        attention(self.shape(), qkv, width, &qkv[self.heads.q_width()..], width)
     }
 
     fn forward(&self, cpu: &Cpu) -> [Vec<f32>; 2] {

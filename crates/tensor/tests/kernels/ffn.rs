@@ -2,6 +2,7 @@
 
 use std::ops::Range;
 
+use super::formulas::{product, silu_product};
 use super::support::*;
 use unisono_tensor::{Backend, Cpu, Dims, FfnRun, FfnShape, Product};
 
@@ -85,19 +86,10 @@ impl Case {
         let mut total = 0.0;
         for run in &self.runs {
             for row in run.rows.clone() {
-                let x = &x[row * d..(row + 1) * d];
-                let hidden = |column: usize| -> f64 {
-                    (0..d).map(|i| x[i] * weights[run.w13 + i * 2 * f + column]).sum()
-                };
-                let h = |j: usize| {
-                    let gate = hidden(j);
-                    gate / (1.0 + (-gate).exp()) * hidden(f + j)
-                };
-                let h: Vec<f64> = (0..f).map(h).collect();
-                for i in 0..d {
-                    let y: f64 = (0..f).map(|j| h[j] * weights[run.w2 + j * d + i]).sum();
-                    total += row_weight[row] * y * f64::from(self.dy[row * d + i]);
-                }
+                let (x, dy) = (&x[row * d..(row + 1) * d], widen(&self.dy[row * d..(row + 1) * d]));
+                let gate_up = product(x, &weights[run.w13..run.w13 + 2 * WEIGHTS], d);
+                let y = product(&silu_product(&gate_up, f), &weights[run.w2..run.w2 + WEIGHTS], f);
+                total += row_weight[row] * dot(&y, &dy);
             }
         }
         total

@@ -1,5 +1,6 @@
 //! The output head with its loss.
 
+use super::formulas::log_sum_exp;
 use super::support::*;
 use unisono_tensor::{Backend, Cpu, HeadGradients, IGNORE};
 
@@ -49,7 +50,7 @@ impl Case {
             }
             let x = &x[row * D..(row + 1) * D];
             let logits: Vec<f64> = table.chunks(D).map(|entry| dot(x, entry)).collect();
-            logits.iter().map(|logit| logit.exp()).sum::<f64>().ln() - logits[*target as usize]
+            log_sum_exp(&logits) - logits[*target as usize]
         };
         self.targets.iter().enumerate().map(row).sum()
     }

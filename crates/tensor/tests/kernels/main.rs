@@ -3,6 +3,7 @@
 mod attention;
 mod elementwise;
 mod ffn;
+mod formulas;
 mod head;
 mod matmul;
 mod norm;

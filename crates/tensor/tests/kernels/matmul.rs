@@ -1,14 +1,8 @@
 //! Products of whole matrices against f64, and that one is the gradient of the other.
 
+use super::formulas::product;
 use super::support::*;
 use unisono_tensor::{Backend, Cpu, Dims, Product};
-
-/// `a [m, k]`, `b [k, n]` in f64.
-fn product(dims: Dims, a: &[f64], b: &[f64]) -> Vec<f64> {
-    let Dims { m, n, k } = dims;
-    let element = |at: usize| (0..k).map(|p| a[at / n * k + p] * b[p * n + at % n]).sum();
-    (0..m * n).map(element).collect()
-}
 
 fn transposed<T: Copy>(x: &[T], columns: usize) -> Vec<T> {
     let rows = x.len() / columns;
@@ -21,7 +15,7 @@ fn the_three_products_follow_f64() {
     for (m, n, k) in [(1, 1, 1), (1, 40, 17), (33, 1, 300), (50, 64, 24), (7, 5, 600), (130, 70, 2)] {
         let dims = Dims { m, n, k };
         let (a, b, initial) = (rng.values(m * k), rng.values(k * n), rng.values(m * n));
-        let exact = product(dims, &widen(&a), &widen(&b));
+        let exact = product(&widen(&a), &widen(&b), k);
         let summed: Vec<f64> = exact.iter().zip(&initial).map(|(x, y)| x + f64::from(*y)).collect();
         let operands = [
             (Product::Plain, a.clone(), b.clone()),
@@ -46,7 +40,7 @@ fn the_three_products_follow_f64() {
 fn the_transposed_products_are_the_gradients_of_the_plain_one() {
     let (mut rng, dims) = (Rng::new(2), Dims { m: 9, n: 12, k: 10 });
     let (x, w, dy) = (rng.values(90), rng.values(120), rng.values(108));
-    let objective = |x: &[f64], w: &[f64]| dot(&product(dims, x, w), &widen(&dy));
+    let objective = |x: &[f64], w: &[f64]| dot(&product(x, w, dims.k), &widen(&dy));
     let cpu = Cpu::new(1);
     let mut dx = poison(90);
     cpu.matmul(Product::TransposedRight, Dims { m: 9, n: 10, k: 12 }, &dy, &w, &mut dx, false);

@@ -1,18 +1,9 @@
 use unisono_tensor::{Backend, Cpu, Heads, TOKEN_BLOCK};
 
+use crate::formulas::{norm_heads, rms_norm};
 use crate::support::*;
 
 const EPSILON: f32 = 1e-5;
-
-fn reference(x: &[f64], weight: &[f64]) -> Vec<f64> {
-    let d = weight.len();
-    let normed = |row: &[f64]| {
-        let mean = dot(row, row) / d as f64;
-        let rstd = 1.0 / (mean + f64::from(EPSILON)).sqrt();
-        row.iter().zip(weight).map(|(v, w)| v * rstd * w).collect::<Vec<_>>()
-    };
-    x.chunks_exact(d).flat_map(normed).collect()
-}
 
 fn forward(cpu: &Cpu, x: &[f32], weight: &[f32]) -> (Vec<f32>, Vec<f32>) {
     let (mut y, mut rstd) = (poison(x.len()), poison(x.len() / weight.len()));
@@ -34,13 +25,13 @@ fn rms_norm_is_the_reference_and_its_gradients_are_its_differences() {
             (y, dx, dweight)
         });
         let (x, weight, dy) = (widen(&x), widen(&weight), widen(&dy));
-        assert_close("y", &y, &reference(&x, &weight), 1e-6);
+        assert_close("y", &y, &rms_norm(&x, &weight, f64::from(EPSILON)), 1e-6);
         let sampled: Vec<usize> = (0..(rows * d).min(150)).map(|_| rng.below(rows * d)).collect();
-        let slopes = differences(&x, &sampled, |x| dot(&reference(x, &weight), &dy));
+        let slopes = differences(&x, &sampled, |x| dot(&rms_norm(x, &weight, f64::from(EPSILON)), &dy));
         let want: Vec<f64> = sampled.iter().zip(slopes).map(|(&i, s)| s + f64::from(before[i])).collect();
         let got: Vec<f32> = sampled.iter().map(|&i| dx[i]).collect();
         assert_close("dx", &got, &want, 2e-5);
-        let slopes = gradient(&weight, |weight| dot(&reference(&x, weight), &dy));
+        let slopes = gradient(&weight, |weight| dot(&rms_norm(&x, weight, f64::from(EPSILON)), &dy));
         let want: Vec<f64> = slopes.iter().zip(&weight).map(|(s, w)| s + w).collect();
         assert_close("dweight", &dweight, &want, 1e-5);
     }
@@ -81,17 +72,6 @@ fn weight_gradients_join_blocks_of_rows_in_order() {
     assert_eq!(bits(&whole), bits(&by_block));
 }
 
-fn head_reference(heads: Heads, raw: &[f64], q_weight: &[f64], k_weight: &[f64]) -> Vec<f64> {
-    let hd = heads.head_dim;
-    let row = |row: &[f64]| {
-        let (q, rest) = row.split_at(heads.q_width());
-        let (k, v) = rest.split_at(heads.kv_width());
-        [reference(q, q_weight), reference(k, k_weight), v.to_vec()].concat()
-    };
-    assert_eq!(q_weight.len(), hd);
-    raw.chunks_exact(heads.qkv_width()).flat_map(row).collect()
-}
-
 struct HeadNorm {
     out: Vec<f32>,
     draw: Vec<f32>,
@@ -126,16 +106,18 @@ fn head_norm_is_the_reference_and_its_gradients_are_its_differences() {
         });
         let (raw, q_weight, k_weight) = (widen(&raw), widen(&q_weight), widen(&k_weight));
         let dout = widen(&dout);
-        assert_close("out", &parts[0], &head_reference(heads, &raw, &q_weight, &k_weight), 1e-6);
+        let normed = |raw: &[f64], q_weight: &[f64], k_weight: &[f64]| {
+            norm_heads(heads, raw, q_weight, k_weight, f64::from(EPSILON))
+        };
+        assert_close("out", &parts[0], &normed(&raw, &q_weight, &k_weight), 1e-6);
         let sampled: Vec<usize> = (0..150).map(|_| rng.below(raw.len())).collect();
-        let want =
-            differences(&raw, &sampled, |raw| dot(&head_reference(heads, raw, &q_weight, &k_weight), &dout));
+        let want = differences(&raw, &sampled, |raw| dot(&normed(raw, &q_weight, &k_weight), &dout));
         let got: Vec<f32> = sampled.iter().map(|&i| parts[1][i]).collect();
         assert_close("draw", &got, &want, 2e-5);
-        let slopes = gradient(&q_weight, |w| dot(&head_reference(heads, &raw, w, &k_weight), &dout));
+        let slopes = gradient(&q_weight, |w| dot(&normed(&raw, w, &k_weight), &dout));
         let want: Vec<f64> = slopes.iter().zip(&q_weight).map(|(s, w)| s + w).collect();
         assert_close("dq_weight", &parts[2], &want, 1e-5);
-        let slopes = gradient(&k_weight, |w| dot(&head_reference(heads, &raw, &q_weight, w), &dout));
+        let slopes = gradient(&k_weight, |w| dot(&normed(&raw, &q_weight, w), &dout));
         let want: Vec<f64> = slopes.iter().zip(&k_weight).map(|(s, w)| s + w).collect();
         assert_close("dk_weight", &parts[3], &want, 1e-5);
     }

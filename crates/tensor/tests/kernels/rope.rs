@@ -1,5 +1,6 @@
 use unisono_tensor::{Backend, Cpu, Heads};
 
+use crate::formulas::rotate;
 use crate::support::*;
 
 /// Cosines then sines for every position.
@@ -12,23 +13,6 @@ fn table(positions: usize, head_dim: usize) -> Vec<f32> {
             cosines.chain((0..half).map(move |i| angle(p, i).sin() as f32))
         })
         .collect()
-}
-
-fn reference(heads: Heads, qkv: &[f64], positions: &[u32], table: &[f32], inverse: bool) -> Vec<f64> {
-    let (width, hd) = (heads.qkv_width(), heads.head_dim);
-    let mut out = qkv.to_vec();
-    for (row, &position) in positions.iter().enumerate() {
-        for head in 0..heads.heads + heads.kv_heads {
-            for i in 0..hd / 2 {
-                let cos = f64::from(table[position as usize * hd + i]);
-                let sin = f64::from(table[position as usize * hd + hd / 2 + i]);
-                let sin = if inverse { -sin } else { sin };
-                let (a, b) = (row * width + head * hd + i, row * width + head * hd + hd / 2 + i);
-                (out[a], out[b]) = (qkv[a] * cos - qkv[b] * sin, qkv[b] * cos + qkv[a] * sin);
-            }
-        }
-    }
-    out
 }
 
 #[test]
@@ -45,7 +29,8 @@ fn rope_is_the_reference_both_ways() {
                 cpu.rope(heads, &mut qkv, &positions, &table, inverse);
                 qkv
             });
-            assert_close("qkv", &got, &reference(heads, &widen(&qkv), &positions, &table, inverse), 1e-6);
+            let want = rotate(heads, &widen(&qkv), &positions, &widen(&table), inverse);
+            assert_close("qkv", &got, &want, 1e-6);
         }
     }
 }
@@ -61,7 +46,8 @@ fn turning_back_is_the_transpose() {
     let mut turned = dout.clone();
     Cpu::new(2).rope(heads, &mut turned, &positions, &table, true);
     let dout = widen(&dout);
-    let want = gradient(&widen(&qkv), |x| dot(&reference(heads, x, &positions, &table, false), &dout));
+    let table = widen(&table);
+    let want = gradient(&widen(&qkv), |x| dot(&rotate(heads, x, &positions, &table, false), &dout));
     assert_close("dqkv", &turned, &want, 1e-6);
 }
 

@@ -1,5 +1,6 @@
 use unisono_tensor::{Backend, Cpu, RouterShape, Routing};
 
+use crate::formulas::{balance_z_entropy, choose, scores, weights};
 use crate::support::*;
 
 const BASIC: RouterShape = RouterShape {
@@ -45,68 +46,6 @@ fn case(shape: RouterShape, sequences: usize) -> Case {
     Case { shape, logits, bias, dweights: rng.values(rows * shape.top_k) }
 }
 
-fn scores(shape: RouterShape, logits: &[f64]) -> Vec<f64> {
-    if shape.sigmoid {
-        return logits.iter().map(|l| 1.0 / (1.0 + (-l).exp())).collect();
-    }
-    let lse = log_sum_exp(logits);
-    logits.iter().map(|l| (l - lse).exp()).collect()
-}
-
-fn log_sum_exp(logits: &[f64]) -> f64 {
-    let max = logits.iter().fold(f64::NEG_INFINITY, |m, l| m.max(*l));
-    max + logits.iter().map(|l| (l - max).exp()).sum::<f64>().ln()
-}
-
-/// The first `n` of `candidates` by descending key, ties to the lower index, in ascending order.
-fn best(key: impl Fn(usize) -> f64, candidates: Vec<usize>, n: usize) -> Vec<usize> {
-    let mut order = candidates;
-    order.sort_by(|&a, &b| key(b).total_cmp(&key(a)).then(a.cmp(&b)));
-    order.truncate(n);
-    order.sort_unstable();
-    order
-}
-
-fn choose(shape: RouterShape, key: &[f64], token: usize) -> Vec<usize> {
-    if shape.force_balance {
-        let forced = (0..shape.top_k).map(|c| (token * shape.top_k + c) % shape.experts);
-        return best(|_| 0.0, forced.collect(), shape.top_k);
-    }
-    let size = shape.experts / shape.groups;
-    let group = |g: usize| {
-        let mut keys = key[g * size..(g + 1) * size].to_vec();
-        keys.sort_by(|a, b| b.total_cmp(a));
-        keys.iter().take(2).sum::<f64>()
-    };
-    let groups = best(group, (0..shape.groups).collect(), shape.top_groups);
-    let experts = groups.iter().flat_map(|g| g * size..(g + 1) * size).collect();
-    best(|e| key[e], experts, shape.top_k)
-}
-
-fn weights(shape: RouterShape, scores: &[f64], chosen: &[u32]) -> Vec<f64> {
-    let picked: Vec<f64> = chosen.iter().map(|&e| scores[e as usize]).collect();
-    let divisor = if shape.normalize { picked.iter().sum() } else { 1.0 };
-    picked.iter().map(|s| f64::from(shape.scaling) * s / divisor).collect()
-}
-
-/// What the balance and z-loss of one sequence and its entropy are, for routing counts `counts`.
-fn losses(shape: RouterShape, logits: &[f64], counts: &[u32]) -> [f64; 3] {
-    let (experts, tokens) = (shape.experts as f64, shape.sequence as f64);
-    let mut mean = vec![0.0; shape.experts];
-    let (mut z, mut entropy) = (0.0, 0.0);
-    for row in logits.chunks_exact(shape.experts) {
-        let s = scores(shape, row);
-        let sum: f64 = s.iter().sum();
-        for (mean, s) in mean.iter_mut().zip(&s) {
-            *mean += s / sum / tokens;
-            entropy -= s / sum * (s / sum).ln();
-        }
-        z += log_sum_exp(row).powi(2);
-    }
-    let f = counts.iter().map(|&c| experts / (shape.top_k as f64 * tokens) * f64::from(c));
-    [f.zip(&mean).map(|(f, p)| f * p).sum(), z, entropy]
-}
-
 /// Everything that the backward is the gradient of, with the choices held fixed.
 fn objective(case: &Case, routing: &Routing, logits: &[f64], balance: f64, z: f64) -> f64 {
     let (shape, mut total) = (case.shape, 0.0);
@@ -117,7 +56,7 @@ fn objective(case: &Case, routing: &Routing, logits: &[f64], balance: f64, z: f6
     }
     let sequences = logits.chunks_exact(shape.experts * shape.sequence);
     for (logits, counts) in sequences.zip(routing.counts.chunks_exact(shape.experts)) {
-        let [balance_loss, z_loss, _] = losses(shape, logits, counts);
+        let [balance_loss, z_loss, _] = balance_z_entropy(shape, logits, counts);
         total += balance * balance_loss + z * z_loss;
     }
     total
@@ -144,7 +83,7 @@ fn the_router_is_the_reference() {
         let sequences = case.logits.chunks_exact(shape.sequence * shape.experts);
         for (i, logits) in sequences.enumerate() {
             let counts = &counts[i * shape.experts..(i + 1) * shape.experts];
-            let want = losses(shape, &widen(logits), counts);
+            let want = balance_z_entropy(shape, &widen(logits), counts);
             let got = [routing.balance_loss[i], routing.z_loss[i], routing.entropy[i]];
             for (got, want) in got.iter().zip(want) {
                 assert!((got - want).abs() <= 2e-6 * want.abs().max(1.0), "{shape:?}: {got} {want}");
