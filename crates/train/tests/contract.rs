@@ -1,10 +1,12 @@
 //! The numerics contract on real text: one logical computation, any layout, the same bits.
 
+use std::env;
 use std::fs;
 use std::panic::catch_unwind;
 use std::path::Path;
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::UNIX_EPOCH;
 
 use unisono_data::Dataset;
 use unisono_mesh::Grid;
@@ -134,8 +136,36 @@ fn copy_run(from: &Path, to: &Path, step: u64) {
     }
 }
 
+/// The variable that repeats the steps of a failed test.
+const SEED_VARIABLE: &str = "UNISONO_TEST_SEED";
+
+/// What steps are drawn from: the environment's seed, otherwise the clock's.
+fn seed() -> u64 {
+    static SEED: OnceLock<u64> = OnceLock::new();
+    *SEED.get_or_init(|| match env::var(SEED_VARIABLE) {
+        Ok(given) => {
+            given.parse().unwrap_or_else(|_| panic!("{SEED_VARIABLE} = {given:?} is no whole number"))
+        }
+        Err(_) => UNIX_EPOCH.elapsed().map_or(0, |since| since.as_nanos() as u64),
+    })
+}
+
+/// How to draw the same steps again: shown by every test that fails.
+fn seeded() -> String {
+    format!("{SEED_VARIABLE}={}", seed())
+}
+
+/// A step with others before and after it, drawn from the seed and the case alone: whichever tests run and in which order,
+/// a seed gives a case the same step.
+fn random_step(config: &RunConfig, case: &str) -> u64 {
+    let named = format!("{} {:?} {case}", seed(), config.grid);
+    let hash = blake3::hash(named.as_bytes());
+    let (bits, _) = hash.as_bytes().split_first_chunk().expect("a hash has 32 bytes");
+    1 + u64::from_le_bytes(*bits) % (STEPS - 1)
+}
+
 /// Every rank count x 1 and 2 compute threads x every recompute mode, messages in shuffled order; and from a checkpoint of
-/// each of them, at some step, on every rank count to the end, on another one with other threads and recomputation too.
+/// each of them, at a random step, on every rank count to the end, on another one with other threads and recomputation too.
 fn check_layouts(config: &RunConfig, all_ranks: &[usize], folder: &Path, reference: &Outcome) {
     let modes = [RecomputeConfig::None, RecomputeConfig::Selective, RecomputeConfig::Full];
     for &ranks in all_ranks {
@@ -143,10 +173,7 @@ fn check_layouts(config: &RunConfig, all_ranks: &[usize], folder: &Path, referen
             for (mode, &recompute) in modes.iter().enumerate() {
                 let what = format!("{ranks} ranks x {threads} threads, {recompute:?}");
                 let mut config = with_recompute(config, recompute);
-                // A step that differs from layout to layout, without a pattern.
-                let stop = 3
-                    + (ranks * 31 + threads * 7 + mode * 5 + config.grid.expert_group * 11) as u64
-                        % (STEPS - 3);
+                let stop = random_step(&config, &what);
                 (config.checkpoint.every, config.checkpoint.keep_last) = (stop, 0);
                 let mut options = RunOptions::new(folder.join(&what), ranks, threads);
                 options.jitter = (threads == 2).then_some(ranks as u64);
@@ -155,8 +182,10 @@ fn check_layouts(config: &RunConfig, all_ranks: &[usize], folder: &Path, referen
                     let other = usize::from(after != ranks);
                     let recompute = modes[(mode + other) % modes.len()];
                     let threads = if other == 1 { 3 - threads } else { threads };
-                    let resumed =
-                        format!("{what} until step {stop}, then {after} x {threads}, {recompute:?}");
+                    let seeded = seeded();
+                    let resumed = format!(
+                        "{what} until step {stop} ({seeded}), then {after} x {threads}, {recompute:?}"
+                    );
                     let mut options = RunOptions::new(folder.join(&resumed), after, threads);
                     options.resume = true;
                     copy_run(&folder.join(&what), &options.folder, stop);
@@ -176,6 +205,7 @@ fn check_grid(replicas: usize, expert_group: usize, num_experts: usize) {
     let ranks: Vec<usize> = (1..=replicas).filter(|ranks| replicas.is_multiple_of(*ranks)).collect();
     let config = config(replicas, expert_group, num_experts);
     let reference = reference(&config, folder.path());
+    eprintln!("{}", seeded());
     check_layouts(&config, &ranks, folder.path(), &reference);
 }
 
@@ -236,14 +266,16 @@ fn check_sharding(replicas: usize, expert_group: usize, num_experts: usize) {
             assert_same(&what, &run(&config, &options), &reference);
         }
     }
+    eprintln!("{}", seeded());
     let (few, many) = (ranks[1], ranks[ranks.len() - 1]);
     for (before, after) in
         [((1, many), (3, few)), ((3, many), (2, few)), ((2, few), (3, 1)), ((3, few), (1, many))]
     {
-        let what = format!("ZeRO and ranks {before:?}, then {after:?}");
+        let stop = random_step(&config, &format!("{before:?} {after:?}"));
+        let what = format!("ZeRO and ranks {before:?} until step {stop} ({}), then {after:?}", seeded());
         config.layout.zero = before.0;
         let mut options = RunOptions::new(folder.path().join(&what), before.1, 1);
-        options.stop_after = Some(7);
+        options.stop_after = Some(stop);
         train_on(&config, &options, dataset(), &Quiet).expect("the first part succeeds");
         config.layout.zero = after.0;
         let mut options = RunOptions::new(folder.path().join(&what), after.1, 1);
