@@ -4,6 +4,7 @@ mod counts;
 mod hugging_face;
 mod known;
 mod limits;
+mod weights;
 
 use std::borrow::Cow;
 
@@ -15,6 +16,7 @@ pub use known::UnknownModel;
 pub(crate) use known::distance;
 pub use limits::SizeError;
 pub(crate) use limits::{LARGEST_SIZE, MOST_LAYERS};
+pub use weights::{Weight, WeightGroup};
 
 /// Sizes of attention.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]

@@ -31,7 +31,7 @@ pub mod validate;
 pub use advice::{Change, Place, Trial, best_changes, bottleneck, changes, trials};
 pub use architecture::{
     Architecture, Attention, FeedForward, HuggingFaceError, LayerKind, LayerParameters, Mixer, MoeShape,
-    Numerics, Pattern, SizeError, StateSpace, UnknownModel, Window,
+    Numerics, Pattern, SizeError, StateSpace, UnknownModel, Weight, WeightGroup, Window,
 };
 pub use calibration::{Calibration, CommonConstants, Constants, FITTED, GpuConstants, SoftwareConstants};
 pub use dense::{Equal, Synchronisation};

@@ -1,6 +1,6 @@
 //! Parameters and floating-point operations of an architecture.
 
-use super::{Architecture, Attention, FeedForward, LayerKind, Mixer};
+use super::{Architecture, LayerKind, Mixer, WeightGroup};
 
 /// Parameters of a layer by how they are laid out. Biases are left out.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -44,63 +44,19 @@ impl Architecture {
 
     /// Parameters of a layer of `kind`.
     pub fn layer_parameters(&self, kind: LayerKind) -> LayerParameters {
-        let d = self.hidden;
         let mut of = LayerParameters::default();
-        match kind.mixer {
-            Mixer::None => {}
-            Mixer::Attention => {
-                (of.mixer, of.mixer_replicated) = self.attention_parameters();
-                of.norms += d + self.attention_norms();
-            }
-            Mixer::StateSpace => {
-                of.mixer = self.state_space_parameters();
-                of.norms += d;
-            }
-        }
-        match (kind.ffn, self.moe) {
-            (FeedForward::None, _) => {}
-            (FeedForward::Moe, Some(moe)) => {
-                let width = self.dispatch_width();
-                of.experts = moe.experts * self.ffn_matrices() * width * moe.expert_ffn;
-                of.ffn = self.ffn_matrices() * d * moe.shared_ffn;
-                of.router = d * moe.experts + moe.latent.map_or(0, |latent| 2 * d * latent);
-                of.norms += d;
-            }
-            _ => {
-                of.ffn = self.ffn_matrices() * d * self.ffn_dense;
-                of.norms += d;
-            }
+        for weight in self.layer_weights(kind) {
+            let sum = match weight.group {
+                WeightGroup::Mixer => &mut of.mixer,
+                WeightGroup::MixerReplicated => &mut of.mixer_replicated,
+                WeightGroup::Network => &mut of.ffn,
+                WeightGroup::Experts => &mut of.experts,
+                WeightGroup::Router => &mut of.router,
+                WeightGroup::Norm => &mut of.norms,
+            };
+            *sum += weight.elements();
         }
         of
-    }
-
-    /// Split and replicated matrices of attention.
-    fn attention_parameters(&self) -> (usize, usize) {
-        let d = self.hidden;
-        match self.attention {
-            Attention::Grouped { heads, kv_heads, head_dim } => (2 * d * head_dim * (heads + kv_heads), 0),
-            Attention::Latent { heads, q_lora_rank, kv_lora_rank, nope, rope, value } => {
-                let (q_from, q_down) = q_lora_rank.map_or((d, 0), |rank| (rank, d * rank));
-                let up = q_from * heads * (nope + rope) + kv_lora_rank * heads * (nope + value);
-                (up + heads * value * d, q_down + d * (kv_lora_rank + rope))
-            }
-        }
-    }
-
-    fn attention_norms(&self) -> usize {
-        match self.attention {
-            Attention::Grouped { head_dim, .. } => 2 * head_dim * usize::from(self.qk_norm),
-            Attention::Latent { q_lora_rank, kv_lora_rank, .. } => q_lora_rank.unwrap_or(0) + kv_lora_rank,
-        }
-    }
-
-    fn state_space_parameters(&self) -> usize {
-        self.state_space.map_or(0, |s| {
-            let inner = s.heads * s.head_dim;
-            let projected = 2 * inner + 2 * s.groups * s.state + s.heads;
-            let convolved = (inner + 2 * s.groups * s.state) * 5;
-            self.hidden * (projected + inner) + convolved + 3 * s.heads + inner
-        })
     }
 
     /// Parameters of the embedding; the head has as many, unless it is the embedding.
