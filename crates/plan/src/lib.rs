@@ -50,7 +50,9 @@ pub use pricing::{
     RoutedStep, SimulatedStep, Traffic, Work, price,
 };
 pub use ranged::Ranged;
-pub use rank_memory::{Kept, MemoryTerms, RankMemory};
+pub use rank_memory::{
+    Communication, HeldTensor, MemoryTerms, ParameterTensor, RankMemory, RankTensors, Unit,
+};
 pub use shards::{Piece, SegmentKind, ShardedSegment, Shards};
 pub use software::{DispatchKind, Habits, Software, Trainable};
 pub use unevenness::Percentiles;

@@ -28,6 +28,7 @@ pub use work::{Passes, Work};
 
 use rates::Rates;
 pub(crate) use stages::{MOST_KINDS, Share, Stages};
+pub(crate) use states::RankParameters;
 use work::Sizes;
 
 /// Standard normal quantile of 90%: an 80% interval lies between the negative and the positive.

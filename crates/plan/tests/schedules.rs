@@ -55,7 +55,7 @@ proptest! {
             let counted = schedule.peak_bytes(
                 rank, |stage| u64::from(kept[turn(stage)]), |stage| u64::from(waiting[turn(stage)]),
             );
-            let closed = kind.peak(ranks, micro_batches, rank, &chunks, 0.0).total();
+            let closed = kind.peak(ranks, micro_batches, rank, &chunks, 0.0).bytes(&chunks).total();
             prop_assert_eq!(closed, counted as f64, "{} rank {} {:?}\n{}", kind, rank, chunks, schedule);
         }
     }

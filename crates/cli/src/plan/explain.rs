@@ -4,19 +4,20 @@ use std::iter::once;
 
 use serde_json::{Map, Value, json};
 use unisono_plan::collectives::places_touched;
-use unisono_plan::schedule::{ChunkBytes, ScheduleKind};
+use unisono_plan::schedule::ScheduleKind;
 use unisono_plan::simulate::{StepParts, step_parts};
-use unisono_plan::{ExchangeTerms, IntervalTerms, LayerKind, RankMemory, Sharding, Work};
+use unisono_plan::{ExchangeTerms, IntervalTerms, LayerKind, RankMemory, RankTensors, Sharding, Unit, Work};
 
 use super::answer::Answer;
-use super::{GIB, show};
+use super::{GIB, show, tensors};
 use crate::screen::say;
 use crate::style::{Paint, Scale, counted, figure, grouped, short, table, without_empty};
 
 /// A heading and its lines; no lines where there is nothing to say.
 type Section = (&'static str, Vec<String>);
 
-fn sections(answer: &Answer) -> [Section; 11] {
+fn sections(answer: &Answer) -> [Section; 14] {
+    let ranks = tensors::ranks(answer);
     [
         ("parameters", parameters(answer)),
         ("operations", operations(answer)),
@@ -27,7 +28,16 @@ fn sections(answer: &Answer) -> [Section; 11] {
         ("pipeline", pipeline(answer)),
         ("overhead", overhead(answer)),
         ("interval", interval(answer)),
-        ("memory of the fullest rank, GiB", memory(answer)),
+        ("memory of the fullest rank, GiB", memory(answer, &ranks[answer.chosen.priced.worst_rank])),
+        (
+            "weights tensor by tensor, MiB of one on a GPU; by pipeline rank so many layers",
+            tensors::parameters(answer, &ranks),
+        ),
+        (
+            "what layers keep tensor by tensor, MiB of one; by pipeline rank layers x micro-batches that hold it",
+            tensors::kept(answer, &ranks),
+        ),
+        ("what else pipeline ranks hold at the peak, MiB", tensors::others(answer, &ranks)),
         ("checkpoints and money", money(answer)),
     ]
 }
@@ -102,8 +112,8 @@ fn parameters(answer: &Answer) -> Vec<String> {
     lines
 }
 
-/// `attention and dense`
-fn name(kind: LayerKind) -> String {
+/// `Attention + Dense`
+pub fn name(kind: LayerKind) -> String {
     format!("{:?} + {:?}", kind.mixer, kind.ffn)
 }
 
@@ -243,7 +253,7 @@ fn interval(answer: &Answer) -> Vec<String> {
 }
 
 /// The terms of the fullest rank's memory.
-fn memory(answer: &Answer) -> Vec<String> {
+fn memory(answer: &Answer, tensors: &RankTensors) -> Vec<String> {
     let (priced, layout) = (&answer.chosen.priced, &answer.chosen.layout);
     let (memory, pricer) = (&priced.memory, answer.pricer());
     let terms = pricer.memory_terms(layout, priced.worst_rank);
@@ -263,18 +273,18 @@ fn memory(answer: &Answer) -> Vec<String> {
         Sharding::Zero2 => "optimizer and gradients sharded",
         Sharding::Zero3 => "all sharded",
     };
-    let by_layer = |pick: fn(&ChunkBytes) -> f64| -> Vec<String> {
-        let held = terms.layers.iter().filter(|(layers, _)| *layers > 0);
-        held.map(|(layers, bytes)| format!("{layers} x {}", figure(pick(bytes) / GIB))).collect()
+    // Of each kind of layer: how many times micro-batches in flight, and bytes of one.
+    let by_layer = |part: &str| {
+        let mut sums: Vec<(Unit, usize, f64)> = Vec::new();
+        for of in tensors.held.iter().filter(|of| of.part == part && of.count > 0) {
+            match sums.iter_mut().find(|(unit, count, _)| (*unit, *count) == (of.unit, of.count)) {
+                Some((_, _, bytes)) => *bytes += of.bytes,
+                None => sums.push((of.unit, of.count, of.bytes)),
+            }
+        }
+        let sums = sums.iter().map(|(_, count, bytes)| format!("{count} x {}", figure(bytes / GIB)));
+        sums.collect::<Vec<_>>().join(" + ")
     };
-    let kept = by_layer(|bytes| bytes.activations);
-    let mut operands = by_layer(|bytes| bytes.weight_operands);
-    if terms.head > 0.0 {
-        operands.push(format!("head {}", figure(terms.head / GIB)));
-    }
-    let times = |bytes: f64, each: f64| if each > 0.0 { bytes / each } else { 0.0 };
-    let in_flight = times(memory.activations, terms.kept_bytes());
-    let waiting = times(memory.operands, terms.operand_bytes());
     let rows = [
         (
             "weights",
@@ -286,35 +296,23 @@ fn memory(answer: &Answer) -> Vec<String> {
         (
             "activations",
             memory.activations,
-            format!("{in_flight:.2} micro-batches in flight x ({})", kept.join(" + ")),
+            format!("layers x micro-batches in flight: {}", by_layer("activations")),
         ),
-        (
-            "operands",
-            memory.operands,
-            format!("{waiting:.2} whose weight gradients wait x ({})", operands.join(" + ")),
-        ),
+        ("dispatch", memory.dispatch, format!("{}, at the 95th percentile of routing", by_layer("dispatch"))),
+        ("operands", memory.operands, format!("weight gradients that wait: {}", by_layer("operands"))),
         ("temporary", memory.temporary, "of the layer that needs most".into()),
-        ("logits", memory.logits, "gone before temporary: the larger counts".into()),
-        ("communication", memory.communication, "parameters gathered, gradients on their way".into()),
+        ("logits", memory.logits, "the peak is in the loss".into()),
+        ("communication", memory.communication.total(), communication(memory)),
         ("workspace", memory.workspace, "libraries of products".into()),
         (
             "fragmentation",
             memory.fragmentation,
             format!(
-                "{:.2} x (activations + operands + max(temporary, logits) + communication)",
+                "{:.2} x what comes and goes: activations to logits, buckets, what stages received",
                 RankMemory::FRAGMENTATION
             ),
         ),
-        (
-            "outside",
-            memory.outside,
-            format!(
-                "{} + {} x {}",
-                RankMemory::CONTEXT_BYTES / GIB,
-                counted(terms.communicators as u64, "communicator"),
-                RankMemory::COMMUNICATOR_BYTES / GIB
-            ),
-        ),
+        ("context", memory.context, "of the process, before it allocates anything".into()),
     ];
     let filled = rows.into_iter().filter(|(_, bytes, _)| *bytes > 0.0);
     let mut rows: Vec<Vec<String>> =
@@ -322,6 +320,16 @@ fn memory(answer: &Answer) -> Vec<String> {
     let at = format!("pipeline rank {}", priced.worst_rank);
     rows.push(vec!["all".into(), at, figure(memory.total() / GIB)]);
     table(&rows, 2)
+}
+
+/// `received by stages 0.1 + channels 1.0`
+fn communication(memory: &RankMemory) -> String {
+    let of = &memory.communication;
+    let parts = [("buckets", of.buckets), ("received by stages", of.received), ("channels", of.channels)];
+    let filled = parts.into_iter().filter(|(_, bytes)| *bytes > 0.0);
+    let written: Vec<String> =
+        filled.map(|(name, bytes)| format!("{name} {}", figure(bytes / GIB))).collect();
+    written.join(" + ")
 }
 
 fn row(kind: &str, pass: &str, work: &Work) -> Vec<String> {

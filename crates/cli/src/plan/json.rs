@@ -7,7 +7,7 @@ use unisono_plan::simulate::{StepParts, step_parts};
 use unisono_plan::{Axis, Cluster, Level, Outlook, RankMemory, bottleneck};
 
 use super::answer::Answer;
-use super::show;
+use super::{show, tensors};
 
 /// One object.
 pub fn object(answer: &Answer) -> Value {
@@ -60,6 +60,7 @@ pub fn object(answer: &Answer) -> Value {
         "hidden_communication_s": answer.chosen.priced.breakdown.all_hidden_s(),
         "communication": communication(answer),
         "memory_bytes_by_pipeline_rank": answer.memory.iter().map(memory).collect::<Vec<_>>(),
+        "tensors_by_pipeline_rank": tensors::object(answer),
         "sent_bytes_per_gpu": traffic(answer),
         "run": run(answer),
         "limit": {"what": what, "share": share},

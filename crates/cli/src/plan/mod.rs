@@ -9,6 +9,7 @@ mod local;
 mod question;
 mod report;
 mod show;
+mod tensors;
 pub mod trace;
 mod validate;
 

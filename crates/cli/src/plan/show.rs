@@ -263,7 +263,7 @@ fn memory(answer: &Answer) -> Vec<String> {
 }
 
 /// All ranks of a short pipeline; of a long one the ends and the fullest.
-fn shown_ranks(answer: &Answer) -> Vec<usize> {
+pub fn shown_ranks(answer: &Answer) -> Vec<usize> {
     let ranks = answer.memory.len();
     (0..ranks)
         .filter(|rank| {

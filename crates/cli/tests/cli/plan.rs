@@ -32,7 +32,20 @@ fn a_plan_is_one_json_object_whose_parts_add_up() {
     let sum: f64 = parts.filter_map(Value::as_f64).sum();
     let step_s = plan["chosen"]["step_s"].as_f64().unwrap();
     assert!((sum / step_s - 1.0).abs() < 1e-9, "{sum} {step_s}");
-    assert_eq!(plan["memory_bytes_by_pipeline_rank"].as_array().map(Vec::len), Some(16));
+    let memory = plan["memory_bytes_by_pipeline_rank"].as_array().unwrap();
+    let tensors = plan["tensors_by_pipeline_rank"].as_array().unwrap();
+    assert_eq!((memory.len(), tensors.len()), (16, 16));
+    for (parts, tensors) in memory.iter().zip(tensors) {
+        let [parameters, held] = ["parameters", "held"].map(|list| tensors[list].as_array().unwrap());
+        let number = |of: &Value, name: &str| of[name].as_f64().unwrap();
+        for (part, bytes) in parts.as_object().unwrap().iter().filter(|(part, _)| *part != "total") {
+            let states = parameters.iter().filter_map(|of| Some(of[part].as_f64()? * number(of, "layers")));
+            let rest = held.iter().filter(|of| of["part"] == part.as_str());
+            let sum: f64 = states.chain(rest.map(|of| number(of, "bytes") * number(of, "count"))).sum();
+            let bytes = bytes.as_f64().unwrap();
+            assert!((sum - bytes).abs() <= 1e-9 * bytes.abs().max(1.0), "{part}: {sum} for {bytes}");
+        }
+    }
     let ranks = plan["simulated"]["parts_s_by_pipeline_rank"].as_array().unwrap();
     let simulated_s = plan["simulated"]["step_s"].as_f64().unwrap();
     assert_eq!(ranks.len(), 16);
@@ -361,6 +374,9 @@ fn formulas_are_data_too_and_none_is_empty() {
     let lines = |of: &Value, heading: &str| of[heading].as_array().map_or(0, Vec::len);
     let sparse = explain("Qwen3-30B-A3B", "ep8 dp64 mb2 zero1");
     assert_eq!((lines(&sparse, "dispatch"), lines(&sparse, "pipeline")), (1, 0));
+    let kept = sparse["what layers keep tensor by tensor, MiB of one; by pipeline rank layers x micro-batches that hold it"]
+        .to_string();
+    assert!(kept.contains("dispatch     Attention + Moe  rows dispatched to experts"), "{kept}");
     let dense = explain("Llama-3.1-8B", "dp64");
     for heading in
         ["parameters", "operations", "a kernel", "overhead", "interval", "memory of the fullest rank, GiB"]

@@ -263,7 +263,7 @@ impl Pricer {
     }
 
     /// Bytes of a message from a GPU to its peer of the next stage.
-    pub(super) fn message_bytes(&self, layout: &Parallelism) -> f64 {
+    pub(crate) fn message_bytes(&self, layout: &Parallelism) -> f64 {
         self.training.element_bytes() * self.sizes(layout).split_tokens() * self.model.hidden as f64
     }
 }

@@ -1,8 +1,9 @@
 //! Which layers lie on which pipeline rank.
 
+use std::iter::Sum;
 use std::ops::Range;
 
-use crate::architecture::{Architecture, FeedForward, LayerKind};
+use crate::architecture::{Architecture, FeedForward, LayerKind, LayerParameters};
 use crate::parallelism::Parallelism;
 
 /// At most so many distinct kinds of layers: mixers, networks, windows.
@@ -12,6 +13,8 @@ pub(crate) const MOST_KINDS: usize = 8;
 #[derive(Debug, Clone)]
 pub(crate) struct Stages {
     kinds: Vec<(LayerKind, bool)>,
+    /// Parameters of a layer of each kind.
+    parameters: Vec<LayerParameters>,
     /// `[layer]` layers of each kind before it.
     before: Vec<[u32; MOST_KINDS]>,
     /// Layers of multi-token prediction, which stay with the head.
@@ -48,7 +51,8 @@ impl Stages {
         let layers =
             model.active_parameters().saturating_sub(model.embedding_parameters()) / model.layers.max(1);
         let head_layers = (heads as f64 / layers.max(1) as f64).round() as usize;
-        Self { kinds, before, with_head: model.mtp_layers, head_layers }
+        let parameters = kinds.iter().map(|(kind, _)| model.layer_parameters(*kind)).collect();
+        Self { kinds, parameters, before, with_head: model.mtp_layers, head_layers }
     }
 
     /// Layers with experts, those of multi-token prediction included.
@@ -60,6 +64,11 @@ impl Stages {
 
     pub fn kinds(&self) -> &[(LayerKind, bool)] {
         &self.kinds
+    }
+
+    /// Parameters of a layer of each kind.
+    pub fn parameters(&self) -> &[LayerParameters] {
+        &self.parameters
     }
 
     /// Layers of chunk `chunk` of `chunks`: as many in each if they divide. Otherwise the last gets fewer by the layers that its
@@ -91,16 +100,34 @@ impl Stages {
         Share { layers: std::array::from_fn(layers), embedding: chunk == 0, head: chunk + 1 == chunks }
     }
 
-    /// What pipeline rank `rank` holds.
+    /// The kind of the first layer of chunk `chunk` of `chunks`, by its place in [`Self::kinds`]; none where it has no layers.
+    pub fn first_kind(&self, chunk: usize, chunks: usize) -> Option<usize> {
+        let layer = Some(self.chunk(chunk, chunks)).filter(|layers| !layers.is_empty())?.start;
+        let [before, after] = [layer, layer + 1].map(|layer| self.before[layer]);
+        (0..MOST_KINDS).find(|kind| after[*kind] > before[*kind])
+    }
+
+    /// What pipeline rank `rank` holds, in the order of its stages.
+    pub fn chunk_shares(&self, layout: &Parallelism, rank: usize) -> impl Iterator<Item = Share> {
+        let (layout, chunks) = (*layout, layout.chunks());
+        (0..layout.virtual_stages).map(move |turn| self.chunk_share(layout.chunk(rank, turn), chunks))
+    }
+
+    /// What pipeline rank `rank` holds in all of its stages.
     pub fn share(&self, layout: &Parallelism, rank: usize) -> Share {
-        let mut share = Share::default();
-        for turn in 0..layout.virtual_stages {
-            let held = self.chunk_share(layout.chunk(rank, turn), layout.chunks());
-            share.layers.iter_mut().zip(held.layers).for_each(|(sum, layers)| *sum += layers);
-            share.embedding |= held.embedding;
-            share.head |= held.head;
+        self.chunk_shares(layout, rank).sum()
+    }
+}
+
+impl Sum for Share {
+    fn sum<I: Iterator<Item = Self>>(chunks: I) -> Self {
+        let mut sum = Self::default();
+        for chunk in chunks {
+            sum.layers.iter_mut().zip(chunk.layers).for_each(|(sum, layers)| *sum += layers);
+            sum.embedding |= chunk.embedding;
+            sum.head |= chunk.head;
         }
-        share
+        sum
     }
 }
 

@@ -20,8 +20,7 @@ impl Pricer {
     pub(crate) fn rank_parameters(&self, layout: &Parallelism, share: &Share) -> RankParameters {
         let t = layout.tensor as f64;
         let mut held = RankParameters::default();
-        for ((kind, _), layers) in self.stages.kinds().iter().zip(share.layers) {
-            let of = self.model.layer_parameters(*kind);
+        for (of, layers) in self.stages.parameters().iter().zip(share.layers) {
             let split = (of.mixer + of.ffn) as f64 / t;
             let whole = (of.mixer_replicated + of.router + of.norms) as f64;
             held.dense += f64::from(layers) * (split + whole);

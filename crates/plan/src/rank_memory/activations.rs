@@ -20,6 +20,8 @@ enum Part {
     Mlp,
     /// What the experts' activation function leaves.
     MoeActivation,
+    /// Rows as experts got them: the buffer that dispatch lands in, whose gradient leaves from one of the same size.
+    Dispatch,
     /// Anything else of an MoE layer.
     Moe,
     /// Anything else.
@@ -27,32 +29,82 @@ enum Part {
 }
 
 /// A half of a layer.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub(super) enum Half {
     /// What mixes tokens, with its norm.
     Mixer,
     /// The rest, and what goes in.
     Network,
     /// Both.
+    #[default]
     Both,
 }
 
 /// A tensor of a layer for one micro-batch.
 #[derive(Debug, Clone, Copy, PartialEq)]
-struct Tensor {
-    name: &'static str,
+pub(super) struct Tensor {
+    pub name: &'static str,
     part: Part,
     /// Bytes until the gradient of the layer's input is done.
-    bytes: f64,
+    pub bytes: f64,
     /// Bytes of it from then on, until the gradients of the layer's weights are done.
-    operand: f64,
+    pub operand: f64,
 }
 
-/// Tensors that one layer keeps, with their bytes. Between a layer's input gradient and its weight gradients these are the inputs of
-/// products, computed again or not, and the gradients of their outputs. Under sequence parallelism inputs stay split and are gathered once
-/// more, gradients stay gathered (as zero-bubble-pipeline-parallelism by Qi et al. does); norms' gradients are not put off.
+impl Tensor {
+    /// Whether it is a buffer of dispatch.
+    pub fn is_dispatched(&self) -> bool {
+        self.part == Part::Dispatch
+    }
+
+    /// Whether it is the layer's input.
+    pub fn is_input(&self) -> bool {
+        self.part == Part::Input
+    }
+
+    /// Whether the backward computes it again.
+    pub fn is_recomputed(&self, recompute: Recomputation) -> bool {
+        spared(self.part, recompute)
+    }
+}
+
+/// What a layer keeps of a micro-batch, in bytes.
+#[derive(Debug, Clone, Copy, Default, PartialEq)]
+pub(super) struct LayerBytes {
+    /// All of it.
+    pub kept: ChunkBytes,
+    /// What of the activations lies in buffers of dispatch.
+    pub dispatched: f64,
+}
+
+/// What is alive only while the backward is in a layer, in bytes: what is computed again, and the largest gradients.
+#[derive(Debug, Clone, Copy, Default, PartialEq)]
+pub(super) struct Temporary {
+    /// Outside of buffers of dispatch.
+    pub bytes: f64,
+    /// In buffers of dispatch: rows that are dispatched again, gradients that land in them and leave from them.
+    pub dispatched: f64,
+}
+
+impl Temporary {
+    /// Both.
+    pub fn total(&self) -> f64 {
+        self.bytes + self.dispatched
+    }
+
+    fn add(&mut self, of: &Tensor, times: usize) {
+        let sum = if of.is_dispatched() { &mut self.dispatched } else { &mut self.bytes };
+        *sum += times as f64 * of.bytes;
+    }
+}
+
+/// Tensors that one layer keeps, with their bytes: the table that both sums and lists of memory are made of.
+///
+/// Between a layer's input gradient and its weight gradients these are the inputs of products, computed again or not, and the
+/// gradients of their outputs. Under sequence parallelism inputs stay split and are gathered once more, gradients stay gathered (as
+/// zero-bubble-pipeline-parallelism by Qi et al. does); norms' gradients are not put off.
 #[derive(Debug, Clone, PartialEq)]
-pub struct Kept {
+pub(super) struct Kept {
     tensors: Vec<Tensor>,
     /// So many are the mixer's.
     of_mixer: usize,
@@ -62,7 +114,7 @@ pub struct Kept {
 
 impl Kept {
     /// The tensors of a layer of `kind` for one micro-batch, on a rank whose experts get `uneven` times the even share of rows.
-    pub(super) fn of(
+    pub fn of(
         model: &Architecture,
         layout: &Parallelism,
         training: &Training,
@@ -99,7 +151,7 @@ impl Kept {
         }
         match (kind.ffn, &model.moe) {
             (FeedForward::Moe, Some(moe)) => kept.experts(model, moe, layout, &sizes, uneven),
-            _ => kept.network(model, model.ffn_dense, Part::Mlp, &sizes),
+            _ => kept.network(model, model.ffn_dense, DENSE_NAMES, Part::Mlp, &sizes),
         }
         kept
     }
@@ -137,7 +189,7 @@ impl Kept {
             let compressed = sizes.input * sizes.tokens * (ranks + rotated);
             self.push("compressed queries, keys, values", Part::Other, sizes.width * sizes.tokens * ranks);
             self.gradient("gradients of compressed queries, keys, values", compressed);
-            self.input("their norms", Part::Norm, compressed);
+            self.input("norms of compressed queries, keys, values", Part::Norm, compressed);
         }
         self.push("queries", part, of(heads * qk));
         self.push("keys", part, of(kv_heads * qk));
@@ -146,7 +198,7 @@ impl Kept {
         if model.qk_norm {
             self.push("queries and keys before their norms", Part::Other, of((heads + kv_heads) * qk));
         }
-        self.push("softmax statistics", Part::Other, 4.0 * sizes.tokens * heads);
+        self.push("log-sum-exp of attention", Part::Other, 4.0 * sizes.tokens * heads);
         if sizes.unfused {
             // Korthikanti et al. (2022): softmax in 16 bits; GPT's dropout and its mask.
             let scores = sizes.tokens * sizes.sequence * heads;
@@ -185,13 +237,22 @@ impl Kept {
         });
     }
 
-    fn network(&mut self, model: &Architecture, ffn: usize, part: Part, sizes: &Sizes) {
+    fn network(
+        &mut self,
+        model: &Architecture,
+        ffn: usize,
+        names: [&'static str; 5],
+        part: Part,
+        sizes: &Sizes,
+    ) {
         let inner = sizes.tokens * ffn as f64 / sizes.tensor;
         let gates = model.ffn_matrices() as f64 - 1.0;
-        self.push("network before its activation", part, sizes.width * gates * inner);
-        self.gradient("gradient of the network before its activation", sizes.input * gates * inner);
-        self.input("network after its activation", part, sizes.input * inner);
-        self.gradient("gradient of the network's output", sizes.input * sizes.tokens * sizes.hidden);
+        let [gated, plain, gradient, after, output] = names;
+        let before = if model.gated { gated } else { plain };
+        self.push(before, part, sizes.width * gates * inner);
+        self.gradient(gradient, sizes.input * gates * inner);
+        self.input(after, part, sizes.input * inner);
+        self.gradient(output, sizes.input * sizes.tokens * sizes.hidden);
     }
 
     fn experts(
@@ -216,51 +277,77 @@ impl Kept {
             let widened = sizes.split * sizes.hidden;
             self.gradient("operands of projections around experts", sizes.input * (2.0 * tokens + widened));
         }
-        self.input("rows of experts", Part::Moe, sizes.input * rows * dispatched);
-        self.push("experts before their activation", Part::Moe, sizes.width * gates * inner);
-        self.gradient("gradients of experts before their activation", sizes.input * gates * inner);
-        self.input("experts after their activation", Part::MoeActivation, sizes.input * inner);
+        self.input("rows dispatched to experts", Part::Dispatch, sizes.input * rows * dispatched);
+        let before = if model.gated { "gate and up of experts" } else { "up of experts" };
+        self.push(before, Part::Moe, sizes.width * gates * inner);
+        self.gradient("gradient of the input of experts' activation", sizes.input * gates * inner);
+        self.input("activation of experts", Part::MoeActivation, sizes.input * inner);
         self.gradient("gradients of experts' outputs", sizes.input * rows * dispatched);
         if moe.shared_ffn > 0 {
-            self.network(model, moe.shared_ffn, Part::Moe, sizes);
+            self.network(model, moe.shared_ffn, SHARED_NAMES, Part::Moe, sizes);
         }
     }
 
-    /// The names and bytes of all tensors, whatever is computed again.
-    pub fn tensors(&self) -> impl Iterator<Item = (&'static str, f64)> {
-        self.tensors.iter().map(|of| (of.name, of.bytes)).filter(|(_, bytes)| *bytes > 0.0)
-    }
-
-    /// Bytes kept under `recompute`.
-    pub fn bytes(&self, recompute: Recomputation) -> f64 {
-        self.chunk(Half::Both, recompute).activations
-    }
-
-    /// Bytes of a half under `recompute`.
-    pub(super) fn chunk(&self, half: Half, recompute: Recomputation) -> ChunkBytes {
-        let counts = |at: usize, part: Part| match half {
+    /// All tensors of a half of the layer; its input belongs to both.
+    pub fn tensors(&self, half: Half) -> impl Iterator<Item = &Tensor> {
+        let counts = move |at: usize, part: Part| match half {
             Half::Both => true,
             Half::Mixer => at < self.of_mixer,
             Half::Network => at >= self.of_mixer || part == Part::Input,
         };
-        let mut sum = ChunkBytes::default();
-        let tensors = self.tensors.iter().enumerate();
-        for (_, of) in tensors.filter(|(at, of)| counts(*at, of.part)) {
-            sum.activations += if spared(of.part, recompute) { 0.0 } else { of.bytes };
-            sum.weight_operands += of.operand;
+        self.tensors.iter().enumerate().filter(move |(at, of)| counts(*at, of.part)).map(|(_, of)| of)
+    }
+
+    /// Bytes of a half under `recompute`.
+    pub fn bytes(&self, half: Half, recompute: Recomputation) -> LayerBytes {
+        let mut sum = LayerBytes::default();
+        for of in self.tensors(half) {
+            sum.kept.weight_operands += of.operand;
+            if !of.is_recomputed(recompute) {
+                sum.kept.activations += of.bytes;
+                sum.dispatched += if of.is_dispatched() { of.bytes } else { 0.0 };
+            }
         }
         sum
     }
 
-    /// Bytes alive only while the backward is in this layer: what is computed again, and as many gradients as the widest
+    /// The tensor whose backward needs most room, and how many gradients of its size are then alive.
+    pub fn widest(&self) -> Option<(&Tensor, usize)> {
+        let gradients = |at: usize| if self.in_place == Some(at) { 1 } else { 2 };
+        let all = self.tensors.iter().enumerate().map(|(at, of)| (of, gradients(at)));
+        let room = |(of, gradients): &(&Tensor, usize)| *gradients as f64 * of.bytes;
+        all.max_by(|one, other| room(one).total_cmp(&room(other)))
+    }
+
+    /// What is alive only while the backward is in this layer: what is computed again, and as many gradients as the widest
     /// pair of tensors.
-    pub fn temporary(&self, recompute: Recomputation) -> f64 {
-        let again: f64 = self.tensors.iter().filter(|of| spared(of.part, recompute)).map(|of| of.bytes).sum();
-        let gradients = |at: usize| if self.in_place == Some(at) { 1.0 } else { 2.0 };
-        let tensors = self.tensors.iter().enumerate();
-        again + tensors.map(|(at, of)| gradients(at) * of.bytes).fold(0.0, f64::max)
+    pub fn temporary(&self, recompute: Recomputation) -> Temporary {
+        let mut sum = Temporary::default();
+        self.tensors.iter().filter(|of| of.is_recomputed(recompute)).for_each(|of| sum.add(of, 1));
+        if let Some((of, gradients)) = self.widest() {
+            sum.add(of, gradients);
+        }
+        sum
     }
 }
+
+/// Names of a dense network's tensors: before the activation with a gate and without, their gradient, after it, the gradient of the
+/// output.
+const DENSE_NAMES: [&str; 5] = [
+    "gate and up",
+    "up",
+    "gradient of the activation's input",
+    "activation",
+    "gradient of the network's output",
+];
+/// The same of shared experts.
+const SHARED_NAMES: [&str; 5] = [
+    "gate and up of shared experts",
+    "up of shared experts",
+    "gradient of the input of shared experts' activation",
+    "activation of shared experts",
+    "gradient of shared experts' output",
+];
 
 fn spared(part: Part, recompute: Recomputation) -> bool {
     let of = recompute.modules();
@@ -272,7 +359,7 @@ fn spared(part: Part, recompute: Recomputation) -> bool {
         Part::Core => of.core_attention,
         Part::Mlp => of.mlp,
         Part::MoeActivation => of.moe_activation || of.moe,
-        Part::Moe => of.moe,
+        Part::Dispatch | Part::Moe => of.moe,
         Part::Other => false,
     }
 }

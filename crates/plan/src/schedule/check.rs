@@ -82,7 +82,7 @@ impl ChunkBytes {
     }
 
     /// What chunks of these bytes hold together, `held` of them.
-    pub(super) fn times(self, held: InFlight) -> Self {
+    pub(crate) fn times(self, held: InFlight) -> Self {
         Self {
             activations: held.activations as f64 * self.activations,
             weight_operands: held.weight_operands as f64 * self.weight_operands,
@@ -99,11 +99,6 @@ impl Add for ChunkBytes {
             weight_operands: self.weight_operands + other.weight_operands,
         }
     }
-}
-
-/// The larger of two.
-pub(super) fn larger(one: ChunkBytes, other: ChunkBytes) -> ChunkBytes {
-    if other.total() > one.total() { other } else { one }
 }
 
 /// What has happened to a chunk.

@@ -3,8 +3,7 @@
 
 use std::collections::VecDeque;
 
-use super::check::larger;
-use super::{Chunk, ChunkBytes, InFlight, Op, Schedule};
+use super::{Chunk, ChunkBytes, InFlight, Op, Peak, Schedule};
 
 /// The list of one rank under construction: the next micro-batch of each leg, forward and backward.
 struct List {
@@ -108,19 +107,26 @@ pub(super) fn schedule(ranks: usize, micro_batches: usize) -> Schedule {
     }
 }
 
-/// The most that rank `rank` holds, where a micro-batch keeps `down` in its first stage and `up` in its second.
+/// When rank `rank` holds most, where a micro-batch keeps `down` in its first stage and `up` in its second.
 ///
-/// It is held in an overlapped pair; or, where operands weigh more than activations, after an input gradient: of the first
+/// It is in an overlapped pair; or, where operands weigh more than activations, after an input gradient: of the first
 /// backwards, or of the drain. There legs alternate, so that every second turn changes what is held by the same bytes.
-pub(super) fn peak([down, up]: [ChunkBytes; 2], ranks: usize, rank: usize) -> ChunkBytes {
+pub(super) fn peak([down, up]: [ChunkBytes; 2], ranks: usize, rank: usize) -> Peak {
     let (p, r, after) = (ranks, rank, ranks - rank - 1);
-    let of = |[activations_down, activations_up]: [usize; 2], [down_waits, up_waits]: [usize; 2]| {
-        down.times(InFlight { activations: activations_down, weight_operands: down_waits })
-            + up.times(InFlight { activations: activations_up, weight_operands: up_waits })
+    let held = |activations: [usize; 2], waits: [usize; 2]| {
+        [0, 1].map(|leg| InFlight { activations: activations[leg], weight_operands: waits[leg] })
     };
-    let mut most = of([2 * p - r, r + 1], [0, 0]);
+    let bytes = |[in_down, in_up]: [InFlight; 2]| (down.times(in_down) + up.times(in_up)).total();
+    let first = held([2 * p - r, r + 1], [0, 0]);
+    let mut most = (bytes(first), first);
+    let mut consider = |held: [InFlight; 2]| {
+        let bytes = bytes(held);
+        if bytes > most.0 {
+            most = (bytes, held);
+        }
+    };
     if after > 0 {
-        most = larger(most, of([2 * p - r - 1, r], [0, 1]));
+        consider(held([2 * p - r - 1, r], [0, 1]));
     }
     // The drain: r + 1 whole backwards, as many input gradients, then one and one on the way down. Legs begin with `up`.
     let legs = |count: usize| [count / 2, count.div_ceil(2)];
@@ -130,14 +136,14 @@ pub(super) fn peak([down, up]: [ChunkBytes; 2], ranks: usize, rank: usize) -> Ch
     };
     for inputs in [1, r, r + 1] {
         let begun = legs(r + 1 + inputs);
-        most = larger(most, of([p - begun[0], r + 1 - begun[1]], waiting(inputs, 0)));
+        consider(held([p - begun[0], r + 1 - begun[1]], waiting(inputs, 0)));
     }
     let turns = after.min(r + 1);
     for turn in [1, turns.saturating_sub(1), turns] {
         if (1..=turns).contains(&turn) {
             let [down_waits, up_waits] = waiting(r + 1, turn);
-            most = larger(most, of([after - turn, 0], [down_waits + turn, up_waits]));
+            consider(held([after - turn, 0], [down_waits + turn, up_waits]));
         }
     }
-    most
+    Peak::of(most.1)
 }

@@ -1,14 +1,14 @@
 //! Interleaved 1F1B: a rank holds every p-th stage, and micro-batches go through its stages in groups of p.
 
-use super::{Chunk, ChunkBytes, Op, Schedule};
+use super::{Chunk, ChunkBytes, Op, Peak, Schedule};
 
 /// Forwards that rank `rank` runs before its first backward, one less than it then holds.
 pub(super) fn warmup(ranks: usize, virtual_stages: usize, rank: usize) -> usize {
     2 * (ranks - rank - 1) + (virtual_stages - 1) * ranks
 }
 
-/// The most that rank `rank` holds between a forward and the backward after it, where a micro-batch keeps `chunks[turn]` in the
-/// rank's `turn`-th stage; less `elsewhere` where that backward is not one of the last stage.
+/// When rank `rank` holds most between a forward and the backward after it, where a micro-batch keeps `chunks[turn]` in the rank's
+/// `turn`-th stage; as if it held `elsewhere` less where that backward is not one of the last stage.
 ///
 /// What is held changes evenly while neither pass changes its stage, so that the ends of such stretches are enough, and after as
 /// many passes as there are stages it repeats.
@@ -18,30 +18,29 @@ pub(super) fn peak(
     micro_batches: usize,
     rank: usize,
     elsewhere: f64,
-) -> f64 {
-    let group = ranks * chunks.len();
-    let total = micro_batches * chunks.len();
-    let ahead = warmup(ranks, chunks.len(), rank).min(total - 1);
+) -> Peak {
+    let stages = chunks.len();
+    let (group, total) = (ranks * stages, micro_batches * stages);
+    let ahead = warmup(ranks, stages, rank).min(total - 1);
     let (mut forwards, mut backwards) = (ahead + 1, 0);
-    let turns = chunks.iter().enumerate();
-    let mut held: f64 = turns
-        .map(|(turn, chunk)| {
-            let begun = (forwards % group).saturating_sub(turn * ranks).min(ranks);
-            (forwards / group * ranks + begun) as f64 * chunk.activations
-        })
-        .sum();
+    let mut held = Peak::interleaved(ranks, stages, forwards, backwards).bytes(chunks).activations;
     let mut left = (total - ahead).min(group) - 1;
-    let mut most = 0.0f64;
+    let mut most = (f64::NEG_INFINITY, [forwards, backwards]);
     loop {
-        let back = chunks.len() - 1 - backwards % group / ranks;
-        let less = if back + 1 < chunks.len() { elsewhere } else { 0.0 };
-        most = most.max(held - less);
-        if left == 0 {
-            return most;
-        }
+        let back = stages - 1 - backwards % group / ranks;
+        let less = if back + 1 < stages { elsewhere } else { 0.0 };
         let steps = (ranks - backwards % ranks).min(ranks - forwards % ranks).min(left);
         let change = chunks[forwards % group / ranks].activations - chunks[back].activations;
-        most = most.max(held + (steps - 1) as f64 * change - less);
+        for later in [0, steps.saturating_sub(1)] {
+            let bytes = held + later as f64 * change - less;
+            if bytes > most.0 {
+                most = (bytes, [forwards + later, backwards + later]);
+            }
+        }
+        if left == 0 {
+            let (_, [forwards, backwards]) = most;
+            return Peak::interleaved(ranks, stages, forwards, backwards);
+        }
         held += steps as f64 * change;
         (forwards, backwards, left) = (forwards + steps, backwards + steps, left - steps);
     }
@@ -102,7 +101,9 @@ mod tests {
                         }
                     }
                     let chunks = kept.map(|bytes| ChunkBytes { activations: bytes, weight_operands: 9.0 });
-                    let found = peak(&chunks[..stages], ranks, micro_batches, rank, elsewhere);
+                    let peak = peak(&chunks[..stages], ranks, micro_batches, rank, elsewhere);
+                    let less = if peak.before_last_stage { 0.0 } else { elsewhere };
+                    let found = peak.bytes(&chunks[..stages]).activations - less;
                     assert!(
                         (found - most).abs() < 1e-9,
                         "{ranks} {stages} {micro_batches} {rank}: {found} {most}"

@@ -3,7 +3,7 @@
 use std::fmt;
 
 use super::{
-    ChunkBytes, InFlight, Schedule, ScheduleError, dual_pipe_v, interleaved, one_forward_one_backward,
+    ChunkBytes, InFlight, Peak, Schedule, ScheduleError, dual_pipe_v, interleaved, one_forward_one_backward,
     zero_bubble,
 };
 
@@ -107,9 +107,9 @@ impl ScheduleKind {
         }
     }
 
-    /// Bytes that pipeline rank `rank` holds at its peak, where a micro-batch keeps `chunks[turn]` in the rank's `turn`-th stage:
-    /// exactly what [`Schedule::peak_bytes`] counts, in closed form. Of an interleaved pipeline `elsewhere` is taken off moments
-    /// that are not between a forward and a backward of the last stage.
+    /// When pipeline rank `rank` holds most bytes, where a micro-batch keeps `chunks[turn]` in the rank's `turn`-th stage: what it
+    /// then holds is exactly what [`Schedule::peak_bytes`] counts, in closed form. Of an interleaved pipeline moments that are not
+    /// between a forward and a backward of the last stage count as if they held `elsewhere` less.
     pub fn peak(
         self,
         ranks: usize,
@@ -117,17 +117,14 @@ impl ScheduleKind {
         rank: usize,
         chunks: &[ChunkBytes],
         elsewhere: f64,
-    ) -> ChunkBytes {
+    ) -> Peak {
         let turn = |turn: usize| chunks.get(turn).copied().unwrap_or_default();
         match self {
             Self::OneForwardOneBackward => {
-                let held = (ranks - rank).min(micro_batches);
-                turn(0).times(InFlight { activations: held, weight_operands: 0 })
+                let held = InFlight { activations: (ranks - rank).min(micro_batches), weight_operands: 0 };
+                Peak::of([held, InFlight::default()])
             }
-            Self::Interleaved => ChunkBytes {
-                activations: interleaved::peak(chunks, ranks, micro_batches, rank, elsewhere),
-                weight_operands: 0.0,
-            },
+            Self::Interleaved => interleaved::peak(chunks, ranks, micro_batches, rank, elsewhere),
             Self::ZeroBubble => zero_bubble::peak(turn(0), ranks, micro_batches, rank),
             Self::DualPipeV => dual_pipe_v::peak([turn(0), turn(1)], ranks, rank),
         }

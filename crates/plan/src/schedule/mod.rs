@@ -12,12 +12,14 @@ mod interleaved;
 mod kind;
 mod one_forward_one_backward;
 mod op;
+mod peak;
 mod zero_bubble;
 
 pub use check::{ChunkBytes, InFlight, ScheduleError};
 pub use engine::EngineStep;
 pub use kind::ScheduleKind;
 pub use op::{Chunk, Exchange, ExchangeKind, Kernel, KernelKind, Op, Pass, Site};
+pub use peak::Peak;
 
 use std::fmt;
 

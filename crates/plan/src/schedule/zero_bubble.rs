@@ -1,7 +1,6 @@
 //! ZB1P: 1F1B whose weight gradients wait, the longer the later the rank, and fill the drain of the pipeline.
 
-use super::check::larger;
-use super::{Chunk, ChunkBytes, InFlight, Op, Schedule};
+use super::{Chunk, ChunkBytes, InFlight, Op, Peak, Schedule};
 
 pub(super) fn schedule(ranks: usize, micro_batches: usize) -> Schedule {
     let of_rank = |rank: usize| {
@@ -30,11 +29,11 @@ pub(super) fn schedule(ranks: usize, micro_batches: usize) -> Schedule {
     }
 }
 
-/// The most that rank `rank` holds, where a micro-batch keeps `chunk`.
+/// When rank `rank` holds most, where a micro-batch keeps `chunk`.
 ///
 /// With a forward what weight gradients wait for has grown to the rank's lag or to the last forward; after an input gradient
 /// it may weigh more than the activations that are gone. In between both change evenly.
-pub(super) fn peak(chunk: ChunkBytes, ranks: usize, micro_batches: usize, rank: usize) -> ChunkBytes {
+pub(super) fn peak(chunk: ChunkBytes, ranks: usize, micro_batches: usize, rank: usize) -> Peak {
     let ahead = (ranks - rank - 1).min(micro_batches);
     let turns = micro_batches - ahead;
     let begun = InFlight {
@@ -45,6 +44,11 @@ pub(super) fn peak(chunk: ChunkBytes, ranks: usize, micro_batches: usize, rank: 
         activations: ahead.min(micro_batches - micro_batch - 1),
         weight_operands: micro_batch.min(rank) + 1,
     };
-    let most = larger(chunk.times(begun), chunk.times(after(turns.saturating_sub(1))));
-    larger(most, chunk.times(after(rank.min(micro_batches - 1))))
+    let mut most = begun;
+    for held in [after(turns.saturating_sub(1)), after(rank.min(micro_batches - 1))] {
+        if chunk.times(held).total() > chunk.times(most).total() {
+            most = held;
+        }
+    }
+    Peak::of([most, InFlight::default()])
 }

@@ -15,7 +15,7 @@ const WIDTH: f64 = 1080.0;
 const LABEL: f64 = 190.0;
 const ROW: f64 = 26.0;
 /// Colours of the page's style, `--c0` and so on: one for each part of a rank's memory.
-const COLOURS: usize = 10;
+const COLOURS: usize = 12;
 
 /// The start of a drawing of this height, which scrolls where the window is narrower than its text can be read in.
 fn open(height: f64) -> String {
