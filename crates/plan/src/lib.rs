@@ -13,6 +13,7 @@ pub mod kernels;
 mod layout;
 mod layout_name;
 mod model;
+mod nearest;
 mod outlook;
 mod parallelism;
 mod precision;

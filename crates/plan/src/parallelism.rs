@@ -226,7 +226,7 @@ impl Training {
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum ParallelismError {
     /// A degree does not fit the model, the batch or another degree.
-    #[error("{field} = {value}: {rule}")]
+    #[error("{field} = {value}: {rule}{}", nearest.map_or_else(String::new, |nearest| format!("; nearest: {nearest}")))]
     Degree {
         /// The degree.
         field: &'static str,
@@ -234,6 +234,8 @@ pub enum ParallelismError {
         value: usize,
         /// What would be right.
         rule: String,
+        /// The nearest value that keeps the rule, all others as they are, if it is one of divisibility.
+        nearest: Option<usize>,
     },
     /// The pipeline's schedule does not exist in these sizes.
     #[error(transparent)]
@@ -307,29 +309,6 @@ impl Parallelism {
         Ok(self.schedule.check_sizes(self.pipeline, self.virtual_stages, micro_batches)?)
     }
 
-    /// The layout on as many GPUs that can be and differs from this one in the fewest words about its pipeline: the
-    /// micro-batch before stages a rank before the schedule. For layouts whose schedule cannot be.
-    pub fn nearest(&self, model: &Architecture, training: &Training) -> Option<Self> {
-        let halves =
-            std::iter::successors(Some(self.micro_batch), |half| Some(half / 2).filter(|half| *half > 0));
-        let mut found = Vec::new();
-        for micro_batch in halves {
-            for virtual_stages in [self.virtual_stages, 1, 2] {
-                for schedule in [self.schedule].into_iter().chain(ScheduleKind::ALL) {
-                    found.push(Self { micro_batch, virtual_stages, schedule, ..*self });
-                }
-            }
-        }
-        let changed = |other: &Self| {
-            let micro_batch = other.micro_batch != self.micro_batch;
-            let (stages, schedule) =
-                (other.virtual_stages != self.virtual_stages, other.schedule != self.schedule);
-            (u8::from(micro_batch) + u8::from(stages) + u8::from(schedule), schedule, stages)
-        };
-        found.sort_by_key(changed);
-        found.into_iter().find(|other| other.check(model, training).is_ok())
-    }
-
     fn check_positive(&self, training: &Training) -> Result<(), ParallelismError> {
         let degrees = [
             ("tensor", self.tensor),
@@ -362,10 +341,9 @@ impl Parallelism {
         divides("expert_tensor", self.expert_tensor, "expert_ffn", moe.expert_ffn)?;
         let ranks = self.tensor * self.context * self.data;
         let block = self.expert * self.expert_tensor;
-        check(ranks.is_multiple_of(block), "expert", self.expert, || {
-            let nearest = nearest_divisor(ranks / self.expert_tensor.min(ranks), self.expert);
-            format!("times expert_tensor must divide tensor x context x data = {ranks}; nearest: {nearest}")
-        })
+        let rule = || format!("times expert_tensor must divide tensor x context x data = {ranks}");
+        let nearest = || nearest_divisor(ranks / self.expert_tensor.min(ranks), self.expert);
+        check_or(ranks.is_multiple_of(block), "expert", self.expert, rule, nearest)
     }
 
     fn check_pipeline(&self, model: &Architecture) -> Result<(), ParallelismError> {
@@ -377,18 +355,15 @@ impl Parallelism {
 
     fn check_batch(&self, training: &Training) -> Result<(), ParallelismError> {
         let (batch, data) = (training.global_batch, self.data);
-        check(batch.is_multiple_of(data), "data", data, || {
-            format!("must divide global_batch = {batch}; nearest: {}", nearest_divisor(batch, data))
-        })?;
+        divides("data", data, "global_batch", batch)?;
         divides("micro_batch", self.micro_batch, "the sequences of a replica", batch / data)?;
         divides("context", self.context, "sequence", training.sequence)
     }
 }
 
 fn divides(field: &'static str, value: usize, of: &str, whole: usize) -> Result<(), ParallelismError> {
-    check(whole.is_multiple_of(value), field, value, || {
-        format!("must divide {of} = {whole}; nearest: {}", nearest_divisor(whole, value))
-    })
+    let rule = || format!("must divide {of} = {whole}");
+    check_or(whole.is_multiple_of(value), field, value, rule, || nearest_divisor(whole, value))
 }
 
 /// The divisor of `whole` nearest to `value`; the smaller of two.
@@ -405,7 +380,19 @@ fn check(
     value: usize,
     rule: impl FnOnce() -> String,
 ) -> Result<(), ParallelismError> {
-    if holds { Ok(()) } else { Err(ParallelismError::Degree { field, value, rule: rule() }) }
+    if holds { Ok(()) } else { Err(ParallelismError::Degree { field, value, rule: rule(), nearest: None }) }
+}
+
+/// The same of a rule that the nearest of other values keeps.
+fn check_or(
+    holds: bool,
+    field: &'static str,
+    value: usize,
+    rule: impl FnOnce() -> String,
+    nearest: impl FnOnce() -> usize,
+) -> Result<(), ParallelismError> {
+    let error = || ParallelismError::Degree { field, value, rule: rule(), nearest: Some(nearest()) };
+    if holds { Ok(()) } else { Err(error()) }
 }
 
 #[cfg(test)]
@@ -464,23 +451,6 @@ mod tests {
             said(|l, _| l.virtual_stages = 2),
             "1f1b cannot run 32 micro-batches on 1 pipeline ranks with 2 stages each: it holds one stage a rank"
         );
-    }
-
-    #[test]
-    fn a_schedule_that_cannot_be_has_a_neighbour_that_can() {
-        let model = Architecture::built_in("Llama-3.1-8B").unwrap();
-        let nearest = |text: &str, global_batch: usize| {
-            let layout: Parallelism = text.parse().unwrap();
-            let training = Training { global_batch, ..training() };
-            assert!(layout.check(&model, &training).is_err(), "{text}");
-            layout.nearest(&model, &training).map(|layout| layout.to_string())
-        };
-        let some = |text: &str| Some(text.to_string());
-        assert_eq!(nearest("pp4 dp16 zb1p vp2", 512), some("pp4 dp16 mb1 zb1p zero1"));
-        assert_eq!(nearest("pp4 dp16 vp4 dualpipev", 512), some("pp4 vp2 dp16 mb1 dualpipev zero1"));
-        assert_eq!(nearest("pp4 dp2 mb4 vp2", 16), some("pp4 vp2 dp2 mb2 interleaved zero1"));
-        assert_eq!(nearest("pp4 dp2 vp2", 12), some("pp4 dp2 mb1 1f1b zero1"));
-        assert_eq!(nearest("dp3", 16), None);
     }
 
     #[test]

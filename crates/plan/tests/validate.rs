@@ -219,7 +219,8 @@ fn a_row_without_a_layout_says_why() {
     assert!(said(1).ends_with("on 64 GPUs: they are no multiple of tp x pp x cp"), "{}", said(1));
     assert!(found.iter().all(|row| row.complete));
     let text = format!("{HEADER}\n{}\n", row(0, "Qwen3-30B-A3B", "8", "1", "9"));
-    let refused = ParallelismError::Degree { field: "tensor", value: 1, rule: "must be 2".into() };
+    let refused =
+        ParallelismError::Degree { field: "tensor", value: 1, rule: "must be 2".into(), nearest: None };
     let found = validate_with(&text, None, &|_, _, _, _, _| Err(refused.clone())).rows;
     assert_eq!(found[0].skipped.as_deref(), Some("the plan cannot be priced: tensor = 1: must be 2"));
 }
