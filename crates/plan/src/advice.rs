@@ -7,6 +7,7 @@ use crate::precision::Precision;
 use crate::pricing::{Priced, Pricer};
 use crate::ranged::Ranged;
 use crate::schedule::ScheduleKind;
+use crate::search::SAFE;
 
 /// Where a change is made.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
@@ -30,7 +31,7 @@ pub struct Change {
     pub step: Ranged,
     /// Share of the step that it saves, as predicted.
     pub saves: f64,
-    /// Whether it fits the memory.
+    /// Whether it fits the memory, and as surely as can be counted on or as without the change.
     pub fits: bool,
 }
 
@@ -56,7 +57,9 @@ impl Trial {
         let then = then.ok()?;
         let step = then.step().times(self.batch.recip());
         let saves = 1.0 - step.value / now.step_s;
-        Some(Change { place: self.place, what: self.what.clone(), step, saves, fits: then.fits })
+        let odds = |priced: &Priced| priced.fit_probability(pricer.gpu().memory_bytes);
+        let fits = then.fits && odds(&then) >= SAFE.min(odds(now));
+        Some(Change { place: self.place, what: self.what.clone(), step, saves, fits })
     }
 }
 

@@ -25,9 +25,14 @@ pub struct Plan {
     pub priced: Priced,
     /// Bytes that the fullest rank has left.
     pub headroom_bytes: f64,
+    /// How likely it is to fit.
+    pub fit_probability: f64,
     /// Dollars of the whole run, without failures.
     pub run_usd: f64,
 }
+
+/// A plan that fits with this probability can be counted on to: as likely as a figure is to lie in its 80% interval.
+pub const SAFE: f64 = 0.8;
 
 /// How many of the fastest plans a search keeps.
 const KEPT: usize = 100;
@@ -103,6 +108,18 @@ impl Search {
         })
     }
 
+    /// Of the layouts that are searched and can be counted on to fit the one nearest to `to`; of equals the first.
+    pub fn nearest_that_fits(&self, to: &Parallelism) -> Option<Parallelism> {
+        let mut layouts: Vec<(f64, Parallelism)> =
+            self.layouts().map(|layout| (to.distance(&layout), layout)).collect();
+        layouts.sort_by(|a, b| a.0.total_cmp(&b.0));
+        let capacity = self.cluster.gpu.memory_bytes;
+        let fits = |layout: &Parallelism| {
+            self.pricer.price(layout).is_ok_and(|priced| priced.fit_probability(capacity) >= SAFE)
+        };
+        layouts.into_iter().map(|(_, layout)| layout).find(fits)
+    }
+
     /// The pricer of this search.
     pub fn pricer(&self) -> &Pricer {
         &self.pricer
@@ -114,6 +131,7 @@ impl Search {
         Plan {
             number,
             headroom_bytes: self.cluster.gpu.memory_bytes - priced.memory.total(),
+            fit_probability: priced.fit_probability(self.cluster.gpu.memory_bytes),
             run_usd: hours * layout.gpus() as f64 * self.cluster.price_usd_per_gpu_hour,
             layout,
             priced,

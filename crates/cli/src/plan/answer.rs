@@ -3,7 +3,7 @@
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
-use unisono_plan::search::{Found, Plan, Search};
+use unisono_plan::search::{Found, Plan, SAFE, Search};
 use unisono_plan::{
     Architecture, Change, Cluster, Outlook, Parallelism, ParallelismError, Percentiles, Priced, Pricer,
     Ranged, RankMemory, Recomputation, RoutedStep, Routing, SimulatedStep, Traffic, Training, best_changes,
@@ -47,6 +47,8 @@ pub struct Answer {
     pub found: Option<Found>,
     /// The plan that everything below is about.
     pub chosen: Plan,
+    /// Of a layout that was given and cannot be counted on to fit, the nearest that can.
+    pub nearest_that_fits: Option<Parallelism>,
     /// The whole run.
     pub outlook: Outlook,
     /// Bytes over links.
@@ -83,20 +85,11 @@ pub struct Uneven {
     pub even_bytes: Ranged,
 }
 
-/// A plan that fits with this probability can be counted on.
-pub const SAFE: f64 = 0.9;
-
 impl Answer {
-    /// How likely it is that a plan fits into a GPU's memory.
-    pub fn fit_probability(&self, plan: &Plan) -> f64 {
-        plan.priced.fit_probability(self.cluster.gpu.memory_bytes)
-    }
-
-    /// The fastest plan that can be counted on to fit, if the chosen one cannot and a search found one.
-    pub fn safer(&self) -> Option<&Plan> {
-        let safe = |plan: &&Plan| self.fit_probability(plan) >= SAFE;
-        let found = self.found.as_ref().filter(|_| !safe(&&self.chosen))?;
-        found.front.iter().find(safe)
+    /// The fastest plan of a search, if it is not the chosen one: it fits, but cannot be counted on to.
+    pub fn riskier(&self) -> Option<&Plan> {
+        let fastest = self.found.as_ref()?.fastest.first()?;
+        (fastest.layout != self.chosen.layout).then_some(fastest)
     }
 
     /// Prices the layout that is given, or searches for the fastest that fits.
@@ -106,15 +99,18 @@ impl Answer {
         training: Training,
         wanted: Wanted,
     ) -> Result<Self, CliError> {
+        let search = searching(&model, &cluster, &training, wanted.recompute);
         let (found, chosen) = match wanted.layout {
-            Some(layout) => (None, given(&model, &cluster, &training, layout)?),
+            Some(layout) => (None, given(&search, &model, &cluster, &training, layout)?),
             None => {
-                let found = run(&searching(&model, &cluster, &training, wanted.recompute));
-                let best = found.fastest.first().cloned();
+                let found = run(&search);
+                let best = found.best().cloned();
                 let best = best.ok_or_else(|| nothing_fits(&model, &cluster, &training, wanted.recompute))?;
                 (Some(found), best)
             }
         };
+        let risky = found.is_none() && chosen.fit_probability < SAFE;
+        let nearest_that_fits = if risky { search.nearest_that_fits(&chosen.layout) } else { None };
         let pricer = Pricer::new(&model, &cluster, &training);
         let layout = chosen.layout;
         let (changes, uneven) = tried(&model, &cluster, &training, &chosen);
@@ -129,6 +125,7 @@ impl Answer {
             training,
             found,
             chosen,
+            nearest_that_fits,
             recompute: wanted.recompute,
         })
     }
@@ -202,86 +199,45 @@ fn tried(
 
 /// A given layout, priced; more GPUs than there are is an error, fewer is not.
 fn given(
+    search: &Search,
     model: &Architecture,
     cluster: &Cluster,
     training: &Training,
     layout: Parallelism,
 ) -> Result<Plan, CliError> {
     let gpus = layout.gpus();
-    if gpus > cluster.gpus {
-        let smaller = shrunk(model, cluster, training, layout);
-        return Err(CliError::usage(format!(
-            "--layout takes {gpus} GPUs and the cluster has {}; nearest: {}",
-            cluster.gpus,
-            smaller.join(" ")
-        )));
-    }
-    let priced = Pricer::new(model, cluster, training)
-        .price_simulated(&layout)
-        .map_err(|error| impossible(model, training, layout, &error))?;
+    let priced = match gpus > cluster.gpus {
+        true => Err(format!("takes {gpus} GPUs and the cluster has {}", cluster.gpus)),
+        false => search.pricer().price_simulated(&layout).map_err(|error| rule(&error)),
+    };
+    let priced = priced.map_err(|why| {
+        let nearest = layout.nearest(model, training, cluster.gpus);
+        let fits = search.pricer().price(&nearest).is_ok_and(|priced| priced.fits);
+        let fitting = if fits { None } else { search.nearest_that_fits(&layout) };
+        let fitting = fitting.map_or_else(String::new, |fitting| format!("; {FITTING}{fitting}"));
+        CliError::usage(format!("--layout {layout}: {why}; nearest: {nearest}{fitting}"))
+    })?;
     let outlook = Outlook::of(&priced, cluster, &layout, training);
     Ok(Plan {
         number: 0,
         headroom_bytes: cluster.gpu.memory_bytes - priced.memory.total(),
+        fit_probability: priced.fit_probability(cluster.gpu.memory_bytes),
         run_usd: outlook.usd_without_failures.value,
         layout,
         priced,
     })
 }
 
-/// Why a layout cannot be, and where its schedule is why, the nearest one that can.
-fn impossible(
-    model: &Architecture,
-    training: &Training,
-    layout: Parallelism,
-    error: &ParallelismError,
-) -> CliError {
-    let of_schedule = matches!(error, ParallelismError::Schedule(_));
-    let nearest = layout.nearest(model, training).filter(|_| of_schedule);
-    let nearest = nearest.map_or_else(String::new, |nearest| format!("; nearest: {nearest}"));
-    CliError::usage(format!("--layout {layout}: {error}{nearest}"))
-}
+/// What is said before a layout that can be counted on to fit.
+pub const FITTING: &str = "nearest that fits the memory: ";
 
-/// The words of `layout` that must be smaller, as they then are: replicas before what splits the model, of that the largest
-/// degree first, each as large as the cluster and, if any value is, the model and the batch allow.
-fn shrunk(
-    model: &Architecture,
-    cluster: &Cluster,
-    training: &Training,
-    mut layout: Parallelism,
-) -> Vec<String> {
-    let mut order = DEGREES;
-    order[1..].sort_by_key(|(_, of)| std::cmp::Reverse(*of(&mut layout)));
-    let mut words = Vec::new();
-    for (name, of) in order {
-        let now = *of(&mut layout);
-        if layout.gpus() <= cluster.gpus || now == 1 {
-            continue;
-        }
-        let most = (cluster.gpus / (layout.gpus() / now)).max(1);
-        let with = |degree: usize| {
-            let mut smaller = layout;
-            *of(&mut smaller) = degree;
-            smaller
-        };
-        let fits = |degree: &usize| with(*degree).check(model, training).is_ok();
-        let degree = (1..=most.min(MOST_TRIED)).rev().find(fits).unwrap_or(most);
-        layout = with(degree);
-        words.push(format!("{name}{degree}"));
+/// The rule that a layout breaks, without the nearest value of one degree: the nearest layout follows.
+fn rule(error: &ParallelismError) -> String {
+    match error {
+        ParallelismError::Degree { field, value, rule, .. } => format!("{field} = {value}: {rule}"),
+        ParallelismError::Schedule(error) => error.to_string(),
     }
-    words
 }
-
-/// How many values of a degree are tried.
-const MOST_TRIED: usize = 1 << 16;
-
-/// The degrees that a layout takes GPUs by.
-const DEGREES: [(&str, fn(&mut Parallelism) -> &mut usize); 4] = [
-    ("dp", |layout| &mut layout.data),
-    ("pp", |layout| &mut layout.pipeline),
-    ("cp", |layout| &mut layout.context),
-    ("tp", |layout| &mut layout.tensor),
-];
 
 /// The search that is asked for.
 fn searching(

@@ -95,9 +95,9 @@ fn figures(answer: &Answer) -> String {
     let (priced, outlook) = (&answer.chosen.priced, &answer.outlook);
     let seconds = Scale::seconds(priced.step_s);
     let (days, dollars) = show::scales([outlook]);
-    let safer = answer.safer().map(|plan| {
+    let riskier = answer.riskier().map(|plan| {
         let step = seconds.write(plan.priced.step_s);
-        format!(" ({}: {} in {step})", percent(answer.fit_probability(plan)), plan.layout)
+        format!(" (the fastest of all, {} in {step}: {})", plan.layout, percent(plan.fit_probability))
     });
     let flops = answer.flops_per_s_per_gpu().times(1e-12);
     let figures = [
@@ -130,8 +130,8 @@ fn figures(answer: &Answer) -> String {
             format!(
                 "{} GiB free on the fullest GPU, fits with a probability of {}{}; 80% of runs: {} GiB",
                 show::gib(show::free(answer, priced.bytes())),
-                percent(answer.fit_probability(&answer.chosen)),
-                safer.unwrap_or_default(),
+                percent(answer.chosen.fit_probability),
+                riskier.unwrap_or_default(),
                 show::gib(priced.bytes())
             ),
         ),

@@ -1,11 +1,11 @@
 //! The answer for a terminal.
 
 use unisono_plan::kernels::{Kernel, KernelModel};
-use unisono_plan::search::Plan;
+use unisono_plan::search::{Plan, SAFE};
 use unisono_plan::{Axis, Level, Outlook, Place, Ranged, bottleneck};
 
 use super::GIB;
-use super::answer::{Answer, SAFE};
+use super::answer::{Answer, FITTING};
 use crate::screen::say;
 use crate::style::{
     Paint, Scale, bar, counted, duration, grouped, grouped_range, off, percent, short, table, without_empty,
@@ -140,7 +140,7 @@ fn plans(answer: &Answer, plans: &[Plan]) -> Vec<String> {
             dollars.number(outlook.usd.value, 2),
             off(plan.priced.step()),
             gib(free(answer, plan.priced.bytes())),
-            percent(answer.fit_probability(plan)),
+            percent(plan.fit_probability),
         ]
     }));
     let notes = again.iter().enumerate().map(|(at, again)| format!("  [{}] {again}", at + 1));
@@ -204,17 +204,20 @@ fn step(answer: &Answer) -> Vec<String> {
             answer.cluster.gpu.memory_bytes / GIB,
             priced.worst_rank,
             gib(free(answer, priced.bytes())),
-            percent(answer.fit_probability(&answer.chosen))
+            percent(answer.chosen.fit_probability)
         ),
     ];
-    if let Some(safer) = answer.safer() {
+    if let Some(riskier) = answer.riskier() {
         lines.push(format!(
-            "  the fastest that fits with a probability of {} or more: {}, {}, {} GiB free",
-            percent(SAFE),
-            safer.layout,
-            scale.ranged(safer.priced.step()),
-            gib(free(answer, safer.priced.bytes()))
+            "  the fastest of all, {} in {}, fits with a probability of {} only: the chosen one is the fastest of {} or more",
+            riskier.layout,
+            scale.ranged(riskier.priced.step()),
+            percent(riskier.fit_probability),
+            percent(SAFE)
         ));
+    }
+    if let Some(fitting) = answer.nearest_that_fits.filter(|_| priced.fits) {
+        lines.push(format!("  {FITTING}{fitting} ({} or more)", percent(SAFE)));
     }
     if let Some(uneven) = answer.uneven {
         lines.push(format!(
@@ -381,8 +384,9 @@ fn advice(answer: &Answer) -> Vec<String> {
 
 /// What is missing, and what to do.
 pub fn does_not_fit(answer: &Answer) -> String {
-    format!(
-        "This layout needs {:.1} GiB more than a GPU has; without --layout the planner looks for one that fits.",
-        -answer.chosen.headroom_bytes / GIB
-    )
+    let fitting = answer.nearest_that_fits.map_or_else(
+        || "without --layout the planner looks for one that fits".to_string(),
+        |fitting| format!("{FITTING}{fitting}"),
+    );
+    format!("This layout needs {:.1} GiB more than a GPU has; {fitting}", -answer.chosen.headroom_bytes / GIB)
 }

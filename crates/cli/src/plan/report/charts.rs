@@ -166,7 +166,7 @@ pub fn front(answer: &Answer, plans: &[Plan]) -> String {
             plan.layout,
             scale.ranged(plan.priced.step()),
             show::gib(show::free(answer, plan.priced.bytes())),
-            percent(answer.fit_probability(plan)),
+            percent(plan.fit_probability),
             Scale::dollars(plan.run_usd).ranged(plan.priced.step().growing(plan.run_usd))
         );
         let _ = writeln!(
