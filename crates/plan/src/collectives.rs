@@ -66,12 +66,15 @@ impl Group {
         (self.size - self.within(width)) as f64 / (self.size - inner).max(1) as f64
     }
 
-    /// Bytes per second that a rank sends beyond its innermost group when it sends to all: the level that is full first decides.
-    fn outward_bytes_per_s(self, levels: &[Level]) -> f64 {
+    /// The level that is full first when a rank sends to all, and the bytes per second that it then sends beyond its innermost
+    /// group.
+    fn outward(self, levels: &[Level]) -> (usize, f64) {
         let inner = self.within(levels[0].width);
-        let pairs = self.crossed(levels).windows(2);
-        let rate = |pair: &[Level]| pair[1].shared_bytes_per_s() / self.share_beyond(inner, pair[0].width);
-        pairs.map(rate).fold(f64::INFINITY, f64::min)
+        let pairs = self.crossed(levels).windows(2).enumerate();
+        let rate = |(at, pair): (usize, &[Level])| {
+            (at + 1, pair[1].shared_bytes_per_s() / self.share_beyond(inner, pair[0].width))
+        };
+        pairs.map(rate).fold((0, f64::INFINITY), |least, next| if next.1 < least.1 { next } else { least })
     }
 }
 
@@ -202,7 +205,7 @@ impl CollectiveModel {
     fn outer_s(&self, collective: Collective, bytes: f64, group: Group) -> f64 {
         let crossed = group.crossed(&self.cluster.levels);
         let inner = group.within(crossed[0].width);
-        let rate = group.outward_bytes_per_s(crossed);
+        let (_, rate) = group.outward(crossed);
         let seconds = network::seconds(crossed, collective, bytes, group.size, inner, rate);
         match collective {
             // What stays within the server goes at the same time.
@@ -217,21 +220,52 @@ impl CollectiveModel {
         }
     }
 
+    /// The level of the network whose links a collective waits for: of a ring the narrowest place, of an all-to-all, which fills
+    /// several at once, the one that takes longest.
+    pub fn bottleneck(&self, collective: Collective, bytes: f64, group: Group) -> usize {
+        let crossed = group.crossed(&self.cluster.levels);
+        let inner = group.within(crossed[0].width);
+        if inner == group.size {
+            return 0;
+        }
+        match collective {
+            Collective::AllToAll => {
+                let inside = self.inner_s(collective, bytes * inner as f64 / group.size as f64, inner);
+                let all = self.seconds(collective, bytes, group);
+                if inner > 1 && inside >= all { 0 } else { group.outward(crossed).0 }
+            }
+            _ => network::narrowest(crossed, inner),
+        }
+    }
+
     /// Seconds to send rows to their experts, or to bring results back.
     pub fn exchange_s(&self, way: Way, exchange: &Exchange) -> f64 {
+        self.exchange_by_link(way, exchange).map_or(0.0, |(_, seconds)| seconds)
+    }
+
+    /// The level of the network whose links an exchange waits for: network and NVLink work at the same time.
+    pub fn exchange_bottleneck(&self, way: Way, exchange: &Exchange) -> usize {
+        self.exchange_by_link(way, exchange).map_or(0, |(level, _)| level)
+    }
+
+    /// The level that an exchange waits for, and its seconds; `None` where nothing is sent.
+    fn exchange_by_link(&self, way: Way, exchange: &Exchange) -> Option<(usize, f64)> {
         let traffic = exchange.traffic(&self.cluster);
         let group = exchange.group;
         if traffic.ranks_touched <= 0.0 || group.size <= 1 {
-            return 0.0;
+            return None;
         }
         let crossed = group.crossed(&self.cluster.levels);
         let inner = group.within(crossed[0].width);
-        let rates = [crossed[0].bytes_per_s, group.outward_bytes_per_s(crossed)];
+        let (outer, outward) = group.outward(crossed);
+        let rates = [crossed[0].bytes_per_s, outward];
         // A row crosses the network once and, where a server holds several ranks, NVLink once.
         let [inside_us, outside_us] = network::extra_us(crossed);
         let extra_us = outside_us + if inner > 1 { inside_us } else { 0.0 };
-        let seconds = self.exchanges.seconds(way, exchange, &traffic, self.inner_scale, rates, inner);
-        (seconds + 1e-6 * extra_us).max(0.0)
+        let [inside, across] =
+            self.exchanges.seconds(way, exchange, &traffic, self.inner_scale, rates, inner);
+        let level = if across > inside { outer } else { 0 };
+        Some((level, (inside.max(across) + 1e-6 * extra_us).max(0.0)))
     }
 
     /// Bytes that a rank sends in an exchange over each level of the network, innermost first.

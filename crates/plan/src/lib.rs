@@ -47,8 +47,8 @@ pub use parallelism::{
 };
 pub use precision::{Precision, PrecisionError};
 pub use pricing::{
-    Axis, Breakdown, ExchangeTerms, IntervalTerms, KernelTerms, OverheadTerms, Passes, Priced, Pricer,
-    RoutedStep, SimulatedStep, Traffic, Work, price,
+    Axis, Breakdown, BubbleTerms, Communication, ExchangeTerms, IntervalTerms, KernelTerms, OverheadTerms,
+    Passes, Priced, Pricer, RoutedStep, SimulatedStep, Traffic, Work, price,
 };
 pub use ranged::Ranged;
 pub use rank_memory::{

@@ -3,6 +3,7 @@
 //! [`Pricer`] holds what does not depend on the layout; [`Pricer::price`] is closed-form arithmetic over the distinct kinds of layers
 //! and the ranks of the pipeline, so that a search can afford it for every layout. Nothing is remembered between layouts.
 
+mod links;
 mod pipeline;
 mod rates;
 mod simulated;
@@ -21,8 +22,9 @@ use crate::ranged::Ranged;
 use crate::rank_memory::RankMemory;
 use crate::unevenness::{Percentiles, Unevenness};
 
+pub use links::Communication;
 pub use simulated::SimulatedStep;
-pub use terms::{ExchangeTerms, IntervalTerms, KernelTerms, OverheadTerms};
+pub use terms::{BubbleTerms, ExchangeTerms, IntervalTerms, KernelTerms, OverheadTerms};
 pub use traffic::{Axis, Traffic};
 pub use work::{Passes, Work};
 

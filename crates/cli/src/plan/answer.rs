@@ -5,9 +5,9 @@ use std::time::Duration;
 
 use unisono_plan::search::{Found, Plan, SAFE, Search};
 use unisono_plan::{
-    Architecture, Change, Cluster, Outlook, Parallelism, ParallelismError, Percentiles, Priced, Pricer,
-    Ranged, RankMemory, Recomputation, RoutedStep, Routing, SimulatedStep, Traffic, Training, best_changes,
-    trials,
+    Architecture, Change, Cluster, Communication, Outlook, Parallelism, ParallelismError, Percentiles,
+    Priced, Pricer, Ranged, RankMemory, Recomputation, RoutedStep, Routing, SimulatedStep, Traffic, Training,
+    best_changes, trials,
 };
 
 use super::GIB;
@@ -53,6 +53,8 @@ pub struct Answer {
     pub outlook: Outlook,
     /// Bytes over links.
     pub traffic: Traffic,
+    /// `[axis][level]` seconds by the links that exchanges wait for.
+    pub communication: Vec<Vec<Communication>>,
     /// `[pipeline rank]` what it holds.
     pub memory: Vec<RankMemory>,
     /// What would help most.
@@ -117,6 +119,7 @@ impl Answer {
         Ok(Self {
             outlook: Outlook::of(&chosen.priced, &cluster, &layout, &training),
             traffic: pricer.traffic(&layout),
+            communication: pricer.communication(&layout, &chosen.priced.breakdown),
             memory: (0..layout.pipeline).map(|rank| pricer.rank_memory(&layout, rank)).collect(),
             changes,
             uneven,

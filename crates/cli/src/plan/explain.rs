@@ -199,23 +199,31 @@ fn exchanges(answer: &Answer) -> Vec<String> {
     if terms.is_empty() {
         return Vec::new();
     }
-    let mut rows =
-        vec![["axis", "what", "ranks x apart", "MB", "over", "GB/s", "ms"].map(String::from).to_vec()];
+    let mut rows = vec![
+        ["axis", "what", "ranks x apart", "MB", "(latency + size / bandwidth) x calibrated", "ms"]
+            .map(String::from)
+            .to_vec(),
+    ];
     rows.extend(terms.iter().map(|terms| exchange(answer, terms)));
-    table(&rows, 2)
+    table(&rows, 5)
 }
 
 fn exchange(answer: &Answer, terms: &ExchangeTerms) -> Vec<String> {
-    let bytes: f64 = terms.bytes.iter().sum();
     let levels = answer.traffic.levels.iter().zip(&terms.bytes).filter(|(_, bytes)| **bytes > 0.0);
     let over: Vec<String> = levels.map(|(level, bytes)| format!("{level} {}", figure(bytes / 1e6))).collect();
     vec![
         terms.axis.name().to_string(),
         terms.what.to_string(),
         format!("{} x {}", terms.ranks, terms.stride),
-        figure(bytes / 1e6),
         over.join(", "),
-        figure(bytes / terms.seconds / 1e9),
+        format!(
+            "({} ms + {} MB / {} GB/s of {}) x {}",
+            figure(1e3 * terms.latency_s),
+            figure(terms.waited_bytes() / 1e6),
+            figure(terms.bytes_per_s() / 1e9),
+            answer.traffic.levels[terms.level],
+            figure(terms.factor)
+        ),
         figure(1e3 * terms.seconds),
     ]
 }
@@ -362,14 +370,14 @@ fn pipeline(answer: &Answer) -> Vec<String> {
     let (step, closed) = (answer.simulate(), answer.closed_form());
     let mut lines = vec![
         format!(
-            "  {}: bubble {formula}, B = I + W, p = {}, v = {}, {} micro-batches of {}: {:.3} s",
+            "  {}: bubble {formula}, B = I + W, p = {}, v = {}, {} micro-batches of {}",
             layout.schedule.name(),
             layout.pipeline,
             layout.virtual_stages,
             layout.micro_batches(training),
             counted(layout.micro_batch as u64, "sequence"),
-            closed.breakdown.bubble_s
         ),
+        format!("  {}, where ranks wait for longer ones {:.4} s", bubble(answer), closed.breakdown.bubble_s),
         format!("  the step in closed form, which prunes the search, {:.3} s", closed.step_s),
     ];
     if let Ok(step) = step {
@@ -380,6 +388,29 @@ fn pipeline(answer: &Answer) -> Vec<String> {
         lines.extend(parts(&step_parts(&step.schedule, &step.simulated)));
     }
     lines
+}
+
+/// The formula of the schedule's bubble with its numbers.
+fn bubble(answer: &Answer) -> String {
+    let layout = &answer.chosen.layout;
+    let terms = answer.pricer().bubble_terms(layout);
+    let [f, i, w, both] = [terms.forward_s, terms.input_s, terms.weight_s, terms.overlapped_s]
+        .map(|seconds| format!("{seconds:.4}"));
+    let waits = layout.pipeline - 1;
+    let formula = match layout.schedule {
+        ScheduleKind::OneForwardOneBackward => format!("{waits} x ({f} + {i} + {w})"),
+        ScheduleKind::Interleaved => format!("{waits} x ({f} + {i} + {w}) / {}", layout.virtual_stages),
+        ScheduleKind::ZeroBubble => format!("{waits} x ({f} + {i} - {w})"),
+        ScheduleKind::DualPipeV => format!("{waits} x ({both} + {i} - 2 x {w}) / 2"),
+    };
+    let together = match layout.schedule {
+        ScheduleKind::DualPipeV => format!(", F&B {both} s"),
+        _ => String::new(),
+    };
+    format!(
+        "F {f} s, I {i} s, W {w} s{together} of the rank that has most to do: {formula} = {:.4} s",
+        terms.even_s
+    )
 }
 
 /// A line a pipeline rank, and their mean.

@@ -103,7 +103,16 @@ fn communication(answer: &Answer) -> Value {
         let levels = answer.traffic.levels.iter().zip(&answer.traffic.bytes[axis as usize]);
         let crosses: Vec<&String> =
             levels.filter(|(_, bytes)| **bytes > 0.0).map(|(level, _)| level).collect();
-        let of = json!({"crosses": crosses, "exposed_s": exposed_s, "hidden_s": hidden_s});
+        let by_link =
+            answer.traffic.levels.iter().zip(&answer.communication[axis as usize]).map(|(level, of)| {
+                (level.clone(), json!({"exposed_s": of.exposed_s, "hidden_s": of.hidden_s}))
+            });
+        let of = json!({
+            "crosses": crosses,
+            "exposed_s": exposed_s,
+            "hidden_s": hidden_s,
+            "by_link": Value::Object(by_link.collect()),
+        });
         (axis.name().to_string(), of)
     });
     Value::Object(axes.collect())

@@ -2,7 +2,7 @@
 
 use unisono_plan::kernels::{Kernel, KernelModel};
 use unisono_plan::search::{Plan, SAFE};
-use unisono_plan::{Axis, Level, Outlook, Place, Ranged, bottleneck};
+use unisono_plan::{Axis, Communication, Level, Outlook, Place, Ranged, bottleneck};
 
 use super::GIB;
 use super::answer::{Answer, FITTING};
@@ -17,6 +17,10 @@ pub const OFF: &str = "80%: where eight of ten runs lie, for step, days and doll
 /// How sure the parts of a step and of memory are.
 pub const PARTS: &str =
     "parts have no intervals of their own: only whole steps and peaks were measured often enough";
+
+/// What is said of seconds by link.
+pub const WAITED: &str =
+    "an exchange that uses several links at once: its seconds are those of the one it waits for";
 
 /// Everything about the chosen layout, after a table of the best.
 pub fn print(answer: &Answer, rows: usize) {
@@ -42,6 +46,9 @@ pub fn print(answer: &Answer, rows: usize) {
         "Communication in a step: time on the slowest rank, as far as nothing hides it and under kernels; GB that a GPU sends",
     );
     lines(traffic(answer));
+    if answer.traffic.levels.len() > 1 {
+        say(&format!("  {}\n", paint.faint(WAITED)));
+    }
     heading("The run");
     lines(run(answer));
     let (what, share) = bottleneck(&answer.chosen.priced);
@@ -278,23 +285,28 @@ pub fn shown_ranks(answer: &Answer) -> Vec<usize> {
 /// Communication by axis and class of links.
 fn traffic(answer: &Answer) -> Vec<String> {
     let (traffic, scale) = (&answer.traffic, seconds(answer));
-    let mut head = ["axis", "crosses", "exposed", "hidden"].map(String::from).to_vec();
-    head.extend(traffic.levels.iter().map(|level| format!("GB over {level}")));
-    let mut rows = vec![head];
-    let row = |name: &str, links: String, seconds: [f64; 2], bytes: Vec<f64>| {
-        let mut row = vec![name.to_string(), links];
-        row.extend(seconds.map(|seconds| scale.write(seconds)));
-        row.extend(bytes.iter().map(|bytes| format!("{:.2}", bytes / 1e9)));
-        row
+    let mut rows = vec![["axis", "over", "exposed", "hidden", "GB"].map(String::from).to_vec()];
+    let row = |name: &str, link: &str, of: Communication, bytes: f64| {
+        let [exposed, hidden] = [of.exposed_s, of.hidden_s].map(|seconds| scale.write(seconds));
+        vec![name.into(), link.into(), exposed, hidden, format!("{:.2}", bytes / 1e9)]
     };
-    let mut sums = [0.0; 2];
-    for (axis, [exposed_s, hidden_s]) in communication(answer) {
-        sums = [sums[0] + exposed_s, sums[1] + hidden_s];
-        let bytes = traffic.bytes[axis as usize].clone();
-        rows.push(row(axis.name(), traffic.links(axis), [exposed_s, hidden_s], bytes));
+    let mut sums = vec![(Communication::default(), 0.0); traffic.levels.len()];
+    for (axis, _) in communication(answer) {
+        let mut name = axis.name();
+        for (level, link) in traffic.levels.iter().enumerate() {
+            let (of, bytes) =
+                (answer.communication[axis as usize][level], traffic.bytes[axis as usize][level]);
+            if bytes > 0.0 {
+                rows.push(row(std::mem::take(&mut name), link, of, bytes));
+                sums[level] = (sums[level].0 + of, sums[level].1 + bytes);
+            }
+        }
     }
-    let bytes = (0..traffic.levels.len()).map(|level| traffic.of_level(level)).collect();
-    rows.push(row("all", String::new(), sums, bytes));
+    let mut name = "all";
+    let used = sums.iter().zip(&traffic.levels).filter(|((_, bytes), _)| *bytes > 0.0);
+    for ((of, bytes), link) in used {
+        rows.push(row(std::mem::take(&mut name), link, *of, *bytes));
+    }
     table(&rows, 2)
 }
 

@@ -58,6 +58,11 @@ pub fn places_touched(experts: usize, chosen: usize, places: usize) -> f64 {
 }
 
 impl Exchange {
+    /// Bytes of a rank's rows with a copy for each expert.
+    pub fn copied(&self) -> f64 {
+        self.tokens * self.top_k as f64 * self.row_bytes
+    }
+
     /// What leaves a rank on this cluster.
     pub(super) fn traffic(&self, cluster: &Cluster) -> Traffic {
         let ranks = self.group.size;
@@ -244,8 +249,9 @@ impl Tables {
         self.domain_s(Way::Dispatch, (tokens, row_bytes, ranks), inner, bytes_per_s)
     }
 
+    /// Seconds on NVLink and, across servers, on the network; both work at the same time, so that the longer decides.
     /// `inner_scale` is the time of a byte on NVLink over that of the measured server, `inner` the ranks of the group that
-    /// NVLink joins at `inner_bytes_per_s`. Across servers the slower of network and NVLink decides: both are pipelined.
+    /// NVLink joins at `inner_bytes_per_s`.
     pub(super) fn seconds(
         &self,
         way: Way,
@@ -254,7 +260,7 @@ impl Tables {
         inner_scale: f64,
         [inner_bytes_per_s, network_bytes_per_s]: [f64; 2],
         inner: usize,
-    ) -> f64 {
+    ) -> [f64; 2] {
         let units = exchange.multiprocessors;
         let nearest = |have: usize| have.abs_diff(units);
         let of_row = (exchange.tokens, exchange.row_bytes, traffic.ranks_touched);
@@ -265,7 +271,7 @@ impl Tables {
             line.map_or(0.0, |line| line.seconds.at(tokens, row_bytes, ranks, inner_scale))
         });
         if traffic.servers == 0.0 {
-            return inside;
+            return [inside, 0.0];
         }
         // Only H100 and H200 were measured across servers.
         let across = if self.across.is_empty() { &tables("H100").across } else { &self.across };
@@ -275,7 +281,7 @@ impl Tables {
             .filter(|line| line.way == way && line.servers == servers)
             .min_by_key(|line| nearest(line.multiprocessors));
         let scale = MEASURED_NETWORK_BYTES_PER_S / network_bytes_per_s;
-        line.map_or(0.0, |line| line.at(traffic.network_bytes, scale)).max(inside)
+        [inside, line.map_or(0.0, |line| line.at(traffic.network_bytes, scale))]
     }
 }
 

@@ -104,6 +104,14 @@ pub(super) fn seconds(
     }
 }
 
+/// The narrowest place of a ring over all of `levels`, with `inner` ranks in each innermost group: as [`Path::of`] takes it.
+pub(super) fn narrowest(levels: &[Level], inner: usize) -> usize {
+    let rate = |at: &usize| levels[*at].shared_bytes_per_s();
+    let Some(outer) = (1..levels.len()).min_by(|a, b| rate(a).total_cmp(&rate(b))) else { return 0 };
+    let ring = rate(&outer) * inner.max(1) as f64 * NETWORK_EFFICIENCY;
+    if inner > 1 && levels[0].bytes_per_s * INNER_EFFICIENCY < ring { 0 } else { outer }
+}
+
 /// Seconds of an all-reduce that each of several servers adds up in its switches, `inner_s` alone, and a tree between them.
 pub(super) fn switch_tree_s(levels: &[Level], bytes: f64, ranks: usize, inner: usize, inner_s: f64) -> f64 {
     let path = Path::of(levels, ranks, inner);

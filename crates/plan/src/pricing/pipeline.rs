@@ -5,7 +5,7 @@ use crate::schedule::ScheduleKind;
 
 use super::stages::{MOST_KINDS, Share};
 use super::work::{Passes, Work};
-use super::{Axis, Breakdown, Pricer};
+use super::{Axis, Breakdown, BubbleTerms, Pricer};
 
 /// Seconds of a micro-batch's passes on one rank, communication that nothing hides included.
 #[derive(Debug, Clone, Copy, Default)]
@@ -20,7 +20,7 @@ pub(super) struct RankTime {
 #[derive(Debug, Clone, Copy, Default)]
 pub(super) struct Slowest {
     rank: usize,
-    time: RankTime,
+    pub time: RankTime,
     pub share: Share,
     /// Seconds of a micro-batch on all ranks together.
     through_s: f64,
@@ -236,14 +236,19 @@ impl Pricer {
             ScheduleKind::Interleaved => idle_s / stages + micro_batches * starved_s,
             // Those of other ranks are as much shorter as their work.
             ScheduleKind::ZeroBubble => {
-                self.even_bubble_s(layout, rank) * idle_s / ((ranks - 1.0) * rank.total_s())
+                self.bubble_terms_of(layout, rank).even_s * idle_s / ((ranks - 1.0) * rank.total_s())
             }
-            ScheduleKind::DualPipeV => self.even_bubble_s(layout, rank),
+            ScheduleKind::DualPipeV => self.bubble_terms_of(layout, rank).even_s,
         };
     }
 
+    /// The bubble of a checked layout, and what its formula takes.
+    pub fn bubble_terms(&self, layout: &Parallelism) -> BubbleTerms {
+        self.bubble_terms_of(layout, &self.slowest(layout, &self.kind_passes(layout)).time)
+    }
+
     /// The bubble of a pipeline whose ranks are all as `rank`.
-    fn even_bubble_s(&self, layout: &Parallelism, rank: &RankTime) -> f64 {
+    fn bubble_terms_of(&self, layout: &Parallelism, rank: &RankTime) -> BubbleTerms {
         let (mut forward_s, mut input_s, mut overlapped_s) = (rank.forward_s, rank.input_s, rank.total_s());
         if self.is_paired(layout) {
             let alone = |work: &Work| work.expert_s - self.exposed_expert_s(work);
@@ -254,7 +259,9 @@ impl Pricer {
                 self.rank_kernels_s(rank) + self.exposed_dense_s(&all) + self.exposed_expert_s(&all);
         }
         let Parallelism { schedule, pipeline, virtual_stages, .. } = *layout;
-        schedule.bubble_s(pipeline, virtual_stages, forward_s, input_s, rank.weight_s, overlapped_s).max(0.0)
+        let weight_s = rank.weight_s;
+        let even_s = schedule.bubble_s(pipeline, virtual_stages, forward_s, input_s, weight_s, overlapped_s);
+        BubbleTerms { forward_s, input_s, weight_s, overlapped_s, even_s: even_s.max(0.0) }
     }
 
     /// Seconds of a message from a stage to the next, the slowest of them.

@@ -61,6 +61,16 @@ impl Rates {
         self.collectives.seconds(Collective::AllGather, bytes, group) * self.distance(size, stride)
     }
 
+    /// What it waits for.
+    pub fn gather_wait(&self, bytes: f64, size: usize, stride: usize) -> Wait {
+        let group = Group { size, stride };
+        Wait {
+            level: self.collectives.bottleneck(Collective::AllGather, bytes, group),
+            latency_s: self.collectives.seconds(Collective::AllGather, 1.0, group),
+            factor: self.distance(size, stride),
+        }
+    }
+
     /// Bytes that a rank sends in it over each level.
     pub fn gathered_bytes(&self, bytes: f64, size: usize, stride: usize) -> Vec<f64> {
         self.collectives.bytes_by_level(Collective::AllGather, bytes, Group { size, stride })
@@ -68,12 +78,25 @@ impl Rates {
 
     /// The slowest message between neighbours of `ranks` ranks, `stride` apart.
     pub fn message(&self, bytes: f64, ranks: usize, stride: usize) -> f64 {
-        // Where some neighbours lie in different groups of a level, those set the pace.
+        let pair = self.farthest(ranks, stride);
+        self.collectives.seconds(Collective::SendRecv, bytes, pair) * self.distance(pair.size, pair.stride)
+    }
+
+    /// What it waits for.
+    pub fn message_wait(&self, bytes: f64, ranks: usize, stride: usize) -> Wait {
+        let pair = self.farthest(ranks, stride);
+        Wait {
+            level: self.collectives.bottleneck(Collective::SendRecv, bytes, pair),
+            latency_s: self.collectives.seconds(Collective::SendRecv, 1.0, pair),
+            factor: self.distance(pair.size, pair.stride),
+        }
+    }
+
+    /// Two neighbours of `ranks` ranks, `stride` apart: where some lie in different groups of a level, those set the pace.
+    fn farthest(&self, ranks: usize, stride: usize) -> Group {
         let outermost = self.cluster.level_of(ranks, stride);
         let beyond = outermost.checked_sub(1).map_or(0, |inside| self.cluster.levels[inside].width);
-        let stride = stride.max(beyond);
-        let seconds = self.collectives.seconds(Collective::SendRecv, bytes, Group { size: 2, stride });
-        seconds * self.distance(2, stride)
+        Group { size: 2, stride: stride.max(beyond) }
     }
 
     /// The factor on what crosses servers.
@@ -91,24 +114,61 @@ impl Rates {
         layout: &Parallelism,
         once: bool,
     ) -> f64 {
-        let group = Group { size: layout.expert, stride: layout.expert_tensor };
-        let seconds = if once {
-            self.collectives.exchange_s(
-                way,
-                &Exchange {
-                    tokens,
-                    row_bytes: bytes,
-                    top_k: moe.top_k,
-                    experts: moe.experts,
-                    group,
-                    max_servers: (moe.groups > 1).then_some(moe.top_groups),
-                    multiprocessors: DISPATCH_MULTIPROCESSORS,
-                },
-            )
-        } else {
-            self.collectives.seconds(Collective::AllToAll, tokens * moe.top_k as f64 * bytes, group)
+        let exchange = exchange(tokens, bytes, moe, layout);
+        let seconds = match once {
+            true => self.collectives.exchange_s(way, &exchange),
+            false => self.collectives.seconds(Collective::AllToAll, exchange.copied(), exchange.group),
         };
         seconds * self.calibration.dispatch(once)
+    }
+
+    /// What it waits for.
+    pub fn dispatch_wait(
+        &self,
+        way: Way,
+        tokens: f64,
+        bytes: f64,
+        moe: &MoeShape,
+        layout: &Parallelism,
+        once: bool,
+    ) -> Wait {
+        let (all, none) = (exchange(tokens, bytes, moe, layout), exchange(0.0, bytes, moe, layout));
+        let factor = self.calibration.dispatch(once);
+        match once {
+            true => Wait {
+                level: self.collectives.exchange_bottleneck(way, &all),
+                latency_s: self.collectives.exchange_s(way, &none),
+                factor,
+            },
+            false => Wait {
+                level: self.collectives.bottleneck(Collective::AllToAll, all.copied(), all.group),
+                latency_s: self.collectives.seconds(Collective::AllToAll, 1.0, all.group),
+                factor,
+            },
+        }
+    }
+}
+
+/// What an exchange waits for.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub(super) struct Wait {
+    /// The level of the network whose links carry it longest.
+    pub level: usize,
+    /// Seconds before the first byte, as the smallest message takes.
+    pub latency_s: f64,
+    /// The calibrated factor on all of its seconds.
+    pub factor: f64,
+}
+
+fn exchange(tokens: f64, row_bytes: f64, moe: &MoeShape, layout: &Parallelism) -> Exchange {
+    Exchange {
+        tokens,
+        row_bytes,
+        top_k: moe.top_k,
+        experts: moe.experts,
+        group: Group { size: layout.expert, stride: layout.expert_tensor },
+        max_servers: (moe.groups > 1).then_some(moe.top_groups),
+        multiprocessors: DISPATCH_MULTIPROCESSORS,
     }
 }
 

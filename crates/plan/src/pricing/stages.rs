@@ -62,6 +62,12 @@ impl Stages {
         of_kind.map(|(layers, _)| *layers as usize).sum()
     }
 
+    /// Layers with experts among those of a share.
+    pub fn moe_layers_of(&self, share: &Share) -> f64 {
+        let all = share.layers.iter().zip(&self.kinds);
+        all.filter(|(_, (kind, _))| kind.ffn == FeedForward::Moe).map(|(layers, _)| f64::from(*layers)).sum()
+    }
+
     pub fn kinds(&self) -> &[(LayerKind, bool)] {
         &self.kinds
     }

@@ -47,8 +47,44 @@ pub struct ExchangeTerms {
     pub stride: usize,
     /// `[level]` bytes that a rank sends.
     pub bytes: Vec<f64>,
-    /// Seconds.
+    /// The level whose links it waits for.
+    pub level: usize,
+    /// Seconds before the first byte, as the smallest message takes.
+    pub latency_s: f64,
+    /// The calibrated factor on all of its seconds.
+    pub factor: f64,
+    /// Seconds: latency and bytes over bandwidth, times the factor.
     pub seconds: f64,
+}
+
+impl ExchangeTerms {
+    /// Bytes that a rank sends through the links that it waits for: what goes farther goes through them, too.
+    pub fn waited_bytes(&self) -> f64 {
+        match self.level {
+            0 => self.bytes[0],
+            level => self.bytes[level..].iter().sum(),
+        }
+    }
+
+    /// Bytes a second of those links once the first has come.
+    pub fn bytes_per_s(&self) -> f64 {
+        self.waited_bytes() / (self.seconds / self.factor - self.latency_s)
+    }
+}
+
+/// What the formula of a schedule's bubble takes: seconds of a micro-batch on the pipeline rank that has most to do.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct BubbleTerms {
+    /// Forward of all stages of the rank.
+    pub forward_s: f64,
+    /// Gradient of the input, with what is computed again.
+    pub input_s: f64,
+    /// Gradient of the weights.
+    pub weight_s: f64,
+    /// A forward and a backward at once.
+    pub overlapped_s: f64,
+    /// The bubble of a step if all ranks were as this one.
+    pub even_s: f64,
 }
 
 /// What a step takes once, and for its slowest server.
@@ -151,17 +187,21 @@ impl Pricer {
         ));
         if let Some(moe) = &self.model.moe {
             let model = CollectiveModel::of(&rates.cluster);
-            let [there, home] = sizes.exchange_s(moe);
+            let ([there, home], [to, from]) = (sizes.exchange_s(moe), sizes.exchange_wait(moe));
             let [sent, back] = self.training.wire_bytes();
-            for (what, element_bytes, seconds) in
-                [("rows to their experts", sent, there), ("results, or gradients, of experts", back, home)]
-            {
+            for (what, element_bytes, seconds, wait) in [
+                ("rows to their experts", sent, there, to),
+                ("results, or gradients, of experts", back, home, from),
+            ] {
                 terms.push(ExchangeTerms {
                     axis: Axis::Expert,
                     what,
                     ranks: layout.expert,
                     stride: layout.expert_tensor,
                     bytes: self.expert_bytes(layout, &model, element_bytes),
+                    level: wait.level,
+                    latency_s: wait.latency_s,
+                    factor: wait.factor,
                     seconds,
                 });
             }
@@ -170,12 +210,16 @@ impl Pricer {
         let level = rates.cluster.level_of(layout.pipeline, stage);
         let mut bytes = vec![0.0; rates.cluster.levels.len()];
         bytes[level] = self.message_bytes(layout);
+        let wait = rates.message_wait(self.message_bytes(layout), layout.pipeline, stage);
         terms.push(ExchangeTerms {
             axis: Axis::Pipeline,
             what: "a micro-batch to the next stage",
             ranks: layout.pipeline,
             stride: stage,
             bytes,
+            level: wait.level,
+            latency_s: wait.latency_s,
+            factor: wait.factor,
             seconds: self.message_s(layout),
         });
         let held = self.rank_parameters(layout, &self.slowest(layout, &self.kind_passes(layout)).share);
@@ -220,12 +264,16 @@ fn gather(
     stride: usize,
 ) -> ExchangeTerms {
     let seconds = rates.gather(buffer_bytes, ranks, stride);
+    let wait = rates.gather_wait(buffer_bytes, ranks, stride);
     ExchangeTerms {
         axis,
         what,
         ranks,
         stride,
         bytes: rates.gathered_bytes(buffer_bytes, ranks, stride),
+        level: wait.level,
+        latency_s: wait.latency_s,
+        factor: wait.factor,
         seconds,
     }
 }

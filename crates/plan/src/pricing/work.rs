@@ -9,7 +9,7 @@ use crate::parallelism::{Parallelism, Recomputation, Training};
 use crate::precision::Precision;
 use crate::software::Trainable;
 
-use super::rates::Rates;
+use super::rates::{Rates, Wait};
 
 /// Seconds of one pass by what they are spent on; communication as if nothing hid it.
 #[derive(Debug, Clone, Copy, Default, PartialEq)]
@@ -370,7 +370,7 @@ impl Sizes<'_> {
         }
         // Rows into the order of experts and back: read and written, each way.
         self.stream(passes, 4.0 * rows_bytes, 4.0 * rows_bytes);
-        self.exchange(passes, moe, dispatched);
+        self.exchange(passes, moe);
     }
 
     fn router(&self, passes: &mut Passes, moe: &MoeShape) {
@@ -409,9 +409,27 @@ impl Sizes<'_> {
         [exchange(Way::Dispatch, sent), exchange(Way::Combine, back)]
     }
 
-    /// Dispatch and combine, and the tensor-parallel gather within an expert.
-    fn exchange(&self, passes: &mut Passes, moe: &MoeShape, dispatched: f64) {
+    /// What they wait for.
+    pub fn exchange_wait(&self, moe: &MoeShape) -> [Wait; 2] {
         let tokens = self.tokens() / self.layout.tensor as f64;
+        let dispatched = self.model.dispatch_width() as f64;
+        let [sent, back] = self.training.wire_bytes().map(|bytes| bytes * dispatched);
+        let once = self.training.dispatch.deduplicated;
+        let wait = |way, bytes| {
+            let wait = self.rates.dispatch_wait(way, tokens, bytes, moe, self.layout, once);
+            Wait { factor: self.uneven * wait.factor, ..wait }
+        };
+        [wait(Way::Dispatch, sent), wait(Way::Combine, back)]
+    }
+
+    /// Bytes that the tensor-parallel gather within an expert brings together.
+    pub fn expert_gather_bytes(&self, moe: &MoeShape) -> f64 {
+        let rows = self.tokens() / self.layout.tensor as f64 * (self.layout.expert_tensor * moe.top_k) as f64;
+        self.training.element_bytes() * rows * self.model.dispatch_width() as f64
+    }
+
+    /// Dispatch and combine, and the tensor-parallel gather within an expert.
+    fn exchange(&self, passes: &mut Passes, moe: &MoeShape) {
         if self.layout.expert > 1 {
             let [there, home] = self.exchange_s(moe);
             passes.forward.expert_s += there + home;
@@ -419,9 +437,7 @@ impl Sizes<'_> {
             self.count(passes, 4.0);
         }
         if self.layout.expert_tensor > 1 {
-            let copies = self.layout.expert_tensor as f64;
-            let bytes = self.training.element_bytes() * tokens * copies * moe.top_k as f64 * dispatched;
-            let once = self.rates.gather(bytes, self.layout.expert_tensor, 1);
+            let once = self.rates.gather(self.expert_gather_bytes(moe), self.layout.expert_tensor, 1);
             passes.forward.tensor_s += 2.0 * once;
             passes.input.tensor_s += 2.0 * once;
         }
