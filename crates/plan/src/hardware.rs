@@ -48,7 +48,8 @@ pub struct Cluster {
 }
 
 /// Llama 3 (2024): 419 unexpected interruptions of 16,384 H100 in 54 days.
-const FAILURES_PER_GPU_HOUR: f64 = 419.0 / (16_384.0 * 54.0 * 24.0);
+const OBSERVED_FAILURES: f64 = 419.0;
+const FAILURES_PER_GPU_HOUR: f64 = OBSERVED_FAILURES / (16_384.0 * 54.0 * 24.0);
 
 /// Price where nobody has published one.
 const FALLBACK_USD_PER_GPU_HOUR: f64 = 5.0;
@@ -104,6 +105,16 @@ impl ClusterError {
 }
 
 impl Cluster {
+    /// Standard deviation of the logarithm of the rate of failures: of the usual one that of a count of so many events, which come
+    /// as Poisson's do; how far clusters differ is not published often enough. A rate that is given is taken as it is.
+    pub(crate) fn failure_spread(&self) -> f64 {
+        if self.failures_per_gpu_hour == FAILURES_PER_GPU_HOUR {
+            OBSERVED_FAILURES.sqrt().recip()
+        } else {
+            0.0
+        }
+    }
+
     /// So many GPUs in their usual servers on their usual network.
     ///
     /// # Errors

@@ -2,7 +2,7 @@
 
 use crate::hardware::Cluster;
 use crate::parallelism::{Parallelism, Training};
-use crate::pricing::Priced;
+use crate::pricing::{Priced, QUANTILE_90};
 use crate::ranged::Ranged;
 
 /// Bytes per second at which one GPU's share of a checkpoint is set aside while training waits: from its memory over PCIe into
@@ -18,8 +18,9 @@ const MOST_OF_FAILURES: f64 = 0.25;
 
 const HOUR_S: f64 = 3600.0;
 
-/// A run of so many tokens, at the predicted seconds of a step. What follows from these has their interval; checkpoints,
-/// failures and goodput follow from bytes and from a failure rate that is given, not predicted.
+/// A run of so many tokens, at the predicted seconds of a step. What follows from these has their interval; what follows from the
+/// rate of failures that of its estimate; goodput, of which days and dollars take both, also that of how many come in a run of this
+/// length. Bytes and tokens are known; what a snapshot and a restart take is assumed.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Outlook {
     /// Optimizer steps.
@@ -31,14 +32,14 @@ pub struct Outlook {
     /// Seconds that training waits for a checkpoint.
     pub checkpoint_s: f64,
     /// The interval between checkpoints that loses least (Young, 1974): sqrt(2 x time of one x time between failures).
-    pub checkpoint_every_s: f64,
+    pub checkpoint_every_s: Ranged,
     /// Time between failures of any GPU; without end where there are none, as is then the interval between checkpoints.
-    pub failure_every_s: f64,
+    pub failure_every_s: Ranged,
     /// Whether failures are so rare that the interval and what follows mean anything: Young's formula takes at most one failure
     /// between two checkpoints for granted, and a restart that is short beside the time between failures.
     pub failures_are_rare: bool,
     /// Share of the time that trains: the rest goes to checkpoints, work that is lost, and restarts.
-    pub goodput: f64,
+    pub goodput: Ranged,
     /// Days with all of that.
     pub days: Ranged,
     /// Dollars with all of that.
@@ -56,15 +57,33 @@ impl Outlook {
         let train_s = steps * priced.step_s;
         // What a resume needs: master weights and moments; gradients and activations are made again.
         let checkpoint_s = (priced.memory.optimizer + priced.memory.weights) / SNAPSHOT_BYTES_PER_S;
-        let failure_every_s = HOUR_S / (cluster.failures_per_gpu_hour * gpus);
-        let checkpoint_every_s = (2.0 * checkpoint_s * failure_every_s).sqrt();
-        let lost_s = checkpoint_every_s / 2.0 + RESTART_S;
-        let fails = cluster.failures_per_gpu_hour > 0.0;
-        let lost = if fails { checkpoint_s / checkpoint_every_s + lost_s / failure_every_s } else { 0.0 };
-        let goodput = 1.0 / (1.0 + lost);
+        let rate_spread = cluster.failure_spread();
+        let failure_every_s = Ranged::around(
+            HOUR_S / (cluster.failures_per_gpu_hour * gpus),
+            (QUANTILE_90 * rate_spread).exp(),
+        );
+        let young = |failure_every_s: f64| (2.0 * checkpoint_s * failure_every_s).sqrt();
+        let checkpoint_every_s =
+            Ranged { value: young(failure_every_s.value), interval: failure_every_s.interval.map(young) };
+        let lost_s = checkpoint_every_s.value / 2.0 + RESTART_S;
+        // Failures that come over those that are expected: a Poisson count's deviation beside that of the rate, both as normal.
+        let failures = train_s / failure_every_s.value;
+        let deviation = QUANTILE_90 * failures.recip().sqrt().hypot(rate_spread);
+        let goodput = |come: f64| {
+            let saved = checkpoint_s / checkpoint_every_s.value;
+            1.0 / (1.0 + saved + come * lost_s / failure_every_s.value)
+        };
+        let goodput = match cluster.failures_per_gpu_hour > 0.0 {
+            true => {
+                let interval = [goodput(1.0 + deviation), goodput((1.0 - deviation).max(0.0))];
+                Ranged { value: goodput(1.0), interval }
+            }
+            false => Ranged::known(1.0),
+        };
         let gpu_hours = gpus * train_s / HOUR_S;
         let usd_without_failures = gpu_hours * cluster.price_usd_per_gpu_hour;
         let step = priced.step();
+        let all_s = step.growing(train_s).over(&goodput);
         Self {
             steps,
             tokens_per_s: step.falling(tokens / priced.step_s),
@@ -72,17 +91,18 @@ impl Outlook {
             checkpoint_s,
             checkpoint_every_s,
             failure_every_s,
-            failures_are_rare: checkpoint_every_s.max(lost_s) <= MOST_OF_FAILURES * failure_every_s,
+            failures_are_rare: checkpoint_every_s.value.max(lost_s)
+                <= MOST_OF_FAILURES * failure_every_s.value,
             goodput,
-            days: step.growing(train_s / goodput / (24.0 * HOUR_S)),
-            usd: step.growing(usd_without_failures / goodput),
+            days: all_s.times((24.0 * HOUR_S).recip()),
+            usd: all_s.growing(usd_without_failures / goodput.value),
             usd_without_failures: step.growing(usd_without_failures),
         }
     }
 
     /// Whether there are failures, hence checkpoints.
     pub fn fails(&self) -> bool {
-        self.failure_every_s.is_finite()
+        self.failure_every_s.value.is_finite()
     }
 
     /// GPU-hours of training alone for 10^12 tokens.

@@ -10,6 +10,25 @@ pub struct Ranged {
 }
 
 impl Ranged {
+    /// A figure that is known.
+    pub fn known(value: f64) -> Self {
+        Self { value, interval: [value; 2] }
+    }
+
+    /// A figure whose logarithm has a normal distribution around its own: its ends are the value over and times `factor`.
+    pub fn around(value: f64, factor: f64) -> Self {
+        Self { value, interval: [value / factor, value * factor] }
+    }
+
+    /// This over `other`, which errs independently: logarithms of the ends add up as standard deviations do.
+    pub fn over(&self, other: &Self) -> Self {
+        let value = self.value / other.value;
+        let apart = |own: f64, others: f64| (own / self.value).ln().hypot((others / other.value).ln());
+        let [low, high] = self.interval;
+        let [least, most] = other.interval;
+        Self { value, interval: [value * (-apart(low, most)).exp(), value * apart(high, least).exp()] }
+    }
+
     /// A figure in proportion to this one that is `value` where this is what was predicted: dollars of a step's seconds.
     pub fn growing(&self, value: f64) -> Self {
         Self { value, interval: self.interval.map(|end| value * end / self.value) }
@@ -50,6 +69,11 @@ mod tests {
         assert_eq!(step.falling(100.0), Ranged { value: 100.0, interval: [80.0, 125.0] });
         assert_eq!(step.plus(1.0).interval, [17.0, 26.0]);
         assert_eq!(step.left_of(24.0), Ranged { value: 4.0, interval: [-1.0, 8.0] });
+        let half = Ranged::around(0.5, 1.25);
+        assert_eq!((half.interval, Ranged::known(2.0).interval), ([0.4, 0.625], [2.0, 2.0]));
+        assert!((step.over(&Ranged::known(2.0)).interval[1] - 12.5).abs() < 1e-12);
+        let both = step.over(&half);
+        assert!((both.interval[1] / both.value - (2.0_f64.sqrt() * 1.25_f64.ln()).exp()).abs() < 1e-12);
         // Machines that cost nothing cost nothing for sure.
         assert_eq!(step.growing(0.0).interval, [0.0, 0.0]);
     }

@@ -1,7 +1,8 @@
 //! Fits the constants of `calibration.rs` to published training runs. The folder holds `end_to_end.csv` and `models.csv`.
 //!
 //! `calibrate FOLDER show [FAMILY]` prints the figures of every family (and the rows of one), `fit ROUNDS` fits from where the
-//! constants are, `folds FOLDS ROUNDS [FAMILY]` leaves each fold of families out in turn (and prints the rows of one as they are then).
+//! constants are, `folds FOLDS ROUNDS [FAMILY]` leaves each fold of families out in turn (and prints the rows of one as they are then),
+//! `parts FOLDS ROUNDS` says how far the parts of a step move with what is left out.
 
 mod fit;
 mod knobs;
@@ -12,7 +13,7 @@ use std::error::Error;
 use std::path::Path;
 
 use unisono_plan::validate::{Cases, MemoryKind, Outcome, Prediction, PricePath, TimeFigures, Validation};
-use unisono_plan::{Constants, FITTED, Pricer};
+use unisono_plan::{Breakdown, Constants, FITTED, Pricer};
 
 use fit::Fit;
 use knobs::neutral;
@@ -63,17 +64,27 @@ fn print(validation: &Validation) {
     }
 }
 
+/// Constants fitted from neutral ones with each fold of families left out in turn.
+fn fits(cases: &Cases, all: &Validation, folds: usize, rounds: usize) -> Vec<Constants> {
+    let fit = |fold: usize| {
+        let fold_of = fold_of(all, folds);
+        Fit::new(cases, &all.rows, &|family| fold_of.get(family) != Some(&fold)).run(&neutral(), rounds)
+    };
+    (0..folds).map(fit).collect()
+}
+
+fn fold_of(all: &Validation, folds: usize) -> BTreeMap<&str, usize> {
+    all.families.iter().enumerate().map(|(at, group)| (group.name.as_str(), at % folds)).collect()
+}
+
 /// Leaves each fold of families out in turn, fits to the others from neutral constants, and predicts what was left out. Release
 /// factors come from the rows that were left out alone.
 fn cross_validate(cases: &Cases, folds: usize, rounds: usize, shown: Option<&String>) {
     let all = run(cases, &FITTED);
-    let fold_of: BTreeMap<&str, usize> =
-        all.families.iter().enumerate().map(|(at, group)| (group.name.as_str(), at % folds)).collect();
+    let fold_of = fold_of(&all, folds);
     let mut left_out: Vec<Outcome> = Vec::new();
     let mut places: Vec<(usize, Constants)> = Vec::new();
-    for fold in 0..folds {
-        let fit = Fit::new(cases, &all.rows, &|family| fold_of.get(family) != Some(&fold));
-        let constants = fit.run(&neutral(), rounds);
+    for (fold, constants) in fits(cases, &all, folds, rounds).into_iter().enumerate() {
         let own = |row: &usize| fold_of.get(all.rows[*row].family().as_str()) == Some(&fold);
         let own: Vec<usize> = (0..cases.len()).filter(own).collect();
         let rows = own.iter().map(|row| fit::outcome(cases, *row, &constants)).collect();
@@ -170,8 +181,41 @@ fn show_row(cases: &Cases, at: usize, row: &Outcome, constants: &Constants) {
     }
 }
 
-/// What the step of `predicted_s` of row `row` is spent on, in percent.
-fn parts(cases: &Cases, row: usize, constants: &Constants, predicted_s: f64) -> String {
+/// Standard deviations of the logarithm of every part of a step because other runs might have been fitted to: the grouped jackknife
+/// over folds of families (Efron, 1982), sqrt((n - 1) / n x sum of squares around the mean) of n fits. The root mean square over rows in
+/// which the part takes a hundredth of the step, every family weighing the same.
+fn parts_that_move(cases: &Cases, folds: usize, rounds: usize) {
+    let all = run(cases, &FITTED);
+    let fits = fits(cases, &all, folds, rounds);
+    let names = Breakdown::default().parts().map(|(name, _)| name);
+    let mut found: Vec<BTreeMap<String, Vec<f64>>> = vec![BTreeMap::new(); names.len()];
+    for (at, row) in all.rows.iter().enumerate().filter(|(_, row)| row.time.is_some()) {
+        let steps: Vec<Breakdown> = fits.iter().filter_map(|fit| breakdown(cases, at, fit)).collect();
+        let step_s = steps.iter().map(Breakdown::total_s).sum::<f64>() / steps.len() as f64;
+        for (part, of) in found.iter_mut().enumerate() {
+            let seconds: Vec<f64> = steps.iter().map(|step| step.parts()[part].1).collect();
+            if seconds.len() == folds && seconds.iter().all(|seconds| *seconds > 0.01 * step_s) {
+                of.entry(row.family()).or_default().push(jackknife(&seconds).powi(2));
+            }
+        }
+    }
+    let mean = |values: &[f64]| values.iter().sum::<f64>() / values.len() as f64;
+    for (name, families) in names.iter().zip(&found) {
+        let squares: Vec<f64> = families.values().map(|family| mean(family)).collect();
+        println!("{name}: {:.3} over {} families", mean(&squares).sqrt(), squares.len());
+    }
+}
+
+/// Standard deviation of the logarithm of what is fitted, from fits that each leave a part of the data out.
+fn jackknife(values: &[f64]) -> f64 {
+    let n = values.len() as f64;
+    let mean = values.iter().map(|value| value.ln()).sum::<f64>() / n;
+    let squares: f64 = values.iter().map(|value| (value.ln() - mean).powi(2)).sum();
+    ((n - 1.0) / n * squares).sqrt()
+}
+
+/// What the step of row `row` is spent on.
+fn breakdown(cases: &Cases, row: usize, constants: &Constants) -> Option<Breakdown> {
     let found = RefCell::new(None);
     cases.outcome(row, &|model, cluster, layout, training, path| {
         let calibration = constants.of(&cluster.gpu, training.software);
@@ -181,7 +225,12 @@ fn parts(cases: &Cases, row: usize, constants: &Constants, predicted_s: f64) -> 
         }
         Prediction::of(&pricer, layout, path)
     });
-    let Some(breakdown) = found.into_inner() else { return String::new() };
+    found.into_inner()
+}
+
+/// What the step of `predicted_s` of row `row` is spent on, in percent.
+fn parts(cases: &Cases, row: usize, constants: &Constants, predicted_s: f64) -> String {
+    let Some(breakdown) = breakdown(cases, row, constants) else { return String::new() };
     let percent = |(name, seconds): (&str, f64)| format!("{name} {:.0}", 100.0 * seconds / predicted_s);
     let shown = breakdown.parts().into_iter().filter(|(_, seconds)| *seconds > 0.005 * predicted_s);
     shown.map(percent).collect::<Vec<_>>().join(", ")
@@ -209,7 +258,7 @@ fn held(cases: &Cases, row: usize, constants: &Constants) -> String {
 
 fn main() -> Result<(), Box<dyn Error>> {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
-    let usage = "usage: calibrate FOLDER [show FAMILY | fit ROUNDS | folds FOLDS ROUNDS [FAMILY]]";
+    let usage = "usage: calibrate FOLDER [show FAMILY | fit ROUNDS | folds FOLDS ROUNDS [FAMILY] | parts FOLDS ROUNDS]";
     let folder = Path::new(arguments.first().ok_or(usage)?);
     let cases = std::fs::read_to_string(folder.join("end_to_end.csv"))?;
     let models = std::fs::read_to_string(folder.join("models.csv"))?;
@@ -225,6 +274,7 @@ fn main() -> Result<(), Box<dyn Error>> {
             show(&cases, &constants, None);
         }
         Some("folds") => cross_validate(&cases, number(2)?, number(3)?, arguments.get(4)),
+        Some("parts") => parts_that_move(&cases, number(2)?, number(3)?),
         Some(_) => return Err(usage.into()),
     }
     Ok(())
