@@ -101,6 +101,44 @@ pub(crate) const RELEASED_SPREAD: f64 = 0.85;
 /// Blackwell among each other: 0.13 to 0.25).
 pub(crate) const BORROWED_SPREAD: [f64; 2] = [0.09, 0.19];
 
+/// How sure the seconds of a part of a step are, apart from what all parts err by together: standard deviations of their logarithm.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct PartSpread {
+    /// Of the tables that kernels or collectives are interpolated from: that whose 80% interval holds four of five rows that were
+    /// left out of them, of 1 MiB and above where it is collectives.
+    pub table: f64,
+    /// Of the fitted constants: by which the part would have come out differently, had other runs been published.
+    pub constants: f64,
+}
+
+const fn part(table: f64, constants: f64) -> PartSpread {
+    PartSpread { table, constants }
+}
+
+/// Of the parts of a step, in the order of `Breakdown::parts`. Tables: `cargo test -p unisono-plan --test kernels --test collectives`
+/// holds them to the rows left out (products, experts' products, attention; NCCL within a server; DeepEP, dispatch and combine).
+/// Constants: the grouped jackknife over eight folds of families, `scripts/calibrate FOLDER parts 8 8`.
+pub const PART_SPREADS: [PartSpread; 13] = [
+    // Products, experts' products, attention.
+    part(0.042, 0.10),
+    part(0.084, 0.13),
+    part(0.033, 0.13),
+    // Kernels bound by memory, launches: no table.
+    part(0.0, 0.13),
+    part(0.0, 0.71),
+    // Tensor and context-parallel communication, dispatch and combine, messages.
+    part(0.050, 0.20),
+    part(0.050, 0.32),
+    part(0.053, 0.40),
+    part(0.050, 0.29),
+    // The bubble is made of passes.
+    part(0.0, 0.18),
+    // Gradients and parameters, the optimizer, overhead.
+    part(0.050, 0.34),
+    part(0.0, 0.12),
+    part(0.0, 0.44),
+];
+
 /// Bytes that PyTorch's allocator reserves for each that is allocated at the peak, as torchtitan reports both.
 pub(crate) const RESERVED: f64 = 1.12;
 

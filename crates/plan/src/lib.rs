@@ -34,7 +34,10 @@ pub use architecture::{
     Architecture, Attention, FeedForward, HuggingFaceError, LayerKind, LayerParameters, Mixer, MoeShape,
     Numerics, Pattern, SizeError, StateSpace, UnknownModel, Weight, WeightGroup, Window,
 };
-pub use calibration::{Calibration, CommonConstants, Constants, FITTED, GpuConstants, SoftwareConstants};
+pub use calibration::{
+    Calibration, CommonConstants, Constants, FITTED, GpuConstants, PART_SPREADS, PartSpread,
+    SoftwareConstants,
+};
 pub use dense::{Equal, Synchronisation};
 pub use engine::{KeptActivations, MemoryEstimate, StepMemory};
 pub use hardware::{Cluster, ClusterError, Gpu, Level};
@@ -48,7 +51,7 @@ pub use parallelism::{
 pub use precision::{Precision, PrecisionError};
 pub use pricing::{
     Axis, Breakdown, BubbleTerms, Communication, ExchangeTerms, IntervalTerms, KernelTerms, OverheadTerms,
-    Passes, Priced, Pricer, RoutedStep, SimulatedStep, Traffic, Work, price,
+    PartTerms, Passes, Priced, Pricer, RoutedStep, SimulatedStep, Traffic, Work, price,
 };
 pub use ranged::Ranged;
 pub use rank_memory::{

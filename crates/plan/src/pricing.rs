@@ -4,6 +4,7 @@
 //! and the ranks of the pipeline, so that a search can afford it for every layout. Nothing is remembered between layouts.
 
 mod links;
+mod parts;
 mod pipeline;
 mod rates;
 mod simulated;
@@ -23,6 +24,7 @@ use crate::rank_memory::RankMemory;
 use crate::unevenness::{Percentiles, Unevenness};
 
 pub use links::Communication;
+pub use parts::PartTerms;
 pub use simulated::SimulatedStep;
 pub use terms::{BubbleTerms, ExchangeTerms, IntervalTerms, KernelTerms, OverheadTerms};
 pub use traffic::{Axis, Traffic};
@@ -36,8 +38,8 @@ use work::Sizes;
 /// Standard normal quantile of 90%: an 80% interval lies between the negative and the positive.
 pub(crate) const QUANTILE_90: f64 = 1.2816;
 
-/// Seconds of a step on the slowest pipeline rank. They add up to [`Priced::step_s`]; hidden communication does not count. None
-/// has an interval of its own: only whole steps were measured often enough for one.
+/// Seconds of a step on the slowest pipeline rank. They add up to [`Priced::step_s`]; hidden communication does not count.
+/// [`Pricer::ranged_parts`] says how sure each is.
 #[derive(Debug, Clone, Copy, Default, PartialEq)]
 pub struct Breakdown {
     /// Products.

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 
 use unisono_plan::collectives::{Collective, CollectiveModel, Exchange, Group, Way, places_touched};
-use unisono_plan::{Cluster, Gpu};
+use unisono_plan::{Cluster, Gpu, PART_SPREADS};
 
 /// Rows of `nccl,gpu,collective,ranks,bytes,us`, `within,gpu,way,multiprocessors,tokens,row bytes,experts,top-k,ranks,us`,
 /// `domain,gpu,way,ranks,tokens,row bytes,experts,top-k,us` and `across,gpu,way,servers,multiprocessors,tokens,us`, all of 1 MiB and above.
@@ -67,19 +67,47 @@ fn predicted_s(kind: &str, gpu: &str, operation: &str, sizes: &[usize]) -> f64 {
 
 /// Absolute relative errors by (kind, GPU, operation), ascending.
 fn errors() -> BTreeMap<[&'static str; 3], Vec<f64>> {
-    let mut errors = BTreeMap::<_, Vec<f64>>::new();
+    let mut errors = ratios();
+    for errors in errors.values_mut() {
+        errors.iter_mut().for_each(|ratio| *ratio = (*ratio - 1.0).abs());
+        errors.sort_by(f64::total_cmp);
+    }
+    errors
+}
+
+#[test]
+fn about_four_of_five_sizes_left_out_lie_in_the_interval_of_their_table() {
+    for (part, kinds) in [(5, &["nccl"][..]), (7, &["within", "domain", "across"])] {
+        let of: Vec<f64> = ratios()
+            .into_iter()
+            .filter(|(key, _)| kinds.contains(&key[0]))
+            .flat_map(|(_, ratios)| ratios)
+            .collect();
+        let mut apart: Vec<f64> = of.iter().map(|ratio| ratio.ln().abs()).collect();
+        apart.sort_by(f64::total_cmp);
+        let end = 1.2816 * PART_SPREADS[part].table;
+        let share = apart.iter().filter(|error| **error <= end).count() as f64 / apart.len() as f64;
+        println!(
+            "{kinds:?}: {:.1}% of {} inside, {:.3} would hold 80%",
+            100.0 * share,
+            apart.len(),
+            apart[apart.len() * 4 / 5] / 1.2816
+        );
+        assert!((0.79..=0.83).contains(&share), "{kinds:?}: {share:.3}");
+    }
+}
+
+/// Predicted over measured seconds by (kind, GPU, operation).
+fn ratios() -> BTreeMap<[&'static str; 3], Vec<f64>> {
+    let mut ratios = BTreeMap::<_, Vec<f64>>::new();
     for line in HELD_BACK.lines().filter(|line| !line.starts_with('#')) {
         let fields: Vec<&str> = line.split(',').collect();
         let sizes: Vec<usize> = fields[3..fields.len() - 1].iter().map(|f| f.parse().unwrap()).collect();
         let measured_us: f64 = fields[fields.len() - 1].parse().unwrap();
         let predicted = predicted_s(fields[0], fields[1], fields[2], &sizes);
-        errors
-            .entry([fields[0], fields[1], fields[2]])
-            .or_default()
-            .push((predicted * 1e6 / measured_us - 1.0).abs());
+        ratios.entry([fields[0], fields[1], fields[2]]).or_default().push(predicted * 1e6 / measured_us);
     }
-    errors.values_mut().for_each(|errors| errors.sort_by(f64::total_cmp));
-    errors
+    ratios
 }
 
 #[test]

@@ -215,9 +215,13 @@ fn given(
     };
     let priced = priced.map_err(|why| {
         let nearest = layout.nearest(model, training, cluster.gpus);
-        let fits = search.pricer().price(&nearest).is_ok_and(|priced| priced.fits);
-        let fitting = if fits { None } else { search.nearest_that_fits(&layout) };
-        let fitting = fitting.map_or_else(String::new, |fitting| format!("; {FITTING}{fitting}"));
+        let fitting = match search.pricer().price(&nearest).is_ok_and(|priced| priced.fits) {
+            true => String::new(),
+            false => search.nearest_that_fits(&layout).map_or_else(
+                || "; it does not fit, nor does any that a search tries".into(),
+                |fitting| format!("; {FITTING}{fitting}"),
+            ),
+        };
         CliError::usage(format!("--layout {layout}: {why}; nearest: {nearest}{fitting}"))
     })?;
     let outlook = Outlook::of(&priced, cluster, &layout, training);

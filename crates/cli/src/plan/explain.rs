@@ -6,12 +6,14 @@ use serde_json::{Map, Value, json};
 use unisono_plan::collectives::places_touched;
 use unisono_plan::schedule::ScheduleKind;
 use unisono_plan::simulate::{StepParts, step_parts};
-use unisono_plan::{ExchangeTerms, IntervalTerms, LayerKind, RankMemory, RankTensors, Sharding, Unit, Work};
+use unisono_plan::{
+    ExchangeTerms, IntervalTerms, LayerKind, Ranged, RankMemory, RankTensors, Sharding, Unit, Work,
+};
 
 use super::answer::Answer;
 use super::{GIB, show, tensors};
 use crate::screen::say;
-use crate::style::{Paint, Scale, counted, figure, grouped, short, table, without_empty};
+use crate::style::{Paint, Scale, counted, figure, grouped, off, short, table, without_empty};
 
 /// A heading and its lines; no lines where there is nothing to say.
 type Section = (&'static str, Vec<String>);
@@ -257,7 +259,25 @@ fn interval(answer: &Answer) -> Vec<String> {
             figure(priced.interval_s[1])
         ),
         format!("  memory x or / exp({band:.3}): {} GiB", show::gib(bytes)),
+        "  parts x or / exp(that x sqrt(sum of squares)) of spreads of tables, constants, borrowed kernels and all parts together:"
+            .into(),
     ]
+    .into_iter()
+    .chain(spreads(answer))
+    .collect()
+}
+
+/// A line a part: the spreads that make its interval, with their head.
+fn spreads(answer: &Answer) -> Vec<String> {
+    let breakdown = &answer.chosen.priced.breakdown;
+    let parts = breakdown.parts().into_iter().zip(answer.pricer().part_terms(breakdown));
+    let mut rows = vec![["part", "tables", "constants", "borrowed", "all", "80%"].map(String::from).to_vec()];
+    rows.extend(parts.filter(|((_, seconds), _)| *seconds > 0.0).map(|((name, _), terms)| {
+        let spreads = [terms.table, terms.constants, terms.borrowed, terms.common];
+        let spreads = spreads.map(|spread| format!("{spread:.3}"));
+        once(name.to_string()).chain(spreads).chain([off(Ranged::around(1.0, terms.spread()))]).collect()
+    }));
+    table(&rows, 1)
 }
 
 /// The terms of the fullest rank's memory.
@@ -462,7 +482,7 @@ fn money(answer: &Answer) -> Vec<String> {
         if outlook.fails() {
             format!(
                 "  checkpoint interval (Young) sqrt(2 x {:.1} s x {:.0} s) = {:.0} s",
-                outlook.checkpoint_s, outlook.failure_every_s, outlook.checkpoint_every_s
+                outlook.checkpoint_s, outlook.failure_every_s.value, outlook.checkpoint_every_s.value
             )
         } else {
             "  no failures, hence no checkpoints".into()
@@ -471,7 +491,7 @@ fn money(answer: &Answer) -> Vec<String> {
             "  {} GPU-hours x ${:.2} / {:.3} of the time that trains = {}",
             show::whole_hours(outlook.gpu_hours.value),
             answer.cluster.price_usd_per_gpu_hour,
-            outlook.goodput,
+            outlook.goodput.value,
             dollars.write(outlook.usd.value)
         ),
     ]

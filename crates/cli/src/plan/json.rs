@@ -4,7 +4,7 @@ use serde_json::{Map, Value, json};
 use unisono_plan::kernels::{Kernel, KernelModel};
 use unisono_plan::search::Plan;
 use unisono_plan::simulate::{StepParts, step_parts};
-use unisono_plan::{Axis, Cluster, Level, Outlook, RankMemory, bottleneck};
+use unisono_plan::{Axis, Cluster, Level, Outlook, Ranged, RankMemory, bottleneck};
 
 use super::answer::Answer;
 use super::{show, tensors};
@@ -58,6 +58,7 @@ pub fn object(answer: &Answer) -> Value {
             "memory_p95_interval_80_bytes": answer.chosen.priced.bytes().interval,
         })),
         "breakdown_s": parts(&answer.chosen.priced.breakdown.parts()),
+        "breakdown_interval_80_s": intervals(answer),
         "simulated": simulated(answer),
         "hidden_communication_s": answer.chosen.priced.breakdown.all_hidden_s(),
         "communication": communication(answer),
@@ -99,6 +100,7 @@ fn cluster(cluster: &Cluster) -> Value {
 
 /// What each axis crosses and takes: on the slowest pipeline rank, as far as nothing hides it and under kernels.
 fn communication(answer: &Answer) -> Value {
+    let spreads = answer.pricer().axis_spreads(&answer.chosen.priced.breakdown);
     let axes = show::communication(answer).into_iter().map(|(axis, [exposed_s, hidden_s])| {
         let levels = answer.traffic.levels.iter().zip(&answer.traffic.bytes[axis as usize]);
         let crosses: Vec<&String> =
@@ -111,11 +113,21 @@ fn communication(answer: &Answer) -> Value {
             "crosses": crosses,
             "exposed_s": exposed_s,
             "hidden_s": hidden_s,
+            "exposed_interval_80_s": Ranged::around(exposed_s, spreads[axis as usize]).interval,
+            "hidden_interval_80_s": Ranged::around(hidden_s, spreads[axis as usize]).interval,
             "by_link": Value::Object(by_link.collect()),
         });
         (axis.name().to_string(), of)
     });
     Value::Object(axes.collect())
+}
+
+/// Of the parts of the step.
+fn intervals(answer: &Answer) -> Value {
+    let parts = answer.pricer().ranged_parts(&answer.chosen.priced.breakdown);
+    Value::Object(
+        parts.into_iter().map(|(name, seconds)| (name.to_string(), json!(seconds.interval))).collect(),
+    )
 }
 
 fn parts(parts: &[(&'static str, f64)]) -> Value {
@@ -171,13 +183,13 @@ fn run(answer: &Answer) -> Value {
     let (outlook, training) = (&answer.outlook, &answer.training);
     let mut object = json!({
         "steps": outlook.steps,
-        "failure_every_s": outlook.failure_every_s,
         "checkpoint_s": outlook.checkpoint_s,
-        "checkpoint_every_s": outlook.checkpoint_every_s,
         "failures_are_rare": outlook.failures_are_rare,
-        "goodput": outlook.goodput,
     });
     let ranged = [
+        ("failure_every_s", outlook.failure_every_s),
+        ("checkpoint_every_s", outlook.checkpoint_every_s),
+        ("goodput", outlook.goodput),
         ("tokens_per_s", outlook.tokens_per_s),
         ("gpu_hours", outlook.gpu_hours),
         ("gpu_hours_per_trillion_tokens", outlook.gpu_hours_per_trillion(training)),

@@ -145,7 +145,7 @@ fn figures(answer: &Answer) -> String {
                 dollars.range(outlook.usd.interval),
                 dollars.name,
                 show::hours(outlook.gpu_hours),
-                percent(outlook.goodput)
+                percent(outlook.goodput.value)
             ),
         ),
     ];

@@ -8,15 +8,15 @@ use super::GIB;
 use super::answer::{Answer, FITTING};
 use crate::screen::say;
 use crate::style::{
-    Paint, Scale, bar, counted, duration, grouped, grouped_range, off, percent, short, table, without_empty,
+    Paint, Scale, bar, between, counted, duration, grouped, grouped_range, off, percent, short, table,
+    without_empty,
 };
 
 /// What is said of the column of [`off`].
 pub const OFF: &str = "80%: where eight of ten runs lie, for step, days and dollars";
 
-/// How sure the parts of a step and of memory are.
-pub const PARTS: &str =
-    "parts have no intervals of their own: only whole steps and peaks were measured often enough";
+/// How sure the parts of a step are.
+pub const PARTS: &str = "80% intervals of parts: of kernels left out of tables, of constants fitted to other runs, and of what all parts err by together";
 
 /// What is said of seconds by link.
 pub const WAITED: &str =
@@ -243,14 +243,13 @@ fn step(answer: &Answer) -> Vec<String> {
 
 fn breakdown(answer: &Answer) -> Vec<String> {
     let (priced, scale) = (&answer.chosen.priced, seconds(answer));
-    let rows: Vec<Vec<String>> = priced
-        .breakdown
-        .parts()
+    let parts = answer.pricer().ranged_parts(&priced.breakdown);
+    let rows: Vec<Vec<String>> = parts
         .into_iter()
-        .filter(|(_, seconds)| *seconds > 0.0)
+        .filter(|(_, seconds)| seconds.value > 0.0)
         .map(|(name, seconds)| {
-            let share = seconds / priced.step_s;
-            vec![name.into(), bar(share, 30), scale.write(seconds), format!("{:.1}%", 100.0 * share)]
+            let share = seconds.value / priced.step_s;
+            vec![name.into(), bar(share, 30), scale.ranged(seconds), format!("{:.1}%", 100.0 * share)]
         })
         .collect();
     table(&rows, 2)
@@ -285,27 +284,29 @@ pub fn shown_ranks(answer: &Answer) -> Vec<usize> {
 /// Communication by axis and class of links.
 fn traffic(answer: &Answer) -> Vec<String> {
     let (traffic, scale) = (&answer.traffic, seconds(answer));
-    let mut rows = vec![["axis", "over", "exposed", "hidden", "GB"].map(String::from).to_vec()];
-    let row = |name: &str, link: &str, of: Communication, bytes: f64| {
+    let mut rows = vec![["axis", "over", "exposed", "hidden", "80%", "GB"].map(String::from).to_vec()];
+    let row = |name: &str, link: &str, of: Communication, apart: String, bytes: f64| {
         let [exposed, hidden] = [of.exposed_s, of.hidden_s].map(|seconds| scale.write(seconds));
-        vec![name.into(), link.into(), exposed, hidden, format!("{:.2}", bytes / 1e9)]
+        vec![name.into(), link.into(), exposed, hidden, apart, format!("{:.2}", bytes / 1e9)]
     };
+    let spreads = answer.pricer().axis_spreads(&answer.chosen.priced.breakdown);
     let mut sums = vec![(Communication::default(), 0.0); traffic.levels.len()];
     for (axis, _) in communication(answer) {
         let mut name = axis.name();
         for (level, link) in traffic.levels.iter().enumerate() {
             let (of, bytes) =
                 (answer.communication[axis as usize][level], traffic.bytes[axis as usize][level]);
-            if bytes > 0.0 {
-                rows.push(row(std::mem::take(&mut name), link, of, bytes));
+            if bytes > 0.0 || of != Communication::default() {
+                let apart = off(Ranged::around(1.0, spreads[axis as usize]));
+                rows.push(row(std::mem::take(&mut name), link, of, apart, bytes));
                 sums[level] = (sums[level].0 + of, sums[level].1 + bytes);
             }
         }
     }
     let mut name = "all";
-    let used = sums.iter().zip(&traffic.levels).filter(|((_, bytes), _)| *bytes > 0.0);
+    let used = sums.iter().zip(&traffic.levels).filter(|(sum, _)| **sum != Default::default());
     for ((of, bytes), link) in used {
-        rows.push(row(std::mem::take(&mut name), link, *of, *bytes));
+        rows.push(row(std::mem::take(&mut name), link, *of, String::new(), *bytes));
     }
     table(&rows, 2)
 }
@@ -335,11 +336,13 @@ fn run(answer: &Answer) -> Vec<String> {
         ),
         if outlook.fails() {
             format!(
-                "  a failure every {}, a checkpoint every {} ({} each): {} of the time trains",
-                duration(outlook.failure_every_s),
-                duration(outlook.checkpoint_every_s),
+                "  a failure every {}, a checkpoint every {} ({} each): {:.1} ({:.1} to {:.1}%) of the time trains",
+                lasting(outlook.failure_every_s),
+                lasting(outlook.checkpoint_every_s),
                 duration(outlook.checkpoint_s),
-                percent(outlook.goodput)
+                100.0 * outlook.goodput.value,
+                100.0 * outlook.goodput.interval[0],
+                100.0 * outlook.goodput.interval[1]
             )
         } else {
             "  no failures, hence no checkpoints: all of the time trains".into()
@@ -357,6 +360,13 @@ fn run(answer: &Answer) -> Vec<String> {
         lines.push(format!("  {TOO_MANY_FAILURES}"));
     }
     lines
+}
+
+/// A duration with its interval, if it is not known.
+fn lasting(seconds: Ranged) -> String {
+    let [low, high] = seconds.interval;
+    let between = if low < high { between(Some(seconds.interval)) } else { String::new() };
+    format!("{}{between}", duration(seconds.value))
 }
 
 /// GPU-hours, whole where there are many.

@@ -46,6 +46,26 @@ fn a_plan_is_one_json_object_whose_parts_add_up() {
             assert!((sum - bytes).abs() <= 1e-9 * bytes.abs().max(1.0), "{part}: {sum} for {bytes}");
         }
     }
+    for (name, seconds) in plan["breakdown_s"].as_object().unwrap() {
+        let ends = |at: usize| plan["breakdown_interval_80_s"][name][at].as_f64().unwrap();
+        let seconds = seconds.as_f64().unwrap();
+        assert!(
+            ends(0) <= seconds && seconds <= ends(1) && (seconds == 0.0) == (ends(0) == ends(1)),
+            "{name}"
+        );
+    }
+    for (axis, of) in plan["communication"].as_object().unwrap() {
+        for time in ["exposed_s", "hidden_s"] {
+            let links = of["by_link"].as_object().unwrap().values();
+            let sum: f64 = links.filter_map(|link| link[time].as_f64()).sum();
+            let all = of[time].as_f64().unwrap();
+            assert!((sum - all).abs() <= 1e-9 * all, "{axis} {time}: {sum} {all}");
+        }
+    }
+    // Experts on 64 GPUs wait for the network; nothing waits for a link that it does not cross.
+    let of_experts = &plan["communication"]["expert"]["by_link"];
+    assert!(of_experts["network"]["exposed_s"].as_f64().unwrap() > 0.0);
+    assert_eq!(plan["communication"]["pipeline"]["by_link"]["NVLink"]["exposed_s"], 0.0);
     let ranks = plan["simulated"]["parts_s_by_pipeline_rank"].as_array().unwrap();
     let simulated_s = plan["simulated"]["step_s"].as_f64().unwrap();
     assert_eq!(ranks.len(), 16);
@@ -188,7 +208,7 @@ fn the_impossible_names_the_nearest_possible() {
         (&long, "GPUs with a batch of 1 sequences would do"),
         (
             &["plan", "Llama-3.1-405B", "h100x64", "--layout", "pp128 dp1"],
-            "takes 128 GPUs and the cluster has 64; nearest: pp64 dp1 mb1 1f1b zero1; nearest that fits the memory: ",
+            "takes 128 GPUs and the cluster has 64; nearest: pp64 dp1 mb1 1f1b zero1; it does not fit",
         ),
         (
             &["plan", "Llama-3.1-8B", "h100x64", "--layout", "tp4 dp30"],
@@ -399,8 +419,12 @@ fn clusters_that_differ_in_their_network_are_told_apart() {
         let high =
             |name: &str| number(&row["run"][format!("{name}_interval_80")][1]) / number(&row["run"][name]);
         let relative = number(&row["chosen"]["interval_80_s"][1]) / step;
-        for name in ["gpu_hours", "gpu_hours_per_trillion_tokens", "days", "usd", "usd_per_trillion_tokens"] {
+        for name in ["gpu_hours", "gpu_hours_per_trillion_tokens"] {
             assert!((high(name) / relative - 1.0).abs() < 1e-9, "{name}");
+        }
+        // How many failures come adds a little.
+        for name in ["days", "usd", "usd_per_trillion_tokens"] {
+            assert!((1.0..1.01).contains(&(high(name) / relative)), "{name}");
         }
         // Our exchange gives way to theirs, and is no longer uncertain.
         let theirs = number(&row["synchronisation_s"]["merge_at_one"]);

@@ -31,7 +31,7 @@ impl Pricer {
     /// `[axis][level]` seconds of `step`, a checked layout's, by the links that exchanges wait for. What is hidden and what is not is known
     /// of axes only: both are split as their sum is.
     pub fn communication(&self, layout: &Parallelism, step: &Breakdown) -> Vec<Vec<Communication>> {
-        let of_axis = |((by_level, exposed_s), hidden_s): ((Vec<f64>, f64), f64)| {
+        let of_axis = |((by_level, exposed_s), hidden_s): ((Vec<f64>, f64), f64)| -> Vec<Communication> {
             let all: f64 = by_level.iter().sum();
             let share = |seconds: &f64| if all > 0.0 { seconds / all } else { 0.0 };
             let split =
