@@ -259,8 +259,10 @@ fn interval(answer: &Answer) -> Vec<String> {
             figure(priced.interval_s[1])
         ),
         format!("  memory x or / exp({band:.3}): {} GiB", show::gib(bytes)),
-        "  parts x or / exp(that x sqrt(sum of squares)) of spreads of tables, constants, borrowed kernels and all parts together:"
-            .into(),
+        format!(
+            "  parts x or / exp({:.4} x sqrt(sum of squares)) of the spreads of tables, constants, borrowed kernels and of all parts together:",
+            IntervalTerms::QUANTILE
+        ),
     ]
     .into_iter()
     .chain(spreads(answer))

@@ -249,7 +249,9 @@ fn breakdown(answer: &Answer) -> Vec<String> {
         .filter(|(_, seconds)| seconds.value > 0.0)
         .map(|(name, seconds)| {
             let share = seconds.value / priced.step_s;
-            vec![name.into(), bar(share, 30), scale.ranged(seconds), format!("{:.1}%", 100.0 * share)]
+            let [low, high] = seconds.interval.map(|end| scale.number(end, 3));
+            let seconds = format!("{} ({low} to {high})", scale.write(seconds.value));
+            vec![name.into(), bar(share, 30), seconds, format!("{:.1}%", 100.0 * share)]
         })
         .collect();
     table(&rows, 2)
