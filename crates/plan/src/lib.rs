@@ -55,7 +55,7 @@ pub use pricing::{
 };
 pub use ranged::Ranged;
 pub use rank_memory::{
-    Communication, HeldTensor, MemoryTerms, ParameterTensor, RankMemory, RankTensors, Unit,
+    CommunicationBuffers, HeldTensor, MemoryTerms, ParameterTensor, RankMemory, RankTensors, Unit,
 };
 pub use shards::{Piece, SegmentKind, ShardedSegment, Shards};
 pub use software::{DispatchKind, Habits, Software, Trainable};

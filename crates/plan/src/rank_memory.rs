@@ -37,7 +37,7 @@ pub struct RankMemory {
     /// Logits and their gradient, where the peak is in the loss.
     pub logits: f64,
     /// Buffers of collectives and of the pipeline.
-    pub communication: Communication,
+    pub communication: CommunicationBuffers,
     /// What libraries of products set aside.
     pub workspace: f64,
     /// What the allocator reserves and cannot use: gaps between what comes and goes.
@@ -48,7 +48,7 @@ pub struct RankMemory {
 
 /// Bytes of buffers that messages leave from and land in.
 #[derive(Debug, Clone, Copy, Default, PartialEq)]
-pub struct Communication {
+pub struct CommunicationBuffers {
     /// Parameters that are gathered from their shards, gradients before they are reduced to theirs.
     pub buckets: f64,
     /// Inputs that stages received from those before, of all micro-batches in flight.
@@ -57,7 +57,7 @@ pub struct Communication {
     pub channels: f64,
 }
 
-impl Communication {
+impl CommunicationBuffers {
     /// All of them.
     pub fn total(&self) -> f64 {
         self.buckets + self.received + self.channels
@@ -380,7 +380,7 @@ impl Pricer {
             weights: width * weights,
             gradients: gradient * gradients,
             optimizer: state * states,
-            communication: Communication {
+            communication: CommunicationBuffers {
                 buckets: buckets.iter().map(|bucket| bucket.count as f64 * bucket.bytes).sum(),
                 received: 0.0,
                 channels: groups(layout).count() as f64 * COMMUNICATOR_BYTES,
