@@ -70,7 +70,7 @@ fn about_four_of_five_sizes_left_out_lie_in_the_interval_of_their_table() {
             apart.len(),
             apart[apart.len() * 4 / 5] / 1.2816
         );
-        assert!((0.79..=0.83).contains(&share), "{kernel}: {share:.3}");
+        assert!((0.78..=0.84).contains(&share), "{kernel}: {share:.3}");
     }
 }
 
