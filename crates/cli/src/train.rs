@@ -71,8 +71,9 @@ fn train(args: Train, job: &Job) -> Result<u8, CliError> {
     signals.quit_at_once();
     let seen = watch.finish();
     let mut summary = outcome?;
+    let code = if summary.stopped && signals.terminated() { REQUEUE } else { DONE };
     if !leads {
-        return Ok(DONE);
+        return Ok(code);
     }
     let Some(started) = &seen.started else {
         return Err(CliError { code: BUG, message: "the run ended without a beginning".into() });
@@ -83,7 +84,7 @@ fn train(args: Train, job: &Job) -> Result<u8, CliError> {
     let on_hosts = started.world.nodes.len() > 1 && job.ranks().is_some();
     say(&format!("\n{}", summary::render(&summary, started, &config, on_hosts, screen.paint)));
     say(&next_commands(&config, &options.folder, &summary, screen.paint));
-    Ok(if summary.stopped && signals.terminated() { REQUEUE } else { DONE })
+    Ok(code)
 }
 
 /// A rank of this process is stuck outside of all calls, so the run can end in no other way.

@@ -271,11 +271,11 @@ pub enum Event {
     Warning(String),
 }
 
-/// Watches a run. Called on rank 0's thread: it must be quick.
+/// Watches a run. Called on ranks' threads: it must be quick.
 pub trait Observer: Sync {
-    /// Something happened.
+    /// Something happened; rank 0 tells.
     fn event(&self, event: Event);
-    /// Asked before every step: true ends the run after a checkpoint.
+    /// Every rank asks before every step: true for any of them ends the run after a checkpoint.
     fn stop(&self) -> bool {
         false
     }

@@ -2,7 +2,7 @@
 
 use std::num::NonZeroUsize;
 use std::path::{Path, PathBuf};
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use serde::{Deserialize, Serialize};
@@ -486,7 +486,7 @@ impl Shared<'_> {
     }
 }
 
-/// What rank 0 says before a step.
+/// What a rank was told before a step.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Told {
     GoOn,
@@ -558,17 +558,20 @@ impl RankRun<'_, '_> {
         outcome
     }
 
-    /// Rank 0 decides; all ranks hear it before they go on.
+    /// What follows from what any rank was told, the same on all: a signal may reach one process alone.
     fn told(&mut self) -> Result<Told, TrainError> {
         let options = self.shared.options;
         let reached = options.stop_after.is_some_and(|step| self.state.progress().step >= step);
-        let told = match self.leads() && (reached || self.shared.observer.stop()) {
+        let told = match reached || self.shared.observer.stop() {
             true => Told::Stop,
             false if std::mem::take(&mut self.save_now) => Told::Save,
             false => Told::GoOn,
         };
-        let all = [Told::GoOn, Told::Save, Told::Stop];
-        Ok(all[self.comm.broadcast(0, vec![told as u64])?[0] as usize])
+        let places: Vec<_> = (0..self.comm.size()).map(|rank| rank..rank + 1).collect();
+        let none = vec![0; self.comm.size()];
+        let all = self.comm.all_gather_v(Arc::new(vec![told as u64]), none, &places)?;
+        let any = |told: Told| all.contains(&(told as u64)).then_some(told);
+        Ok(any(Told::Stop).or(any(Told::Save)).unwrap_or(Told::GoOn))
     }
 
     /// Rank 0 writes into the run folder. The first failure is a warning, and a checkpoint is tried at once.
