@@ -22,6 +22,7 @@ use crate::outlive::{Guard, outlive};
 #[cfg(feature = "mpi")]
 use crate::screen::complain;
 use crate::signals::LAST_WORDS;
+use crate::style::counted;
 #[cfg(feature = "mpi")]
 use crate::style::duration;
 
@@ -95,8 +96,9 @@ impl Job {
             && (!nodes.is_empty() || ranks.is_some_and(|asked| asked != started))
         {
             return Err(CliError::usage(format!(
-                "--ranks and --nodes are for ranks as threads: here the launcher has started {started} ranks, and MPI \
-                 says where"
+                "--ranks and --nodes are for ranks as threads: the launcher has started {}, and MPI says where; leave \
+                 them out",
+                counted(started as u64, "rank")
             )));
         }
         let (ranks, each) = ranks_and_threads(slots, self.ranks().or(ranks), threads);
