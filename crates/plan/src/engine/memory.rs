@@ -294,7 +294,7 @@ impl<'a> Walk<'a> {
         let mut moments = Vec::new();
         for (index, wave) in waves.iter().enumerate() {
             let last = index + 1 == waves.len();
-            for unit in units.clone().skip(1).rev() {
+            for unit in units.clone().rev() {
                 moments.push(self.backward(waves[0].start, wave, last, unit, summed));
             }
         }
@@ -337,12 +337,9 @@ impl<'a> Walk<'a> {
             }
             false => 0,
         };
-        Moment {
-            parameters: self.parameters(Some(unit)),
-            gradients,
-            exchange: summed + exchange,
-            unit: Some(unit),
-        }
+        // The embedding's backward needs no parameters, and nothing is kept any more.
+        let unit = Some(unit).filter(|unit| *unit != Layout::EMBED);
+        Moment { parameters: self.parameters(unit), gradients, exchange: summed + exchange, unit }
     }
 
     fn instances(&self, wave: &Range<usize>) -> usize {
