@@ -173,6 +173,8 @@ pub struct Pricer {
     uneven: Unevenness,
     /// Which step of it is priced.
     step: RoutedStep,
+    /// Which step's memory.
+    pub(crate) memory: RoutedStep,
 }
 
 /// A step among those that differ in how tokens spread over experts.
@@ -222,12 +224,19 @@ impl Pricer {
             rates: Rates::new(cluster, calibration),
             uneven,
             step: RoutedStep::Median,
+            memory: RoutedStep::Slow,
         }
     }
 
     /// The same for another step; a new pricer prices the median.
     pub fn of_step(mut self, step: RoutedStep) -> Self {
         self.step = step;
+        self
+    }
+
+    /// The same with another step's memory; a new pricer's is of a slow one, since that has to fit, too.
+    pub fn with_memory_of(mut self, step: RoutedStep) -> Self {
+        self.memory = step;
         self
     }
 
@@ -273,11 +282,7 @@ impl Pricer {
     }
 
     fn sizes<'a>(&'a self, layout: &'a Parallelism) -> Sizes<'a> {
-        let uneven = self.unevenness(layout);
-        let uneven = match self.step {
-            RoutedStep::Median => uneven.p50,
-            RoutedStep::Slow => uneven.p95,
-        };
+        let uneven = self.unevenness(layout).of(self.step);
         Sizes { model: &self.model, layout, training: &self.training, rates: &self.rates, uneven }
     }
 

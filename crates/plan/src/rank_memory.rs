@@ -241,10 +241,10 @@ impl Pricer {
         [width, trained * optimizer.gradients.bytes(), trained * states]
     }
 
-    /// Tensors that one layer of each kind keeps for a micro-batch's backward, on the fullest rank in one step of twenty, in the
-    /// order of [`Pricer::kinds`].
+    /// Tensors that one layer of each kind keeps for a micro-batch's backward, on the fullest rank in the step whose memory is
+    /// priced, in the order of [`Pricer::kinds`].
     fn kept_by_kind(&self, layout: &Parallelism) -> impl Iterator<Item = Kept> {
-        let uneven = self.unevenness(layout).p95;
+        let uneven = self.unevenness(layout).of(self.memory);
         let kinds = self.kinds().iter().take(MOST_KINDS);
         kinds.map(move |(kind, _)| Kept::of(&self.model, layout, &self.training, *kind, uneven))
     }

@@ -4,6 +4,7 @@
 //! from step to step; what a plan can know is a distribution of popularity. Steps are drawn from it, always the same ones.
 
 use crate::parallelism::Routing;
+use crate::pricing::RoutedStep;
 
 /// Steps that are drawn.
 const STEPS: usize = 100;
@@ -25,6 +26,14 @@ pub struct Percentiles {
 impl Percentiles {
     /// Every rank gets the same.
     pub const EVEN: Self = Self { p50: 1.0, p95: 1.0 };
+
+    /// That of a step.
+    pub fn of(self, step: RoutedStep) -> f64 {
+        match step {
+            RoutedStep::Median => self.p50,
+            RoutedStep::Slow => self.p95,
+        }
+    }
 }
 
 /// [`Percentiles`] for every number of ranks that divides the experts.

@@ -83,6 +83,8 @@ pub struct Uneven {
     pub slow_step: Ranged,
     /// Seconds of a step if routing were even.
     pub even_step: Ranged,
+    /// Bytes on the fullest rank in the median step.
+    pub median_bytes: Ranged,
     /// Bytes on the fullest rank if routing were even.
     pub even_bytes: Ranged,
 }
@@ -184,7 +186,11 @@ fn tried(
     let pricer = Pricer::new(model, cluster, training);
     let trials = trials(cluster, &chosen.layout, training);
     let even = Training { routing: Routing::Balanced, ..training.clone() };
-    let routed = [Pricer::new(model, cluster, &even), pricer.clone().of_step(RoutedStep::Slow)];
+    let routed = [
+        Pricer::new(model, cluster, &even),
+        pricer.clone().with_memory_of(RoutedStep::Median),
+        pricer.clone().of_step(RoutedStep::Slow),
+    ];
     let rows = pricer.unevenness(&chosen.layout);
     let routed = if rows == Percentiles::EVEN { &[][..] } else { &routed[..] };
     let screen = Screen::new(TRIALS_BAR);
@@ -192,9 +198,13 @@ fn tried(
     let steps = spread(&screen, routed.len(), |at| routed[at].price_simulated(&chosen.layout).ok());
     screen.finish();
     let uneven = match &steps[..] {
-        [Some(even), Some(slow)] => {
-            Some(Uneven { rows, slow_step: slow.step(), even_step: even.step(), even_bytes: even.bytes() })
-        }
+        [Some(even), Some(median), Some(slow)] => Some(Uneven {
+            rows,
+            slow_step: slow.step(),
+            even_step: even.step(),
+            median_bytes: median.bytes(),
+            even_bytes: even.bytes(),
+        }),
         _ => None,
     };
     (best_changes(found.into_iter().flatten().collect(), SHOWN_CHANGES), uneven)

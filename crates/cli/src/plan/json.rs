@@ -54,6 +54,8 @@ pub fn object(answer: &Answer) -> Value {
             "step_p95_interval_80_s": uneven.slow_step.interval,
             "memory_even_bytes": uneven.even_bytes.value,
             "memory_even_interval_80_bytes": uneven.even_bytes.interval,
+            "memory_p50_bytes": uneven.median_bytes.value,
+            "memory_p50_interval_80_bytes": uneven.median_bytes.interval,
             "memory_p95_bytes": answer.chosen.priced.bytes().value,
             "memory_p95_interval_80_bytes": answer.chosen.priced.bytes().interval,
         })),

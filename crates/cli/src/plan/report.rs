@@ -90,6 +90,11 @@ fn escape(text: &str) -> String {
     text.replace('&', "&amp;").replace('<', "&lt;").replace('>', "&gt;").replace('"', "&quot;")
 }
 
+/// The same, where a layout's name may be broken between what is computed again.
+fn breakable(text: &str) -> String {
+    escape(text).replace('=', "=<wbr>").replace('+', "+<wbr>")
+}
+
 /// The few numbers that matter most.
 fn figures(answer: &Answer) -> String {
     let (priced, outlook) = (&answer.chosen.priced, &answer.outlook);
@@ -152,9 +157,8 @@ fn figures(answer: &Answer) -> String {
     let cards = figures.map(|(name, value, note)| {
         format!(
             "<div class=\"card\"><div class=\"name\">{name}</div><div class=\"value\">{}</div><div class=\"note\">{}</div></div>",
-            // A layout may be broken between what is computed again.
-            escape(&value).replace('=', "=<wbr>").replace('+', "+<wbr>"),
-            escape(&note)
+            breakable(&value),
+            breakable(&note)
         )
     });
     format!("<div class=\"cards\">{}</div>\n", cards.join("\n"))

@@ -229,16 +229,23 @@ fn step(answer: &Answer) -> Vec<String> {
     if let Some(uneven) = answer.uneven {
         lines.push(format!(
             "  uneven routing: the fullest of {} expert-parallel ranks gets {:.2} times its share in the median step, {:.2} times in one \
-             of twenty,\n  which takes {}; memory is for the latter; evenly, {} and {} GiB",
+             of twenty,\n  which takes {}; memory is for the latter, in the median step it is {} GiB; evenly, {} and {} GiB",
             answer.chosen.layout.expert,
             uneven.rows.p50,
             uneven.rows.p95,
             scale.ranged(uneven.slow_step),
+            gib(uneven.median_bytes),
             scale.ranged(uneven.even_step),
             gib(uneven.even_bytes)
         ));
     }
     lines
+}
+
+/// Seconds of a part of the step, which may be few beside the step's: `0.588 s (0.456 to 0.756)`.
+pub fn part(scale: Scale, seconds: Ranged) -> String {
+    let [low, high] = seconds.interval.map(|end| scale.number(end, 3));
+    format!("{} ({low} to {high})", scale.write(seconds.value))
 }
 
 fn breakdown(answer: &Answer) -> Vec<String> {
@@ -249,9 +256,7 @@ fn breakdown(answer: &Answer) -> Vec<String> {
         .filter(|(_, seconds)| seconds.value > 0.0)
         .map(|(name, seconds)| {
             let share = seconds.value / priced.step_s;
-            let [low, high] = seconds.interval.map(|end| scale.number(end, 3));
-            let seconds = format!("{} ({low} to {high})", scale.write(seconds.value));
-            vec![name.into(), bar(share, 30), seconds, format!("{:.1}%", 100.0 * share)]
+            vec![name.into(), bar(share, 30), part(scale, seconds), format!("{:.1}%", 100.0 * share)]
         })
         .collect();
     table(&rows, 2)

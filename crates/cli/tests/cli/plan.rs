@@ -287,6 +287,8 @@ fn uneven_routing_costs_time_and_memory() {
     assert!(of(&skewed, "memory_bytes") > 1.05 * of(&even, "memory_bytes"));
     assert_eq!(routing("step_even_s"), of(&even, "step_s"));
     assert_eq!(routing("memory_even_bytes"), of(&even, "memory_bytes"));
+    let memory = ["memory_even_bytes", "memory_p50_bytes", "memory_p95_bytes"].map(routing);
+    assert!(memory.is_sorted_by(|less, more| less < more), "{memory:?}");
 
     train(folder, "run", &["--steps", "3", "--ranks", "1"]);
     let ask =

@@ -64,16 +64,18 @@ fn entry(colour: usize, name: &str) -> String {
 /// The parts of the step, one bar each.
 pub fn breakdown(answer: &Answer) -> String {
     let priced = &answer.chosen.priced;
-    let parts: Vec<_> = priced.breakdown.parts().into_iter().filter(|part| part.1 > 0.0).collect();
-    let most = parts.iter().map(|part| part.1).fold(f64::MIN_POSITIVE, f64::max);
+    let parts = answer.pricer().ranged_parts(&priced.breakdown);
+    let parts: Vec<_> = parts.into_iter().filter(|(_, seconds)| seconds.value > 0.0).collect();
+    let most = parts.iter().map(|(_, seconds)| seconds.value).fold(f64::MIN_POSITIVE, f64::max);
     let scale = Scale::seconds(priced.step_s);
     let mut svg = open(ROW * parts.len() as f64 + 4.0);
     for (at, (name, seconds)) in parts.iter().enumerate() {
         let y = ROW * at as f64;
-        let width = (WIDTH - LABEL - 150.0) * seconds / most;
+        let width = (WIDTH - LABEL - 260.0) * seconds.value / most;
         text(&mut svg, "chart-soft", "start", 0.0, y + 17.0, name);
         block(&mut svg, 0, [LABEL + 30.0, y + 4.0, width, ROW - 9.0], name);
-        let label = format!("{}, {:.1}%", scale.write(*seconds), 100.0 * seconds / priced.step_s);
+        let share = 100.0 * seconds.value / priced.step_s;
+        let label = format!("{}, {share:.1}%", show::part(scale, *seconds));
         text(&mut svg, "chart-text", "start", LABEL + 36.0 + width, y + 17.0, &label);
     }
     svg + END
@@ -83,9 +85,9 @@ pub fn breakdown(answer: &Answer) -> String {
 pub fn routing(answer: &Answer, uneven: &Uneven) -> String {
     let priced = &answer.chosen.priced;
     let steps = [
-        ("even", 1.0, uneven.even_step, Some(uneven.even_bytes.value)),
-        ("median", uneven.rows.p50, priced.step(), None),
-        ("one of twenty", uneven.rows.p95, uneven.slow_step, Some(priced.memory.total())),
+        ("even", 1.0, uneven.even_step, uneven.even_bytes.value),
+        ("median", uneven.rows.p50, priced.step(), uneven.median_bytes.value),
+        ("one of twenty", uneven.rows.p95, uneven.slow_step, priced.memory.total()),
     ];
     let scale = Scale::seconds(priced.step_s);
     let mut svg = open(ROW * steps.len() as f64 + 4.0);
@@ -94,11 +96,9 @@ pub fn routing(answer: &Answer, uneven: &Uneven) -> String {
         let width = (WIDTH - LABEL - 500.0) * step.value / uneven.slow_step.value;
         text(&mut svg, "chart-soft", "start", 0.0, y + 17.0, name);
         block(&mut svg, 0, [LABEL, y + 4.0, width, ROW - 9.0], name);
-        let memory = bytes.map_or_else(String::new, |bytes| {
-            let free = answer.cluster.gpu.memory_bytes - bytes;
-            format!(", {:.1} GiB held, {:.1} free", bytes / GIB, free / GIB)
-        });
-        let label = format!("{}, {rows:.2} times its rows{memory}", scale.ranged(step));
+        let free = answer.cluster.gpu.memory_bytes - bytes;
+        let memory = format!("{:.1} GiB held, {:.1} free", bytes / GIB, free / GIB);
+        let label = format!("{}, {rows:.2} times its rows, {memory}", scale.ranged(step));
         text(&mut svg, "chart-text", "start", LABEL + 8.0 + width, y + 17.0, &label);
     }
     svg + END
