@@ -3,24 +3,15 @@
 use std::time::Instant;
 
 use unisono_plan::search::{Plan, Search};
-use unisono_plan::{
-    Architecture, Cluster, DispatchKind, Habits, Optimizer, Parallelism, Precision, Routing, Software,
-    Trainable, Training,
-};
+use unisono_plan::{Architecture, Cluster, Parallelism, Precision, Training};
 
 fn training() -> Training {
     Training {
-        sequence: 4096,
         global_batch: 15_360,
         tokens: 14.8e12,
         compute: Precision::Fp8,
         wire: Precision::Fp8,
-        optimizer: Optimizer::default(),
-        routing: Routing::Balanced,
-        dispatch: DispatchKind { deduplicated: true, overlapped: true, padded: false },
-        trainable: Trainable::All,
-        software: Software::MegatronCore,
-        habits: Habits::default(),
+        ..Training::default()
     }
 }
 

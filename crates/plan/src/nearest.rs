@@ -149,23 +149,10 @@ impl Near<'_> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::precision::Precision;
-    use crate::{DispatchKind, Habits, Optimizer, Routing, Software, Trainable};
+    use crate::DispatchKind;
 
     fn training(global_batch: usize) -> Training {
-        Training {
-            sequence: 4096,
-            global_batch,
-            tokens: 1e12,
-            compute: Precision::Bf16,
-            wire: Precision::Bf16,
-            optimizer: Optimizer::default(),
-            routing: Routing::Balanced,
-            dispatch: DispatchKind::default(),
-            trainable: Trainable::All,
-            software: Software::MegatronCore,
-            habits: Habits::default(),
-        }
+        Training { global_batch, dispatch: DispatchKind::default(), ..Training::default() }
     }
 
     fn nearest(model: &str, text: &str, global_batch: usize, gpus: usize) -> String {

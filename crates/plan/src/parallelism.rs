@@ -198,6 +198,25 @@ pub struct Training {
     pub habits: Habits,
 }
 
+impl Default for Training {
+    /// What a plan is for where nothing is said: 4 M tokens a step and 1 T in all, in bf16, rows sent once to a server while others compute.
+    fn default() -> Self {
+        Self {
+            sequence: 4096,
+            global_batch: 1024,
+            tokens: 1e12,
+            compute: Precision::Bf16,
+            wire: Precision::Bf16,
+            optimizer: Optimizer::default(),
+            routing: Routing::Balanced,
+            dispatch: DispatchKind { deduplicated: true, overlapped: true, padded: false },
+            trainable: Trainable::All,
+            software: Software::default(),
+            habits: Habits::default(),
+        }
+    }
+}
+
 impl Training {
     /// Bytes of an activation; residual streams and inputs of norms stay in 16 bits whatever products use.
     pub fn element_bytes(&self) -> f64 {
@@ -400,19 +419,7 @@ mod tests {
     use super::*;
 
     fn training() -> Training {
-        Training {
-            sequence: 4096,
-            global_batch: 512,
-            tokens: 1e12,
-            compute: Precision::Bf16,
-            wire: Precision::Bf16,
-            optimizer: Optimizer::default(),
-            routing: Routing::Balanced,
-            dispatch: DispatchKind::default(),
-            trainable: Trainable::All,
-            software: Software::MegatronCore,
-            habits: Habits::default(),
-        }
+        Training { global_batch: 512, dispatch: DispatchKind::default(), ..Training::default() }
     }
 
     fn said(change: impl FnOnce(&mut Parallelism, &mut Training)) -> String {

@@ -3,8 +3,8 @@
 use unisono_plan::schedule::ScheduleKind;
 use unisono_plan::simulate::step_parts;
 use unisono_plan::{
-    Architecture, Cluster, DispatchKind, FeedForward, Habits, Modules, Optimizer, Parallelism, Precision,
-    Priced, Pricer, Recomputation, Routing, Sharding, Software, Trainable, Training,
+    Architecture, Cluster, FeedForward, Modules, Optimizer, Parallelism, Precision, Priced, Pricer,
+    Recomputation, Sharding, Training,
 };
 
 /// arXiv 2412.19437: 64 expert-parallel ranks over 8 servers, 16 pipeline ranks, no tensor parallelism, ZeRO-1, fp8 products,
@@ -29,17 +29,12 @@ fn layout() -> Parallelism {
 
 fn training() -> Training {
     Training {
-        sequence: 4096,
         global_batch: 15_360,
         tokens: 14.8e12,
         compute: Precision::Fp8,
         wire: Precision::Fp8,
         optimizer: Optimizer { moments: Precision::Bf16, ..Optimizer::default() },
-        routing: Routing::Balanced,
-        dispatch: DispatchKind { deduplicated: true, overlapped: true, padded: false },
-        trainable: Trainable::All,
-        software: Software::MegatronCore,
-        habits: Habits::default(),
+        ..Training::default()
     }
 }
 

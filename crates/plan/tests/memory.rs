@@ -1,8 +1,8 @@
 //! Memory of pipeline ranks: what is listed tensor by tensor is what is summed, and each part holds what its name says.
 
 use unisono_plan::{
-    Architecture, Cluster, DispatchKind, Habits, Optimizer, Parallelism, Precision, Pricer, RankMemory,
-    RankTensors, Routing, Software, Trainable, Training, Unit,
+    Architecture, Cluster, DispatchKind, Habits, Parallelism, Precision, Pricer, RankMemory, RankTensors,
+    Routing, Software, Trainable, Training, Unit,
 };
 
 const LISTED: [&str; 12] = [
@@ -21,19 +21,7 @@ const LISTED: [&str; 12] = [
 ];
 
 fn training() -> Training {
-    Training {
-        sequence: 4096,
-        global_batch: 6144,
-        tokens: 1e12,
-        compute: Precision::Bf16,
-        wire: Precision::Bf16,
-        optimizer: Optimizer::default(),
-        routing: Routing::Balanced,
-        dispatch: DispatchKind::default(),
-        trainable: Trainable::All,
-        software: Software::MegatronCore,
-        habits: Habits::default(),
-    }
+    Training { global_batch: 6144, dispatch: DispatchKind::default(), ..Training::default() }
 }
 
 /// `[pipeline rank]` sums and list.

@@ -2,25 +2,19 @@
 
 use unisono_plan::collectives::places_touched;
 use unisono_plan::{
-    Architecture, Axis, Breakdown, Cluster, DispatchKind, FeedForward, Gpu, Habits, Level, Optimizer,
-    Outlook, Parallelism, Precision, Priced, Pricer, Recomputation, Routing, Software, Trainable, Training,
-    bottleneck, changes,
+    Architecture, Axis, Breakdown, Cluster, DispatchKind, FeedForward, Gpu, Level, Optimizer, Outlook,
+    Parallelism, Precision, Priced, Pricer, Recomputation, Routing, Training, bottleneck, changes,
 };
 
 /// DeepSeek-V3's pre-training: 15,360 sequences of 4,096 tokens a step, 14.8 T tokens.
 fn deepseek() -> (Architecture, Cluster, Training, Parallelism) {
     let training = Training {
-        sequence: 4096,
         global_batch: 15_360,
         tokens: 14.8e12,
         compute: Precision::Fp8,
         wire: Precision::Fp8,
         optimizer: Optimizer { moments: Precision::Bf16, ..Optimizer::default() },
-        routing: Routing::Balanced,
-        dispatch: DispatchKind { deduplicated: true, overlapped: true, padded: false },
-        trainable: Trainable::All,
-        software: Software::default(),
-        habits: Habits::default(),
+        ..Training::default()
     };
     let layout = "pp16 vp2 ep64 dp128 mb1 dualpipev zero1".parse().unwrap();
     let model = Architecture::built_in("DeepSeek-V3").unwrap();

@@ -3,25 +3,10 @@
 use std::collections::HashSet;
 
 use unisono_plan::search::{Plan, Search};
-use unisono_plan::{
-    Architecture, Cluster, DispatchKind, Habits, Optimizer, Parallelism, Precision, Recomputation, Routing,
-    Software, Trainable, Training,
-};
+use unisono_plan::{Architecture, Cluster, DispatchKind, Parallelism, Precision, Recomputation, Training};
 
 fn training() -> Training {
-    Training {
-        sequence: 4096,
-        global_batch: 256,
-        tokens: 1e12,
-        compute: Precision::Bf16,
-        wire: Precision::Bf16,
-        optimizer: Optimizer::default(),
-        routing: Routing::Balanced,
-        dispatch: DispatchKind::default(),
-        trainable: Trainable::All,
-        software: Software::MegatronCore,
-        habits: Habits::default(),
-    }
+    Training { global_batch: 256, dispatch: DispatchKind::default(), ..Training::default() }
 }
 
 fn search(gpus: &str) -> Search {

@@ -2,7 +2,7 @@
 
 use std::num::NonZeroUsize;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use serde::{Deserialize, Serialize};
@@ -486,7 +486,7 @@ impl Shared<'_> {
     }
 }
 
-/// What a rank was told before a step.
+/// What a rank was told before a step; of what several were told the last of these counts.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Told {
     GoOn,
@@ -567,11 +567,9 @@ impl RankRun<'_, '_> {
             false if std::mem::take(&mut self.save_now) => Told::Save,
             false => Told::GoOn,
         };
-        let places: Vec<_> = (0..self.comm.size()).map(|rank| rank..rank + 1).collect();
-        let none = vec![0; self.comm.size()];
-        let all = self.comm.all_gather_v(Arc::new(vec![told as u64]), none, &places)?;
-        let any = |told: Told| all.contains(&(told as u64)).then_some(told);
-        Ok(any(Told::Stop).or(any(Told::Save)).unwrap_or(Told::GoOn))
+        let all = self.comm.all_gather_values(&[told as u64])?;
+        let most = all.into_iter().flatten().max().unwrap_or_default();
+        Ok([Told::GoOn, Told::Save, Told::Stop][most as usize])
     }
 
     /// Rank 0 writes into the run folder. The first failure is a warning, and a checkpoint is tried at once.

@@ -5,7 +5,7 @@ use unisono_data::Dataset;
 use unisono_mesh::Grid;
 use unisono_plan::ModelConfig;
 use unisono_train::config::{DispatchConfig, EvaluationConfig, RecomputeConfig, ReduceEvery, TrainConfig};
-use unisono_train::{Event, Observer, RunConfig, RunOptions, train_on};
+use unisono_train::{Event, MemoryRecord, Observer, RunConfig, RunOptions, train_on};
 
 /// How far the estimate may be from what is measured.
 const TOLERANCE: f64 = 0.15;
@@ -22,6 +22,12 @@ fn too_far(what: &str, rank: usize, estimated: u64, measured: u64) -> Option<Str
     let said =
         || format!("{what}: rank {rank} estimated {estimated}, measured {measured}: {:+.0}%", 100.0 * off);
     (off.abs() > TOLERANCE).then(said)
+}
+
+/// The ranks of a run whose estimate is too far from what was measured.
+fn ranks_too_far(what: &str, memory: &[MemoryRecord]) -> Vec<String> {
+    let ranks = memory.iter().enumerate();
+    ranks.filter_map(|(rank, record)| too_far(what, rank, record.estimated, record.measured)).collect()
 }
 
 fn config(replicas: usize, expert_group: usize, num_experts: usize, recompute: RecomputeConfig) -> RunConfig {
@@ -87,10 +93,8 @@ fn the_estimate_of_every_rank_is_within_fifteen_percent_of_what_is_measured() {
             options.nodes = nodes.to_vec();
             let summary = train_on(&config, &options, &dataset, &Quiet).expect("the run succeeds");
             assert_eq!(summary.memory.len(), ranks, "{what}");
-            for (rank, record) in summary.memory.iter().enumerate() {
-                assert_eq!(record.even, record.estimated, "{what}: rows are sent evenly");
-                far.extend(too_far(&what, rank, record.estimated, record.measured));
-            }
+            assert!(summary.memory.iter().all(|of| of.even == of.estimated), "{what}: rows are sent evenly");
+            far.extend(ranks_too_far(&what, &summary.memory));
         }
     }
     assert!(far.is_empty(), "{}", far.join("\n"));
@@ -108,10 +112,7 @@ fn of_few_tokens_whose_gradients_outweigh_what_is_computed() {
         let what = format!("{layers} layers of {experts} experts on {ranks} ranks");
         let options = RunOptions::new(folder.path().join(&what), ranks, 1);
         let memory = train_on(&config, &options, &dataset, &Quiet).expect("the run succeeds").memory;
-        let ranks = memory.iter().enumerate();
-        far.extend(
-            ranks.filter_map(|(rank, record)| too_far(&what, rank, record.estimated, record.measured)),
-        );
+        far.extend(ranks_too_far(&what, &memory));
     }
     assert!(far.is_empty(), "{far:#?}");
 }
@@ -152,10 +153,7 @@ fn of_the_smallest_example_whose_largest_tensors_are_a_seventh_of_all() {
             let what = format!("{layout} on {ranks} ranks");
             let options = RunOptions::new(folder.path().join(&what), ranks, 1);
             let memory = train_on(&config, &options, &dataset, &Quiet).expect("the run succeeds").memory;
-            let ranks = memory.iter().enumerate();
-            far.extend(
-                ranks.filter_map(|(rank, record)| too_far(&what, rank, record.estimated, record.measured)),
-            );
+            far.extend(ranks_too_far(&what, &memory));
         }
     }
     assert!(far.is_empty(), "{far:#?}");

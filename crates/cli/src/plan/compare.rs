@@ -41,7 +41,7 @@ pub struct Compare {
 pub fn run(args: &Compare) -> Result<u8, CliError> {
     if args.clusters.iter().any(|name| name == LOCAL) {
         return Err(CliError::usage(
-            "--cluster local: only `unisono plan CONFIG local` prices layouts on this machine, its steps are the engine's own; \
+            "--cluster local: only `unisono plan MODEL local` prices layouts on this machine, its steps are the engine's own; \
              here a cluster is a GPU and a count or a TOML file",
         ));
     }

@@ -1,15 +1,14 @@
 //! The plan as a config that `unisono train` runs.
 
-use unisono_data::Tokenizer;
 use unisono_plan::{
-    Attention, ModelConfig, Modules, Optimizer, Parallelism, Pattern, Precision, Pricer, Recomputation,
-    Routing, Sharding, Training,
+    Modules, Optimizer, Parallelism, Precision, Pricer, Recomputation, Routing, Sharding, Training,
 };
 use unisono_train::RunConfig;
 use unisono_train::config::{DispatchConfig, RecomputeConfig, ReduceEvery, WireConfig};
 
 use super::GIB;
 use super::answer::Answer;
+use super::engine::{self, lacking};
 use super::question::Origin;
 use crate::error::CliError;
 
@@ -24,7 +23,7 @@ pub struct Emitted {
 
 /// The config of the chosen layout. Of a config of ours everything stays that the plan does not decide.
 pub fn config(answer: &Answer, origin: &Origin) -> Result<Emitted, CliError> {
-    let of_model = missing_of_model(answer, origin);
+    let of_model = engine::missing(&answer.model, origin);
     let of_layout = missing_of_layout(answer);
     let missing: Vec<String> = of_layout.iter().chain(&of_model).map(|what| format!("  - {what}")).collect();
     if !missing.is_empty() {
@@ -37,49 +36,22 @@ pub fn config(answer: &Answer, origin: &Origin) -> Result<Emitted, CliError> {
             missing.join("\n")
         )));
     }
-    let mut config = match origin {
-        Origin::Config(config) => RunConfig::clone(config),
-        Origin::HuggingFace(numerics) => {
-            let mut config = RunConfig { model: engine_model(answer)?, ..RunConfig::default() };
-            numerics.apply(&mut config.model);
-            config
-        }
-        Origin::BuiltIn => RunConfig { model: engine_model(answer)?, ..RunConfig::default() },
-    };
+    let refused = |error: String| CliError::usage(format!("--emit: {error}"));
+    let mut config = engine::config(&answer.model, origin, RunConfig::default()).map_err(refused)?;
     lay_out(answer, &mut config);
-    let toml = config.to_toml().map_err(|error| CliError::usage(error.to_string()))?;
+    let toml = config.to_toml().map_err(|error| refused(error.to_string()))?;
     // What is written must read back as a config that can be trained.
-    RunConfig::load(&toml, &[]).map_err(|error| CliError::usage(format!("--emit: {error}")))?;
-    let data = data(&config)?;
+    RunConfig::load(&toml, &[]).map_err(|error| refused(error.to_string()))?;
+    let data = engine::lacking_data(&config)?;
     let mut text = head(answer, origin, data.is_some());
     text.extend(data.iter().map(|data| format!("# {data}.\n")));
     Ok(Emitted { text: text + "\n" + &toml, data })
 }
 
-/// Which data the config needs where it names none and the built-in text has tokens that its vocabulary has not.
-fn data(config: &RunConfig) -> Result<Option<String>, CliError> {
-    let (vocabulary, built_in) = (config.model.vocab_size, Tokenizer::builtin()?.vocab_size() as usize);
-    Ok((config.data.path.is_none() && vocabulary < built_in).then(|| {
-        format!(
-            "data.path must name a dataset whose tokenizer has at most model.vocab_size = {vocabulary} tokens \
-             (`unisono data prepare --tokenizer`): the built-in one has {built_in}"
-        )
-    }))
-}
-
 /// Where the config is from, and what in it nobody has chosen.
 fn head(answer: &Answer, origin: &Origin, needs_data: bool) -> String {
     let layout = &answer.chosen.layout;
-    let rest = match origin {
-        Origin::Config(_) => "What a plan does not decide is as in that config.",
-        Origin::HuggingFace(_) => {
-            "Balance, optimizer and data are defaults: a config.json does not say them."
-        }
-        Origin::BuiltIn => {
-            "Score function, normalize_top_k, rope_theta, rms_norm_eps, balance, optimizer and data are defaults: the planner \
-             does not know them."
-        }
-    };
+    let rest = engine::defaults(origin);
     let data = if needs_data { " --set data.path=DATASET" } else { "" };
     format!(
         "# unisono plan: {} on {} {}, {layout}; predicted step {:.3} s.\n# {rest}\n# mpirun -n {} unisono train THIS_FILE{data}\n",
@@ -189,36 +161,6 @@ fn missing_of_layout(answer: &Answer) -> Vec<String> {
     lacking(features)
 }
 
-/// What of the model the engine does not have.
-fn missing_of_model(answer: &Answer, origin: &Origin) -> Vec<String> {
-    let model = &answer.model;
-    let [shared, routed] = model.moe.map_or([0, 1], |moe| [moe.shared_ffn, moe.expert_ffn]);
-    let every_layer = matches!(model.pattern, Pattern::Uniform { moe_every: 0 | 1, .. });
-    let features = [
-        (matches!(model.attention, Attention::Latent { .. }), "latent attention (MLA)".into()),
-        (model.window.is_some(), "sliding-window attention".into()),
-        (model.state_space.is_some(), "state-space layers".into()),
-        (model.mtp_layers > 0, "multi-token prediction".into()),
-        (!model.gated, "feed-forward networks without a gate".into()),
-        (model.parallel_blocks, "parallel attention and feed-forward blocks".into()),
-        (model.moe.is_some_and(|moe| moe.latent.is_some()), "experts in a latent space".into()),
-        (!every_layer && model.state_space.is_none(), "MoE in only some of the layers".into()),
-        (
-            !shared.is_multiple_of(routed),
-            format!("shared experts of width {shared}, no multiple of the routed experts' {routed}"),
-        ),
-    ];
-    let mut missing = lacking(features);
-    if let Origin::HuggingFace(numerics) = origin {
-        missing.extend(numerics.lacking.iter().map(ToString::to_string));
-    }
-    missing
-}
-
-fn lacking<const N: usize>(features: [(bool, String); N]) -> Vec<String> {
-    features.into_iter().filter(|(lacks, _)| *lacks).map(|(_, what)| what).collect()
-}
-
 /// The options of a plan with the engine's axes and formats alone, on as many GPUs: of those that fit the one most alike.
 fn nearest(answer: &Answer) -> String {
     let layout = &answer.chosen.layout;
@@ -261,41 +203,4 @@ fn nearest(answer: &Answer) -> String {
         false => String::new(),
     };
     format!("nearest{beyond}: --precision f32{wire} --optimizer adam --layout \"{layout}\"")
-}
-
-/// The architecture as the engine's own description; only what passed the check for missing features.
-fn engine_model(answer: &Answer) -> Result<ModelConfig, CliError> {
-    let model = &answer.model;
-    let Attention::Grouped { heads, kv_heads, head_dim } = model.attention else {
-        return Err(CliError::usage("the engine has no latent attention"));
-    };
-    let first_dense = match model.pattern {
-        Pattern::Uniform { first_dense, .. } => first_dense,
-        Pattern::Letters(_) => 0,
-    };
-    let mut config = ModelConfig {
-        vocab_size: model.vocab,
-        hidden_size: model.hidden,
-        num_hidden_layers: model.layers,
-        num_attention_heads: heads,
-        num_key_value_heads: kv_heads,
-        head_dim,
-        intermediate_size: model.ffn_dense.max(1),
-        num_experts: 0,
-        num_shared_experts: 0,
-        first_dense,
-        qk_norm: model.qk_norm,
-        tie_embeddings: model.tied_embeddings,
-        ..ModelConfig::default()
-    };
-    if let Some(moe) = model.moe {
-        config.num_experts = moe.experts;
-        config.top_k = moe.top_k;
-        config.moe_intermediate_size = moe.expert_ffn;
-        config.num_shared_experts = moe.shared_ffn / moe.expert_ffn;
-        config.num_groups = moe.groups.max(1);
-        config.top_groups = moe.top_groups.max(1);
-    }
-    config.validate().map_err(|error| CliError::usage(format!("--emit: {error}")))?;
-    Ok(config)
 }

@@ -1,5 +1,5 @@
-//! `unisono plan CONFIG local` and `unisono plan CONFIG HOSTS.toml`: the layouts of a config of ours on this machine, or on several
-//! that were measured.
+//! `unisono plan MODEL local` and `unisono plan MODEL HOSTS.toml`: the layouts in which the engine trains a model on this machine, or on
+//! several that were measured.
 
 use std::path::Path;
 
@@ -11,11 +11,12 @@ use unisono_train::config::DispatchConfig;
 use unisono_train::system::{available_memory, readable};
 use unisono_train::{RunConfig, TrainError, estimate_all};
 
-use super::{trace, write};
+use super::question::{self, Model, Origin};
+use super::{engine, trace, write};
 use crate::error::{CliError, DONE};
 pub use crate::machine::LOCAL;
 use crate::machine::{self, Hosts, LocalLayout, Sees};
-use crate::screen::say;
+use crate::screen::{complain, say};
 use crate::style::{Paint, Scale, bar, grouped, percent, program, quoted, table};
 
 /// Phases shown of the fastest layout.
@@ -31,8 +32,8 @@ struct Choice {
 /// What is asked.
 #[derive(Debug, Clone, Copy)]
 pub struct Ask<'a> {
-    /// The config.
-    pub config: &'a Path,
+    /// The model.
+    pub model: &'a str,
     /// The file that describes several hosts; none for this machine.
     pub cluster: Option<&'a Path>,
     /// File of the machine.
@@ -49,16 +50,10 @@ pub struct Ask<'a> {
     pub json: bool,
 }
 
-/// Prices every layout of a config on this machine, or on `hosts`, the text of the file that describes them.
+/// Prices every layout of a model on this machine, or on `hosts`, the text of the file that describes them.
 pub fn run(ask: &Ask<'_>, hosts: Option<&str>) -> Result<u8, CliError> {
-    let path = ask.config;
-    if path.extension().is_none_or(|extension| extension != "toml") {
-        return Err(CliError::usage(format!(
-            "{}: measured machines train configs of unisono (.toml); `unisono config --print` writes the built-in one",
-            path.display()
-        )));
-    }
-    let config = crate::config::load(Some(path), &[])?;
+    let model = question::model(ask.model)?;
+    let config = config_of(&model)?;
     let hosts = match (hosts, ask.cluster) {
         (Some(text), Some(cluster)) => Hosts::read(text, cluster, ask.machine, Sees::All)?,
         _ => Hosts::here(ask.machine)?,
@@ -73,7 +68,11 @@ pub fn run(ask: &Ask<'_>, hosts: Option<&str>) -> Result<u8, CliError> {
     let Some(best) = choices.first() else { return Err(no_layout(&hosts, &config)) };
     let step = hosts.simulate(&best.layout)?;
     if let Some(to) = ask.emit {
-        write(to, &emit(ask, Some(best).filter(|choice| choice.memory <= free))?)?;
+        let data = engine::lacking_data(&config)?;
+        write(to, &emit(ask, &model, Some(best).filter(|choice| choice.memory <= free), data.as_deref())?)?;
+        if let Some(lacking) = data {
+            complain("warning", &lacking);
+        }
     }
     if let Some(to) = ask.trace {
         trace::write(&step, to)?;
@@ -91,8 +90,24 @@ pub fn run(ask: &Ask<'_>, hosts: Option<&str>) -> Result<u8, CliError> {
         return Ok(DONE);
     }
     show(ask, &hosts, &choices[..ask.rows.min(choices.len())], config.tokens_per_step() as f64, free);
-    show_chosen(ask, best, &step);
+    show_chosen(ask, &model, best, &step);
     Ok(DONE)
+}
+
+/// The config that trains a model.
+fn config_of(model: &Model) -> Result<RunConfig, CliError> {
+    let Model { architecture, origin } = model;
+    let missing = engine::missing(architecture, origin);
+    if !missing.is_empty() {
+        return Err(CliError::usage(format!(
+            "the engine cannot train {} yet; it lacks\n  - {}",
+            architecture.name,
+            missing.join("\n  - ")
+        )));
+    }
+    let built_in = crate::config::load(None, &[])?;
+    engine::config(architecture, origin, built_in)
+        .map_err(|error| CliError::usage(format!("{}: {error}", architecture.name)))
 }
 
 /// Bytes that ranks of one host may use, as far as that is known.
@@ -148,23 +163,31 @@ fn entry(choice: &Choice, free: u64) -> serde_json::Value {
     })
 }
 
-/// The config of the chosen layout; ranks and threads are arguments.
-fn emit(ask: &Ask<'_>, chosen: Option<&Choice>) -> Result<String, CliError> {
+/// The config of the chosen layout, and which data it needs; ranks and threads are arguments.
+fn emit(
+    ask: &Ask<'_>,
+    model: &Model,
+    chosen: Option<&Choice>,
+    data: Option<&str>,
+) -> Result<String, CliError> {
     let Some(Choice { layout, price, .. }) = chosen else {
         return Err(CliError::usage(format!(
             "--emit: no layout of {} fits the memory of a host: make micro_batch or the model smaller",
-            ask.config.display()
+            ask.model
         )));
     };
     let toml = layout.config.to_toml().map_err(|error| CliError::usage(format!("--emit: {error}")))?;
-    Ok(format!(
-        "# unisono plan: {} on {}, {}; predicted step {:.3} s.\n# {}\n\n{toml}",
-        ask.config.display(),
-        ask.cluster.map_or_else(|| "this machine".into(), |cluster| cluster.display().to_string()),
+    let place = ask.cluster.map_or_else(|| "this machine".into(), |cluster| cluster.display().to_string());
+    let mut text = format!(
+        "# unisono plan: {} on {place}, {}; predicted step {:.3} s.\n# {}\n# {}\n",
+        ask.model,
         layout.name(),
         price.step_s,
+        engine::defaults(&model.origin),
         start(ask, layout, "unisono", "THIS_FILE"),
-    ))
+    );
+    text.extend(data.iter().map(|data| format!("# {data}.\n")));
+    Ok(text + "\n" + &toml)
 }
 
 fn show(ask: &Ask<'_>, hosts: &Hosts, choices: &[Choice], tokens: f64, free: u64) {
@@ -202,7 +225,7 @@ fn show(ask: &Ask<'_>, hosts: &Hosts, choices: &[Choice], tokens: f64, free: u64
 }
 
 /// Where the time of the chosen layout goes, and how to run it.
-fn show_chosen(ask: &Ask<'_>, best: &Choice, step: &SimulatedStep) {
+fn show_chosen(ask: &Ask<'_>, model: &Model, best: &Choice, step: &SimulatedStep) {
     let paint = Paint::new(&std::io::stdout());
     let scale = Scale::seconds(best.price.step_s);
     say(&format!("\n{}\n", paint.strong(&format!("Chosen: {}", best.layout.name()))));
@@ -235,10 +258,28 @@ fn show_chosen(ask: &Ask<'_>, best: &Choice, step: &SimulatedStep) {
             "  exchanges are {all} between hosts; ranks wait {waited} of it, the rest is behind computation\n"
         ));
     }
-    let layout = &best.layout;
-    let how = format!(
+    say(&format!("\n{}\n  {}\n", paint.strong("Train it"), how(ask, model, &best.layout)));
+}
+
+/// The commands that train a layout.
+fn how(ask: &Ask<'_>, model: &Model, layout: &LocalLayout) -> String {
+    let program = program();
+    if !matches!(model.origin, Origin::Config(_)) {
+        let file = quoted(ask.emit.unwrap_or(Path::new("plan.toml")));
+        let train = start(ask, layout, &program, &file);
+        let cluster = ask.cluster.unwrap_or(Path::new(LOCAL));
+        return match ask.emit {
+            Some(_) => train,
+            None => format!(
+                "{program} plan {} {} --emit {file}\n  {train}",
+                quoted(Path::new(ask.model)),
+                quoted(cluster)
+            ),
+        };
+    }
+    format!(
         "{} --set layout.zero={} --set train.recompute={}{}",
-        start(ask, layout, &program(), &quoted(ask.config)),
+        start(ask, layout, &program, &quoted(Path::new(ask.model))),
         layout.config.layout.zero,
         layout.recompute(),
         match layout.config.layout.dispatch {
@@ -246,8 +287,7 @@ fn show_chosen(ask: &Ask<'_>, best: &Choice, step: &SimulatedStep) {
             DispatchConfig::Flat if layout.hosts > 1 => " --set layout.dispatch=flat",
             _ => "",
         },
-    );
-    say(&format!("\n{}\n  {how}\n", paint.strong("Train it")));
+    )
 }
 
 /// The command that trains `config` on a layout's ranks.

@@ -3,6 +3,7 @@
 pub mod answer;
 mod compare;
 mod emit;
+mod engine;
 mod explain;
 mod json;
 mod local;
@@ -171,8 +172,8 @@ fn measured_hosts(args: &Ask) -> Result<Option<Option<String>>, CliError> {
     Ok(question::cluster_text(cluster)?.filter(|text| HostCluster::is_meant(text)).map(Some))
 }
 
-/// The same of a config on this machine, or on hosts that `hosts` describes; they have neither clusters' layouts nor a training of
-/// their own.
+/// The same of a model that the engine trains on this machine, or on hosts that `hosts` describes; they have neither clusters' layouts
+/// nor a training of their own.
 fn ask_local(args: &Ask, hosts: Option<&str>) -> Result<u8, CliError> {
     let of_clusters = [
         ("--layout", args.layout.is_some()),
@@ -182,12 +183,11 @@ fn ask_local(args: &Ask, hosts: Option<&str>) -> Result<u8, CliError> {
     let given = of_clusters.into_iter().filter(|(_, given)| *given).map(|(name, _)| name);
     if let Some(option) = given.chain(args.training.given()).next() {
         return Err(CliError::usage(format!(
-            "{option} is for clusters of GPUs; on measured machines `plan` prices every layout of a config as it is, routing as even: change the config itself"
+            "{option} is for clusters of GPUs; on measured machines `plan` prices every layout of a config as it is, routing as even: change the config itself (--emit writes that of a model)"
         )));
     }
-    let path = args.model.as_ref().map(Path::new).unwrap_or(Path::new(""));
     let ask = local::Ask {
-        config: path,
+        model: args.model.as_deref().unwrap_or_default(),
         cluster: hosts.and(args.cluster.as_deref()).map(Path::new),
         machine: args.machine.as_deref(),
         emit: args.emit.as_deref(),

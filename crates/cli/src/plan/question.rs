@@ -6,8 +6,8 @@ use std::path::{Path, PathBuf};
 
 use clap::{Args, ValueEnum};
 use unisono_plan::{
-    Architecture, Cluster, ClusterError, DispatchKind, Habits, Numerics, Optimizer, Precision, Recomputation,
-    Routing, Software, Trainable, Training,
+    Architecture, Cluster, ClusterError, DispatchKind, Numerics, Optimizer, Precision, Recomputation,
+    Routing, Training,
 };
 use unisono_train::RunConfig;
 use unisono_train::config::WireConfig;
@@ -17,9 +17,6 @@ use crate::error::{BAD_INPUT, CliError};
 
 /// The most tokens of a run.
 const MOST_TOKENS: f64 = 1e18;
-/// Tokens of a run, and of a sequence, where nobody says.
-const USUAL_TOKENS: f64 = 1e12;
-const USUAL_SEQUENCE: usize = 4096;
 /// The largest description of a model or a cluster that is read.
 const LARGEST_FILE_BYTES: u64 = 1 << 20;
 
@@ -132,7 +129,7 @@ impl TrainingArgs {
 
     /// The training of a model on this cluster.
     pub fn training(&self, model: &Model, cluster: &Cluster) -> Result<Training, CliError> {
-        let config = model.config();
+        let (config, default) = (model.config(), Training::default());
         // What unisono's engine trains in.
         let usual = if config.is_some() { Precision::F32 } else { Precision::Bf16 };
         let precision = self.precision.unwrap_or(usual);
@@ -141,12 +138,12 @@ impl TrainingArgs {
         let sequence = match (self.sequence, config) {
             (Some(sequence), _) => sequence as usize,
             (None, Some(config)) => config.train.sequence_length,
-            (None, None) => model.positions().map_or(USUAL_SEQUENCE, |most| most.min(USUAL_SEQUENCE)),
+            (None, None) => model.positions().map_or(default.sequence, |most| most.min(default.sequence)),
         };
         let usual = ((4 << 20) / sequence).next_power_of_two().max(cluster.gpus.next_power_of_two());
         let batch = config.map_or(usual, RunConfig::global_batch);
         let tokens = config.map(|config| config.train.steps as f64 * config.tokens_per_step() as f64);
-        let tokens = tokens.filter(|tokens| (1.0..=MOST_TOKENS).contains(tokens)).unwrap_or(USUAL_TOKENS);
+        let tokens = tokens.filter(|tokens| (1.0..=MOST_TOKENS).contains(tokens)).unwrap_or(default.tokens);
         let wire = match config.map(|config| config.train.dispatch_wire) {
             Some(WireConfig::F32) => Precision::F32,
             _ => Precision::Bf16,
@@ -165,9 +162,7 @@ impl TrainingArgs {
             optimizer,
             routing: self.routing()?,
             dispatch: DispatchKind { deduplicated: !self.no_deduplication, overlapped, padded: false },
-            trainable: Trainable::All,
-            software: Software::default(),
-            habits: Habits::default(),
+            ..default
         })
     }
 

@@ -160,10 +160,7 @@ fn is_engine(step: &SimulatedStep) -> bool {
 
 #[cfg(test)]
 mod tests {
-    use unisono_plan::{
-        Architecture, Cluster, DispatchKind, Habits, Optimizer, Parallelism, Precision, Pricer, Routing,
-        Software, Trainable, Training,
-    };
+    use unisono_plan::{Architecture, Cluster, DispatchKind, Parallelism, Pricer, Training};
 
     use super::*;
 
@@ -172,17 +169,9 @@ mod tests {
         let model = Architecture::built_in("Llama-3.1-8B").unwrap();
         let cluster = Cluster::parse("h100x8").unwrap();
         let training = Training {
-            sequence: 4096,
             global_batch: 64,
-            tokens: 1e12,
-            compute: Precision::Bf16,
-            wire: Precision::Bf16,
-            optimizer: Optimizer::default(),
-            routing: Routing::Balanced,
             dispatch: DispatchKind { deduplicated: true, overlapped: false, padded: false },
-            trainable: Trainable::All,
-            software: Software::MegatronCore,
-            habits: Habits::default(),
+            ..Training::default()
         };
         let layout: Parallelism = "pp8 interleaved vp2".parse().unwrap();
         let step = Pricer::new(&model, &cluster, &training).simulate(&layout, true).unwrap();

@@ -74,3 +74,14 @@ pub fn dataset() -> &'static Path {
     });
     path
 }
+
+/// A small Qwen3 with experts, in `folder/name/config.json`, with these fields instead or besides.
+pub fn write_qwen(folder: &Path, name: &str, fields: &str) {
+    std::fs::create_dir_all(folder.join(name)).unwrap();
+    let config = format!(
+        r#"{{"model_type":"qwen3_moe","num_hidden_layers":2,"hidden_size":64,"vocab_size":512,"num_attention_heads":4,
+        "num_key_value_heads":2,"head_dim":16,"intermediate_size":128,"moe_intermediate_size":32,"num_experts":8,
+        "num_experts_per_tok":2,"rope_theta":1000000.0,"rms_norm_eps":1e-06,"norm_topk_prob":false{fields}}}"#
+    );
+    std::fs::write(folder.join(name).join("config.json"), config).unwrap();
+}

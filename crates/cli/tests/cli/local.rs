@@ -9,7 +9,7 @@ use unisono_plan::engine::{LocalMachine, Mode, PhaseRates, ProductRates, step_wo
 use unisono_train::system::{cores, cpu_type};
 use unisono_train::{RunConfig, engine_layout, step_rows};
 
-use crate::common::{TINY, run, train};
+use crate::common::{TINY, run, train, write_qwen};
 
 /// This machine with rates that nothing was measured for, in `folder`.
 fn write_machine(folder: &Path) {
@@ -143,6 +143,32 @@ fn the_fastest_layout_is_emitted_as_a_config_that_trains() {
     assert_eq!(serde_json::json!(emitted.layout.zero), chosen["zero"]);
     (expected.train.recompute, expected.layout.zero) = (emitted.train.recompute, emitted.layout.zero);
     assert_eq!(emitted, expected);
+}
+
+#[test]
+fn a_model_that_no_config_is_of_is_laid_out_and_trains() {
+    let folder = tempfile::tempdir().unwrap();
+    let folder = folder.path();
+    write_machine(folder);
+    write_qwen(folder, "qwen", r#","vocab_size":4096,"num_experts":12,"max_position_embeddings":64"#);
+    let shown = run(folder, 0, &["plan", "qwen", "local"]).out;
+    // The two commands that are shown, without the program.
+    let arguments = |wanted: &str| -> Vec<&str> {
+        let found = shown.lines().find_map(|line| Some(&line[line.find(wanted)?..]));
+        found.unwrap_or_else(|| panic!("{shown}")).split_whitespace().collect()
+    };
+    run(folder, 0, &arguments(" plan qwen local --emit plan.toml"));
+    let config = RunConfig::load(&std::fs::read_to_string(folder.join("plan.toml")).unwrap(), &[]).unwrap();
+    // Of the built-in 8 the widest group that divides 12 experts; no longer sequences than the model has positions.
+    assert_eq!((config.grid.replicas, config.grid.expert_group, config.train.sequence_length), (8, 4, 64));
+    assert_eq!((config.model.num_experts, config.model.rope_theta), (12, 1e6));
+    let few = ["--run", "run", "--steps", "2", "--set", "evaluation.sequences=8"];
+    run(folder, 0, &[&arguments(" train plan.toml --ranks "), &few[..]].concat());
+    // One that the engine does not have names what it lacks, one that is too large that it does not fit.
+    let said = run(folder, 2, &["plan", "DeepSeek-V3", "local"]).err;
+    assert!(said.contains("latent attention (MLA)") && said.contains("DeepSeek-V3"), "{said}");
+    let said = run(folder, 2, &["plan", "qwen3-30b-a3b", "local", "--emit", "no.toml"]).err;
+    assert!(said.contains("no layout of qwen3-30b-a3b fits"), "{said}");
 }
 
 /// Describes two of this machine, with a link of `gbyte_per_s`.

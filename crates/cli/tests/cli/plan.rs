@@ -10,7 +10,7 @@ use unisono_plan::ScoreFunction;
 use unisono_train::RunConfig;
 use unisono_train::config::{RecomputeConfig, WireConfig};
 
-use crate::common::{TINY, dataset, run, train};
+use crate::common::{TINY, dataset, run, train, write_qwen};
 
 /// DeepSeek-V3 on the cluster it was trained on.
 const DEEPSEEK: [&str; 8] = [
@@ -313,17 +313,6 @@ fn uneven_routing_costs_time_and_memory() {
     assert!(said.contains("nowhere") && said.contains("no run that has ended"), "{said}");
 }
 
-/// A small Qwen3 with experts, in `folder/name/config.json`, with these fields instead or besides.
-fn write_qwen(folder: &Path, name: &str, fields: &str) {
-    fs::create_dir_all(folder.join(name)).unwrap();
-    let config = format!(
-        r#"{{"model_type":"qwen3_moe","num_hidden_layers":2,"hidden_size":64,"vocab_size":512,"num_attention_heads":4,
-        "num_key_value_heads":2,"head_dim":16,"intermediate_size":128,"moe_intermediate_size":32,"num_experts":8,
-        "num_experts_per_tok":2,"rope_theta":1000000.0,"rms_norm_eps":1e-06,"norm_topk_prob":false{fields}}}"#
-    );
-    fs::write(folder.join(name).join("config.json"), config).unwrap();
-}
-
 /// What `--emit` writes of a layout on two GPUs.
 fn emitted(folder: &Path, model: &str, layout: &str, more: &[&str]) -> RunConfig {
     let ask = ["plan", model, "h100x2", "--precision", "f32", "--layout", layout, "--emit", "emitted.toml"];
@@ -577,7 +566,7 @@ fn what_would_have_no_effect_is_refused() {
     assert!(rows[0]["error"].as_str().unwrap().contains("A100 has no units"), "{}", rows[0]);
     assert!(rows[1]["error"].is_null() && rows[1]["chosen"].is_object());
     let said = run(folder, 2, &[&compare[..], &["local"]].concat()).err;
-    assert!(said.contains("--cluster local: only `unisono plan CONFIG local`"), "{said}");
+    assert!(said.contains("--cluster local: only `unisono plan MODEL local`"), "{said}");
     let said = run(folder, 2, &[&dense[..], &["--machine", "local.toml"]].concat()).err;
     assert!(said.contains("--machine is for `local`"), "{said}");
     let said = run(folder, 2, &[&dense[..], &["--tokens", "1e300T"]].concat()).err;
