@@ -1,6 +1,7 @@
 //! Ranks as processes of an MPI job: the collectives' tests, sums with the bits of thread ranks, and failures that name
 //! who did it. Started without a launcher, this program starts itself under `mpirun`, once for each number of ranks.
 
+#[path = "comm/common/mod.rs"]
 mod common;
 
 use std::error::Error;

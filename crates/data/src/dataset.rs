@@ -86,11 +86,32 @@ impl Dataset {
     }
 
     fn builtin_parts(parts: &'static [Part], threads: usize) -> Result<Self> {
-        let tokenizer = Tokenizer::builtin()?;
+        let works = corpus::works()?.into_iter().map(|work| work.text);
+        Self::in_memory(Tokenizer::builtin()?, works, parts, threads)
+    }
+
+    /// Documents in memory, cut and divided as the built-in corpus is, and encoded by `threads` threads.
+    ///
+    /// # Errors
+    /// [`DataError::Coding`] where the tokenizer has no token for a part of a text.
+    pub fn of_texts(
+        tokenizer: Tokenizer,
+        texts: impl IntoIterator<Item = impl AsRef<str>>,
+        threads: usize,
+    ) -> Result<Self> {
+        Self::in_memory(tokenizer, texts, &Part::ALL, threads)
+    }
+
+    fn in_memory(
+        tokenizer: Tokenizer,
+        texts: impl IntoIterator<Item = impl AsRef<str>>,
+        parts: &'static [Part],
+        threads: usize,
+    ) -> Result<Self> {
         let memory = Memory::new(tokenizer.eot_id(), parts);
         let mut assembler = Assembler::new(&tokenizer, BUILT_IN_SPLIT, threads, memory);
-        for work in corpus::works()? {
-            pieces_of(&work.text, BUILT_IN_SPLIT.piece_bytes(), &mut |piece| assembler.push(piece))?;
+        for text in texts {
+            pieces_of(text.as_ref(), BUILT_IN_SPLIT.piece_bytes(), &mut |piece| assembler.push(piece))?;
         }
         let streams = assembler.finish()?.streams;
         let mut hasher = blake3::Hasher::new();

@@ -115,7 +115,7 @@ const fn part(table: f64, constants: f64) -> PartSpread {
     PartSpread { table, constants }
 }
 
-/// Of the parts of a step, in the order of `Breakdown::parts`, rounded up. Tables: `cargo test -p unisono-plan --test kernels --test collectives`
+/// Of the parts of a step, in the order of `Breakdown::parts`, rounded up. Tables: `cargo test -p unisono-plan --test plan -- kernels collectives`
 /// holds them to the rows left out (products, experts' products, attention; NCCL within a server; DeepEP, dispatch and combine).
 /// Constants: the grouped jackknife over eight folds of families, `scripts/calibrate FOLDER parts 8 8`.
 pub const PART_SPREADS: [PartSpread; 13] = [

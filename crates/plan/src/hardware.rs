@@ -59,7 +59,7 @@ pub(crate) const NVLINK_LATENCY_S: f64 = 2e-6;
 pub(crate) const NETWORK_LATENCY_S: f64 = 5e-6;
 
 /// Networks known by name, with the time until the first byte. EFA's is fitted to all-reduces of 1, 4, 16 MiB and so on over
-/// four servers of B200 (p6-b200, nccl_multinode.csv; `tests/collectives.rs` fits it again). AWS's plugin itself tells NCCL
+/// four servers of B200 (p6-b200, nccl_multinode.csv; `tests/plan/collectives.rs` fits it again). AWS's plugin itself tells NCCL
 /// 35 to 75 us a hop.
 const NETWORKS: [(&str, f64); 2] = [("InfiniBand", NETWORK_LATENCY_S), ("EFA", 84e-6)];
 

@@ -1,9 +1,9 @@
 //! Damaged files of runs, of machines and of models: an error or a value. Never a panic, a hang, or memory beyond what the
 //! file's size explains.
 
-#[path = "../../data/tests/common/damage.rs"]
+#[path = "../../data/tests/data/common/damage.rs"]
 mod damage;
-#[path = "../../data/tests/common/held.rs"]
+#[path = "../../data/tests/data/common/held.rs"]
 mod held;
 
 use std::fmt::Display;

@@ -1,9 +1,0 @@
-//! What people suffer from in other trainers, and what says so when something does go wrong.
-
-mod common;
-mod folder;
-mod known_failures;
-mod non_finite;
-mod step;
-mod verify;
-mod watchdog;
