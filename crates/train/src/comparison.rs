@@ -93,7 +93,7 @@ impl Comparison {
             lines.push(format!("  {order} {when} step {}: {}", found.step, found.text));
         }
         lines.push(format!(
-            "  compared: {} steps of metrics, {} of hashes, {} checkpoint(s){}",
+            "  compared: steps with metrics: {}, with hashes: {}; checkpoints: {}{}",
             self.steps,
             self.hashed,
             self.checkpoints.len(),

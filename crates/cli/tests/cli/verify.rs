@@ -11,7 +11,7 @@ fn a_layout_is_checked_before_a_long_run() {
     for part in [
         "2 steps with 1 rank of 4 threads\n  step 1  loss ",
         "2 steps with 4 ranks of 1 thread\n  step 1  loss ",
-        "identical\n  compared: 2 steps of metrics, 2 of hashes, 1 checkpoint(s), the last of step 2\n",
+        "identical\n  compared: steps with metrics: 2, with hashes: 2; checkpoints: 1, the last of step 2\n",
         "of each step: losses, gradient norm, routing counts, parameters, optimizer moments, balance bias",
     ] {
         assert!(done.out.contains(part), "no {part:?} in\n{}", done.out);

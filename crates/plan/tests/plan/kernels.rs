@@ -4,6 +4,8 @@ use proptest::prelude::*;
 use unisono_plan::kernels::{AttentionShape, KernelModel, Pass};
 use unisono_plan::{Gpu, PART_SPREADS, Precision};
 
+use crate::coverage::holds_four_of_five;
+
 /// Rows of `kernel,gpu,precision,sizes...,microseconds`.
 const HELD_BACK: &str = include_str!("../data/kernels_held_back.csv");
 
@@ -58,19 +60,7 @@ fn ratios(kernel: &str) -> Vec<f64> {
 #[test]
 fn about_four_of_five_sizes_left_out_lie_in_the_interval_of_their_table() {
     for (part, kernel) in ["gemm", "grouped", "attention"].into_iter().enumerate() {
-        let ratios = ratios(kernel);
-        let end = 1.2816 * PART_SPREADS[part].table;
-        let inside = ratios.iter().filter(|ratio| ratio.ln().abs() <= end).count();
-        let share = inside as f64 / ratios.len() as f64;
-        let mut apart: Vec<f64> = ratios.iter().map(|ratio| ratio.ln().abs()).collect();
-        apart.sort_by(f64::total_cmp);
-        println!(
-            "{kernel}: {:.1}% of {} inside, {:.3} would hold 80%",
-            100.0 * share,
-            apart.len(),
-            apart[apart.len() * 4 / 5] / 1.2816
-        );
-        assert!((0.78..=0.84).contains(&share), "{kernel}: {share:.3}");
+        holds_four_of_five(kernel, &ratios(kernel), PART_SPREADS[part].table);
     }
 }
 

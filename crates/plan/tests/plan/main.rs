@@ -1,6 +1,7 @@
 //! The planner against measurements, formulas and itself.
 
 mod collectives;
+mod coverage;
 mod deepseek_v3;
 mod hosts;
 mod kernels;
