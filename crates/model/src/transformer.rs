@@ -573,8 +573,8 @@ impl<B: Backend> Transformer<B> {
             let elements_of_table = slot_gradient(of_table, index, &self.layout.head);
             let with = HeadGradients {
                 scale: scale.token(),
-                dx: dnormed.slice_mut(elements.clone()),
-                dtable: of_table.dense.slice_mut(elements_of_table),
+                dx: Some(dnormed.slice_mut(elements.clone())),
+                dtable: Some(of_table.dense.slice_mut(elements_of_table)),
             };
             let targets = &batch.targets[rows.clone()];
             let loss = self.backend.head_loss(normed.slice(elements), head, d, targets, Some(with));

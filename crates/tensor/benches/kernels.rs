@@ -232,7 +232,7 @@ fn head(cpu: &Cpu) {
     let dx_raw = (tiles, Raw::new(Product::Plain, 256, d, VOCAB));
     let dtable_raw = (tiles, Raw::new(Product::TransposedLeft, VOCAB, d, 256));
     report("head", threads, vec![logits(), dx_raw, dtable_raw], || {
-        let gradients = HeadGradients { scale: 1e-3, dx: &mut dx[..], dtable: &mut dtable[..] };
+        let gradients = HeadGradients { scale: 1e-3, dx: Some(&mut dx[..]), dtable: Some(&mut dtable[..]) };
         black_box(cpu.head_loss(&x, &table, d, &targets, Some(gradients)));
     });
 }

@@ -464,8 +464,8 @@ pub trait Backend: Clone + Send + Sync + 'static {
     /// Output head fused with cross-entropy; logits exist for a tile of tokens at a time. `x` `[rows, d]`, `table`
     /// `[vocab, d]`, `targets` `[rows]` ([`IGNORE`] is skipped). Returns the sum of the losses in nats: blocks of
     /// [`TOKEN_BLOCK`] rows ascending, in f64. With `gradients` (the factor of the loss, `dx` `[rows, d]` written, `dtable`
-    /// `[vocab, d]` accumulated over tiles of 256 rows ascending, or none) it runs the backward in the same pass: the
-    /// divisor of the loss is known before.
+    /// `[vocab, d]` accumulated over tiles of 256 rows ascending) it runs the backward in the same pass, of the input, of
+    /// the table or of both, with the same bits: the divisor of the loss is known before.
     fn head_loss(
         &self,
         x: Ref<'_, Self>,
@@ -495,7 +495,7 @@ pub struct HeadGradients<'a, B: Backend> {
     /// Factor of the loss: one over the number of target tokens of the step.
     pub scale: f32,
     /// Gradient of `x`, written.
-    pub dx: Mut<'a, B>,
+    pub dx: Option<Mut<'a, B>>,
     /// Gradient of `table`, accumulated.
-    pub dtable: Mut<'a, B>,
+    pub dtable: Option<Mut<'a, B>>,
 }

@@ -43,12 +43,14 @@ pub(super) fn head_loss(
         for block in losses[..m].chunks(TOKEN_BLOCK) {
             loss += block.iter().sum::<f64>();
         }
-        if let Some(gradients) = &mut gradients {
-            let dx = &mut gradients.dx[start * d..end * d];
-            let dlogits = Matrix::rows(&logits, stride);
+        let Some(HeadGradients { dx, dtable, .. }) = &mut gradients else { continue };
+        if let Some(dx) = dx {
+            let (dlogits, dx) = (Matrix::rows(&logits, stride), &mut dx[start * d..end * d]);
             tiled(threads, Dims { m, n: d, k: vocab }, dlogits, table_rows, dx, d, false);
+        }
+        if let Some(dtable) = dtable {
             let dlogits = Matrix::columns(&logits, stride);
-            tiled(threads, Dims { m: vocab, n: d, k: m }, dlogits, x, gradients.dtable, d, true);
+            tiled(threads, Dims { m: vocab, n: d, k: m }, dlogits, x, dtable, d, true);
         }
     }
     loss

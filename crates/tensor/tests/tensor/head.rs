@@ -33,7 +33,7 @@ impl Case {
     /// Loss and gradients; the table's gradient is added to `dtable`.
     fn run(&self, cpu: &Cpu, dtable: &mut [f32]) -> (f64, Vec<f32>) {
         let mut dx = poison(self.x.len());
-        let gradients = HeadGradients { scale: SCALE, dx: &mut dx[..], dtable };
+        let gradients = HeadGradients { scale: SCALE, dx: Some(&mut dx[..]), dtable: Some(dtable) };
         let loss = cpu.head_loss(&self.x, &self.table, D, &self.targets, Some(gradients));
         assert_eq!(
             loss.to_bits(),
@@ -70,6 +70,21 @@ fn loss_and_gradients_follow_the_formulas() {
     assert_close("dx", &dx, &slopes, 1e-5);
     let added: Vec<f32> = dtable.iter().zip(&initial).map(|(a, b)| a - b).collect();
     assert_close("dtable", &added, &gradient(&table, |table| scale * case.loss(&x, table)), 1e-5);
+}
+
+#[test]
+fn each_gradient_alone_has_the_bits_of_both_together() {
+    let (case, cpu) = (Case::new(600), Cpu::new(2));
+    let mut together = vec![0.0; VOCAB * D];
+    let (_, dx) = case.run(&cpu, &mut together);
+    let (mut alone, mut dtable) = (poison(case.x.len()), vec![0.0; VOCAB * D]);
+    for gradients in [
+        HeadGradients { scale: SCALE, dx: Some(&mut alone[..]), dtable: None },
+        HeadGradients { scale: SCALE, dx: None, dtable: Some(&mut dtable[..]) },
+    ] {
+        cpu.head_loss(&case.x, &case.table, D, &case.targets, Some(gradients));
+    }
+    assert_eq!((bits(&alone), bits(&dtable)), (bits(&dx), bits(&together)));
 }
 
 #[test]
