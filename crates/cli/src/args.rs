@@ -255,9 +255,11 @@ pub struct Doctor {
 pub struct Guard {
     /// The rank
     pub rank: usize,
-    /// The process that has started the rank
-    pub daemon: i32,
+    /// The process of Open MPI that has started the rank, if one has
+    #[arg(long)]
+    pub daemon: Option<i32>,
     /// Run folder, if the job has one
+    #[arg(long)]
     pub folder: Option<PathBuf>,
 }
 

@@ -152,6 +152,9 @@ impl Report {
             let more = if more > 0 { format!(" and {more} more") } else { String::new() };
             line.push_str(&format!("; none of {}{more}", listed.join(", ")));
         }
+        if self.records.iter().any(|record| record.reason == Reason::Killed) {
+            line.push_str("; of killed ranks as they were a moment before");
+        }
         line
     }
 }

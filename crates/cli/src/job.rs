@@ -10,6 +10,7 @@ use unisono_comm::Place;
 #[cfg(feature = "mpi")]
 use unisono_comm::mpi::MpiRanks;
 use unisono_comm::mpi::{Launched, launched};
+use unisono_comm::watch::FlightDeck;
 #[cfg(feature = "mpi")]
 use unisono_comm::{Cause, Failure};
 #[cfg(feature = "mpi")]
@@ -110,21 +111,20 @@ impl Job {
         self.patience.set(patience);
     }
 
-    /// The run goes to `folder`, where others look for word of a death.
-    pub fn runs_in(&self, folder: &Path) {
+    /// The run goes to `folder`, where others look for word of a death, and its ranks are on `deck`.
+    pub fn runs_in(&self, folder: &Path, deck: &FlightDeck) {
         self.dismiss_guard();
-        self.guard(Some(folder));
+        self.guard(Some((folder, deck.clone())));
     }
 
-    /// A rank whose death nobody on its host would notice leaves a guard, until the job ends.
+    /// A rank whose death nobody would notice, or could tell of, leaves a guard until the job ends.
     #[cfg_attr(not(feature = "mpi"), expect(unused_variables, reason = "ranks are threads"))]
-    fn guard(&self, folder: Option<&Path>) {
+    fn guard(&self, run: Option<(&Path, FlightDeck)>) {
         #[cfg(feature = "mpi")]
         if let Place::Mpi(ranks) = &self.place
             && ranks.size() > 1
-            && ranks.ranks_here() == 1
         {
-            self.guard.set(Guard::start(ranks.rank(), folder));
+            self.guard.set(Guard::start(ranks.rank(), ranks.ranks_here() == 1, run));
         }
     }
 

@@ -65,7 +65,7 @@ fn train(args: Train, job: &Job) -> Result<u8, CliError> {
     if leads {
         screen.wait("reading the data");
     }
-    job.runs_in(&options.folder);
+    job.runs_in(&options.folder, &options.deck);
     let outcome = unisono_train::train(&config, &options, &watch);
     job.dismiss_guard();
     signals.quit_at_once();

@@ -114,8 +114,8 @@ fn check(args: Verify, job: &Job) -> Result<u8, CliError> {
         clean_up_at_signal(move || remove(&folder))?;
     }
     let folder = PathBuf::from(job.told_by_first(runs.folder.display().to_string())?);
-    job.runs_in(&unisono_train::verified_folder(&folder));
     let mut options = RunOptions::new(&folder, ranks, threads);
+    job.runs_in(&unisono_train::verified_folder(&folder), &options.deck);
     (options.nodes, options.abandon, options.place) = (args.nodes, abandon, job.place.clone());
     let progress = Progress { screen: Screen::new(BAR), steps: args.steps, runs: AtomicU64::new(0) };
     if job.leads() {

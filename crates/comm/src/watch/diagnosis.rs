@@ -7,7 +7,7 @@ use serde::Serialize;
 
 use super::pace::Activity;
 use super::record::{FlightRecord, Reason};
-use crate::error::{CallSite, Waiting, waiting_lines};
+use crate::error::{CallSite, Cause, Waiting, waiting_lines};
 use crate::flight::{CallState, FlightEntry, Message};
 
 /// A rank whose record comes later than this after the watchdog's first, in microseconds, is as silent as a dead one: it was
@@ -140,7 +140,9 @@ pub fn diagnose(records: &[FlightRecord]) -> Diagnosis {
         .filter(|record| is_in_time(record, stalled_us))
         .map(|record| (record.rank, Pilot::new(record)))
         .collect();
-    let waiting: Vec<Waiting> = pilots.values().filter_map(|pilot| wait_of(pilot, &pilots)).collect();
+    // What is known of killed ranks is of different moments, and says nothing about who waits for whom.
+    let of_one_moment = pilots.values().filter(|pilot| pilot.record.reason != Reason::Killed);
+    let waiting: Vec<Waiting> = of_one_moment.filter_map(|pilot| wait_of(pilot, &pilots)).collect();
     let mut culprits = failed(&pilots, stalled_us);
     if culprits.is_empty() {
         culprits.extend(mismatch(&pilots));
@@ -183,31 +185,42 @@ fn silent(pilots: &BTreeMap<usize, Pilot<'_>>) -> Vec<Culprit> {
     missing.map(|rank| Culprit { rank, step, last_call: None, verdict: Verdict::Silent }).collect()
 }
 
-/// The rank that records say has failed.
+/// The rank that records say has failed, or that was the first to be killed.
 fn failed(pilots: &BTreeMap<usize, Pilot<'_>>, stalled_us: Option<u64>) -> Vec<Culprit> {
-    let told = pilots.values().filter_map(|pilot| match &pilot.record.reason {
-        Reason::Failed { rank, message, step, call } => {
-            let record = pilot.record;
-            // What others say after a watchdog may be a consequence: a launcher kills one after the other.
-            let counts = *rank == record.rank || stalled_us.is_none_or(|first| record.written_us < first);
-            counts.then_some((*rank, message, *step, call, record))
-        }
-        Reason::Stalled | Reason::Terminated => None,
+    let first_us = |is: fn(&Reason) -> bool| {
+        let those = pilots.values().filter(|pilot| is(&pilot.record.reason));
+        those.map(|pilot| pilot.record.written_us).min()
+    };
+    // What follows when a watchdog has ended the run, or somebody else has, is a consequence: a launcher kills one after the other.
+    let before = |record: &FlightRecord, end: Option<u64>| end.is_none_or(|end| record.written_us < end);
+    let terminated_us = first_us(|reason| *reason == Reason::Terminated);
+    let told = pilots.values().filter_map(|pilot| {
+        let record = pilot.record;
+        let (rank, message, step, call) = match &record.reason {
+            Reason::Failed { rank, message, step, call } => (*rank, message.clone(), *step, call.clone()),
+            Reason::Killed => (record.rank, Cause::Died.to_string(), Some(record.step), last_call(pilot)),
+            Reason::Stalled | Reason::Terminated => return None,
+        };
+        let counts = match record.reason {
+            Reason::Killed => before(record, stalled_us) && before(record, terminated_us),
+            _ => rank == record.rank || before(record, stalled_us),
+        };
+        counts.then_some((rank, message, step, call, record))
     });
     let told = told.min_by_key(|(.., record)| record.written_us);
     let culprit = |(rank, message, step, call, teller): (
         usize,
-        &String,
+        String,
         Option<u64>,
-        &Option<CallSite>,
+        Option<CallSite>,
         &FlightRecord,
     )| {
         let own = pilots.get(&rank);
         Culprit {
             rank,
             step: step.or(own.map(|pilot| pilot.record.step)).unwrap_or(teller.step),
-            last_call: call.clone().or_else(|| own.and_then(last_call)),
-            verdict: Verdict::Failed { message: message.clone() },
+            last_call: call.or_else(|| own.and_then(last_call)),
+            verdict: Verdict::Failed { message },
         }
     };
     told.map(culprit).into_iter().collect()

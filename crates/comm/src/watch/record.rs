@@ -40,6 +40,8 @@ pub enum Reason {
     Stalled,
     /// The process was told to stop.
     Terminated,
+    /// The process ended without a word: another one has written what it knew a little before.
+    Killed,
     /// The run failed.
     Failed {
         /// The rank that caused it.
@@ -189,6 +191,13 @@ impl FlightRecord {
             let _ = fs::remove_file(&partial);
             RecordError::io("write", &path)(error)
         })
+    }
+
+    /// The same as if it were written now.
+    #[must_use]
+    pub fn written_now(mut self) -> Self {
+        self.written_us = wall_clock_us();
+        self
     }
 
     /// Reads the record of `rank` from `path`.

@@ -331,6 +331,27 @@ fn a_stopped_rank_is_silent_whatever_it_says_when_it_is_woken() {
     assert_eq!((told[0].rank, told[0].step), (1, 20));
 }
 
+/// What guards write of ranks that a launcher has killed one after the other.
+#[test]
+fn the_first_that_was_killed_has_died_unless_the_run_had_ended_before() {
+    let killed = [waits(0, Reason::Killed, 12), waits(1, Reason::Killed, 10), waits(2, Reason::Killed, 11)];
+    let found = diagnose(&killed);
+    let [Culprit { rank: 1, step: 20, last_call: Some(_), verdict: Verdict::Failed { message } }] =
+        &found.culprits[..]
+    else {
+        panic!("{found:?}");
+    };
+    assert!(message.starts_with("died"), "{message}");
+    assert_eq!(found.waiting, [], "their records are of different moments");
+    let failed = Reason::Failed { rank: 2, message: "no".into(), step: Some(20), call: None };
+    for (earlier, culprit) in [(failed, Some(2)), (Reason::Terminated, None), (Reason::Stalled, None)] {
+        let [zero, one, _] = killed.clone();
+        let found = diagnose(&[zero, one, waits(2, earlier.clone(), 9)]).culprits;
+        let failed = found.iter().find(|culprit| matches!(culprit.verdict, Verdict::Failed { .. }));
+        assert_eq!(failed.map(|failed| failed.rank), culprit, "after {earlier:?}: {found:?}");
+    }
+}
+
 /// A record with a group, a message and calls of several states.
 fn some_record() -> FlightRecord {
     run_ranks(2, |comm| {
