@@ -1,8 +1,9 @@
 //! `unisono bench collectives`: between threads, or under `mpirun` next to the MPI library's own.
 
 use clap::Args;
+use clap::builder::{PossibleValuesParser, TypedValueParser};
 use serde_json::json;
-use unisono_comm::bench::{Collective, Native, Timed, time_collective};
+use unisono_comm::bench::{Collective, Native, Sampling, Timed, time_collective};
 use unisono_comm::{CommError, Communicator, ThreadRanks};
 use unisono_tensor::cpu::prepare_thread;
 use unisono_train::TrainError;
@@ -21,11 +22,24 @@ pub struct Collectives {
     /// Sizes of the vector in KiB, at most 1,048,576
     #[arg(long, value_name = "N,N", value_delimiter = ',', default_values_t = [64, 256, 1024, 4096, 16384, 65536], value_parser = within(1..=LARGEST_KIB))]
     kib: Vec<usize>,
+    /// Which collectives [default: all]
+    #[arg(long, value_name = "NAME,NAME", value_delimiter = ',', value_parser = known())]
+    only: Vec<Collective>,
     /// Times that each is measured
     #[arg(long, value_name = "N", default_value_t = 15, value_parser = count())]
     rounds: usize,
+    /// Vectors come from memory, not from caches, each time: as in a step, which comes to a unit's once
+    #[arg(long)]
+    cold: bool,
     #[command(flatten)]
     output: Output,
+}
+
+/// A collective by its name.
+fn known() -> impl TypedValueParser<Value = Collective> {
+    let of = |name: String| Collective::ALL.into_iter().find(|known| known.name() == name);
+    PossibleValuesParser::new(Collective::ALL.map(Collective::name))
+        .try_map(move |name| of(name).ok_or("no collective has this name"))
 }
 
 /// `unisono bench collectives`
@@ -55,11 +69,12 @@ fn all_sizes(
     comm: &Communicator,
     native: Option<&dyn Native>,
 ) -> Result<Vec<Timed>, CommError> {
-    let cases =
-        Collective::ALL.into_iter().flat_map(|what| args.kib.iter().map(move |kib| (what, kib << 10)));
+    let all = Collective::ALL.into_iter().filter(|what| args.only.is_empty() || args.only.contains(what));
+    let cases = all.flat_map(|what| args.kib.iter().map(move |kib| (what, kib << 10)));
     // Vectors in large pages, as a rank's buffers are.
     prepare_thread();
-    cases.map(|(what, bytes)| time_collective(comm, native, what, bytes, args.rounds)).collect()
+    let sampling = Sampling { rounds: args.rounds, cold: args.cold };
+    cases.map(|(what, bytes)| time_collective(comm, native, what, bytes, sampling)).collect()
 }
 
 fn show(args: &Collectives, all: &[Timed], native: Option<String>) -> Result<(), CliError> {
@@ -82,7 +97,7 @@ fn show(args: &Collectives, all: &[Timed], native: Option<String>) -> Result<(),
             mib if mib < 1.0 => format!("{:.0}K", bytes / 1024.0),
             mib => format!("{mib:.0}M"),
         },
-        object: json!({"native": native}),
+        object: json!({"native": native, "cold": args.cold}),
         list: "collectives",
         note: None,
     };

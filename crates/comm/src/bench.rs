@@ -73,8 +73,8 @@ pub trait Native {
     /// Its name.
     fn name(&self) -> String;
 
-    /// Runs a collective on this rank: `send` as this module sends it, the result in `receive`. Never
-    /// [`ReduceThenGather`](Collective::ReduceThenGather).
+    /// Runs a collective on this rank: `send` as this module sends it, the result in `receive`. For
+    /// [`ReduceThenGather`](Collective::ReduceThenGather) that is an all-reduce, which leaves each rank the same in one place.
     ///
     /// # Errors
     /// If it fails.
@@ -112,7 +112,19 @@ impl Timed {
     }
 }
 
-/// Times a collective of `bytes`, in turn with the other implementation and with copies, `rounds` times each.
+/// How often something is timed, and what the caches hold before each time.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Sampling {
+    /// Times that each is measured.
+    pub rounds: usize,
+    /// Nothing of the vectors is in a cache, as when a step comes to a unit's gradients; otherwise what fits is.
+    pub cold: bool,
+}
+
+/// More than caches hold.
+const BEYOND_CACHES: usize = 128 << 20;
+
+/// Times a collective of `bytes`, in turn with the other implementation and with copies.
 ///
 /// # Errors
 /// If the run fails.
@@ -121,21 +133,29 @@ pub fn time_collective(
     native: Option<&dyn Native>,
     collective: Collective,
     bytes: usize,
-    rounds: usize,
+    sampling: Sampling,
 ) -> Result<Timed, CommError> {
     let mut work = Workload::new(comm, collective, bytes)?;
-    let native = native.filter(|_| collective != Collective::ReduceThenGather);
+    let other = vec![1_u64; if sampling.cold { BEYOND_CACHES / size_of::<u64>() } else { 0 }];
+    // A copy before each, or what puts all of it out of the caches, so that all find them alike.
+    let prepare = |work: &mut Workload| {
+        if sampling.cold {
+            black_box(black_box(&other).iter().sum::<u64>());
+        } else {
+            work.copy();
+        }
+        comm.barrier()
+    };
     let mut times: [Vec<f64>; 3] = Default::default();
     // Two more rounds warm up.
-    for round in 0..rounds + 2 {
-        // A copy before each, so that both find the caches alike.
+    for round in 0..sampling.rounds + 2 {
+        prepare(&mut work)?;
         let copy = work.copy();
-        comm.barrier()?;
+        prepare(&mut work)?;
         let ours = work.ours()?;
         let mut theirs = Duration::ZERO;
         if let Some(native) = native {
-            work.copy();
-            comm.barrier()?;
+            prepare(&mut work)?;
             theirs = work.native(native)?;
         }
         if round >= 2 {
@@ -286,7 +306,8 @@ mod tests {
                     }
                     Collective::Broadcast => assert_eq!(work.receive.len(), 252, "rank {me}"),
                 }
-                time_collective(&comm, None, collective, 1000, 3)
+                let sampling = Sampling { rounds: 3, cold: collective == Collective::AllReduce };
+                time_collective(&comm, None, collective, 1000, sampling)
             });
             for timed in timed.unwrap() {
                 assert_eq!((timed.bytes, timed.native_s), (1008, None));

@@ -239,6 +239,7 @@ fn benchmarks() {
         ("bench collectives --kib 99999999999", "is not in 1..=1048576"),
         ("bench collectives --kib 0", "0 is not in 1..="),
         ("bench collectives --rounds 0", "0 is not in 1..="),
+        ("bench collectives --only all", "[possible values: all-gather, reduce-scatter, all-reduce,"),
         (
             "bench exchange --ranks 3",
             "3 ranks cannot share 16 experts evenly; set --experts to a multiple of 3",

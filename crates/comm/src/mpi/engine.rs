@@ -1,14 +1,15 @@
 //! Calls between MPI ranks: matched by headers, progressed by whoever holds the lock.
 
-use std::collections::HashMap;
 use std::ops::Range;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
+use rustc_hash::FxHashMap;
 use unisono_mesh::LinkClass;
 
 use super::calls::{Active, Side, key_of};
+use super::cores::enough_for_all;
 use super::groups::{Clash, Groups};
 use super::incoming::{Frame, Incoming, Place, Pool, Stream};
 use super::neighbour::Neighbour;
@@ -24,6 +25,10 @@ use crate::transport::{Call, CallKey, Done, GroupId};
 
 /// How long the headers of a call that do not match are waited for before somebody is blamed by those that have come.
 const GATHER_EVIDENCE: Duration = Duration::from_secs(1);
+
+/// A rank that waits sees so often whether it has come before it sees what else is due, such as a rank's death: a look at the clock
+/// takes as long as one at messages.
+const LOOKS: u32 = 32;
 
 /// How often a rank says that it gets on with work that it does alone, at most.
 const BEAT: Duration = Duration::from_millis(250);
@@ -69,11 +74,11 @@ pub(super) enum Purpose {
 pub(super) struct State {
     pub library: Library,
     requests: Requests<Purpose>,
-    sides: HashMap<Key, Side>,
-    tickets: HashMap<u64, Key>,
+    sides: FxHashMap<Key, Side>,
+    tickets: FxHashMap<u64, Key>,
     next_ticket: u64,
     /// Headers of calls that this rank has not started.
-    early: HashMap<Key, Vec<(usize, Header)>>,
+    early: FxHashMap<Key, Vec<(usize, Header)>>,
     groups: Groups,
     /// Step, number, kind and group of the last call that each rank told of.
     last: Vec<Option<(u64, u64, String, u64)>>,
@@ -83,6 +88,10 @@ pub(super) struct State {
     waiting: Option<Key>,
     pool: Pool,
     neighbour: Option<Neighbour>,
+    /// How often something has come.
+    pub heard: u64,
+    /// Looks at what has come since the last one at what else may be due.
+    looks: u32,
     pub verdict: Verdict,
     /// Another rank tells people why the job has failed.
     pub said: bool,
@@ -98,10 +107,10 @@ impl Engine {
         let mut state = State {
             library,
             requests: Requests::new(),
-            sides: HashMap::new(),
-            tickets: HashMap::new(),
+            sides: FxHashMap::default(),
+            tickets: FxHashMap::default(),
             next_ticket: 0,
-            early: HashMap::new(),
+            early: FxHashMap::default(),
             groups: Groups::new(options.named_ranks),
             last: vec![None; size],
             next_tag: vec![0; size],
@@ -110,6 +119,8 @@ impl Engine {
             waiting: None,
             pool: Pool::default(),
             neighbour,
+            heard: 0,
+            looks: 0,
             verdict: Verdict::default(),
             said: false,
             beaten: None,
@@ -391,19 +402,33 @@ impl State {
     pub fn progress(&mut self, engine: &Engine) -> Result<bool, CommError> {
         let completed = self.requests.poll()?;
         let any = !completed.is_empty();
+        self.heard += u64::from(any);
         for done in completed {
             self.completed(engine, done)?;
         }
-        self.tend(engine)?;
+        // A rank that waits looks all the time, the other thread once in a while.
+        self.looks += 1;
+        if self.looks >= LOOKS || !engine.waits.load(Ordering::Relaxed) {
+            self.looks = 0;
+            self.tend(engine)?;
+        }
         Ok(any)
+    }
+
+    /// Whether every rank of this node has a core: looking again and again costs nobody anything.
+    pub fn has_cores_for_all(&self) -> bool {
+        let Library { rank, nodes, cores, .. } = &self.library;
+        let here = cores.iter().zip(nodes).filter(|(_, node)| **node == nodes[*rank]);
+        enough_for_all(&cores[*rank], here.map(|(cores, _)| cores))
     }
 
     fn completed(&mut self, engine: &Engine, done: Completed<Purpose>) -> Result<(), CommError> {
         match (done.of, done.memory) {
             (Purpose::Inbox, Memory::Bytes(buffer)) => {
-                let message = Message::decode(&buffer[..done.bytes.min(buffer.len())]);
-                self.listen(buffer)?;
-                self.hear(engine, done.source, message?)
+                let message = Message::decode(&buffer[..done.bytes.min(buffer.len())])?;
+                // First: what it announces may be on its way, and others listen, too.
+                self.hear(engine, done.source, message)?;
+                self.listen(buffer)
             }
             (Purpose::Send(key), memory) => {
                 drop(memory);

@@ -243,13 +243,14 @@ impl Incoming {
     /// Adds up the buckets that have arrived. Returns the time it took.
     pub fn sum_up(&mut self, pool: &mut Pool) -> Duration {
         let Body::Sum(sum) = &mut self.body else { return Duration::ZERO };
-        let begin = Instant::now();
-        let mut any = false;
-        while sum.next < sum.pieces.len() && sum.left[sum.next] == 0 {
-            sum.one_bucket(pool);
-            any = true;
+        if !sum.is_ready() {
+            return Duration::ZERO;
         }
-        if any { begin.elapsed() } else { Duration::ZERO }
+        let begin = Instant::now();
+        while sum.is_ready() {
+            sum.one_bucket(pool);
+        }
+        begin.elapsed()
     }
 
     /// The landing, filled; none while requests are under way.
@@ -271,6 +272,11 @@ fn others(spans: &[Vec<Span>], position: usize) -> u64 {
 }
 
 impl Sum {
+    /// Whether the next bucket has arrived.
+    fn is_ready(&self) -> bool {
+        self.left.get(self.next) == Some(&0)
+    }
+
     /// The staging of a bucket of a member, which has `len` bytes.
     fn area(&mut self, bucket: usize, member: usize, len: usize, pool: &mut Pool) -> Arc<Target> {
         let index = bucket - self.next;

@@ -14,6 +14,8 @@ mod launcher;
 #[cfg(feature = "mpi")]
 mod calls;
 #[cfg(feature = "mpi")]
+mod cores;
+#[cfg(feature = "mpi")]
 mod engine;
 #[cfg(feature = "mpi")]
 mod groups;

@@ -47,14 +47,13 @@ impl Native for MpiRanks {
             match collective {
                 Collective::AllGather => ffi::MPI_Allgather(from, part, float, to, part, float, comm),
                 Collective::ReduceScatter => ffi::MPI_Reduce_scatter_block(from, to, part, float, sum, comm),
-                Collective::AllReduce => ffi::MPI_Allreduce(from, to, whole, float, sum, comm),
+                Collective::AllReduce | Collective::ReduceThenGather => {
+                    ffi::MPI_Allreduce(from, to, whole, float, sum, comm)
+                }
                 Collective::AllToAll => {
                     ffi::MPI_Alltoallv(from, counts, places, float, to, counts, places, float, comm)
                 }
                 Collective::Broadcast => ffi::MPI_Bcast(to, whole, float, 0, comm),
-                Collective::ReduceThenGather => {
-                    return Err(CommError::Transport("the library has no such call".into()));
-                }
             }
         };
         if code == 0 {

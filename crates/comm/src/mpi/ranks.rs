@@ -6,7 +6,7 @@ use std::fmt;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
-use std::thread::{self, JoinHandle, available_parallelism};
+use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
 use super::engine::Engine;
@@ -306,9 +306,7 @@ struct MpiTransport {
 
 impl MpiTransport {
     fn new(engine: Arc<Engine>) -> Self {
-        let here = engine.nodes[engine.rank];
-        let ranks = engine.nodes.iter().filter(|node| **node == here).count();
-        let cores_for_all = available_parallelism().is_ok_and(|cores| ranks <= cores.get());
+        let cores_for_all = engine.lock().has_cores_for_all();
         Self { engine, cores_for_all }
     }
 
@@ -322,14 +320,18 @@ impl MpiTransport {
 
     fn poll(&self, ticket: Ticket) -> Result<Done, CommError> {
         let engine = &self.engine;
-        let mut looks = 0u32;
+        let (mut looks, mut heard) = (0u32, None);
         loop {
             let mut state = engine.lock();
-            if let Some(done) = state.take(ticket.0)? {
-                state.wait_in(None);
-                return Ok(done);
+            // By either thread.
+            if heard.replace(state.heard) != Some(state.heard) {
+                if let Some(done) = state.take(ticket.0)? {
+                    state.wait_in(None);
+                    return Ok(done);
+                }
+                state.wait_in(Some(ticket.0));
             }
-            state.wait_in(Some(ticket.0));
+            state.verdict.check()?;
             let news = state.progress(engine)?;
             drop(state);
             looks = if news { 0 } else { looks + 1 };

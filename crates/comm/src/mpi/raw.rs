@@ -12,6 +12,7 @@ use std::sync::Arc;
 use mpi::environment::{Threading, Universe, initialize_with_threading};
 use mpi::ffi;
 
+use super::cores::{Cores, own_cores};
 use super::neighbour::{ProcessId, this_process};
 use crate::copying::copy;
 use crate::error::CommError;
@@ -42,6 +43,8 @@ pub(super) struct Library {
     pub nodes: Vec<usize>,
     /// The process of each rank.
     pub processes: Vec<ProcessId>,
+    /// The cores that each rank may run on.
+    pub cores: Vec<Cores>,
     pub version: String,
 }
 
@@ -84,6 +87,7 @@ impl Library {
             size: 0,
             nodes: Vec::new(),
             processes: Vec::new(),
+            cores: Vec::new(),
             version: version(),
         };
         let (mut rank, mut size) = (0, 0);
@@ -94,7 +98,8 @@ impl Library {
         }
         (library.rank, library.size) = (index(rank), index(size));
         library.nodes = library.discover_nodes(rank)?;
-        library.processes = library.gather_processes(this_process())?;
+        library.processes = library.gather(this_process())?;
+        library.cores = library.gather(own_cores())?;
         Ok(library)
     }
 
@@ -131,13 +136,15 @@ impl Library {
         Ok(lowest.iter().map(|name| names.binary_search(name).unwrap_or(0)).collect())
     }
 
-    fn gather_processes(&self, own: ProcessId) -> Result<Vec<ProcessId>, CommError> {
-        let mut all: Vec<ProcessId> = vec![[0; 2]; self.size];
-        // SAFETY: one `ProcessId`, two numbers, is sent, and there is room for one of each rank.
+    /// The numbers of every rank.
+    fn gather<const N: usize>(&self, own: [u64; N]) -> Result<Vec<[u64; N]>, CommError> {
+        let mut all = vec![[0; N]; self.size];
+        // SAFETY: N numbers are sent, and there is room for those of each rank.
         unsafe {
-            let (word, to) = (ffi::RSMPI_UINT64_T, all.as_mut_ptr().cast());
-            let gathered = ffi::MPI_Allgather(own.as_ptr().cast(), 2, word, to, 2, word, self.control);
-            check(gathered, "gather the processes")?;
+            let (count, word, to) = (N as c_int, ffi::RSMPI_UINT64_T, all.as_mut_ptr().cast());
+            let gathered =
+                ffi::MPI_Allgather(own.as_ptr().cast(), count, word, to, count, word, self.control);
+            check(gathered, "gather what ranks say of themselves")?;
         }
         Ok(all)
     }
