@@ -49,7 +49,7 @@ impl Collective {
             Self::AllGather => "all-gather",
             Self::ReduceScatter => "reduce-scatter",
             Self::AllReduce => "all-reduce",
-            Self::ReduceThenGather => "reduce, gather",
+            Self::ReduceThenGather => "reduce-then-gather",
             Self::AllToAll => "all-to-all",
             Self::Broadcast => "broadcast",
         }
