@@ -289,7 +289,17 @@ impl Pricer {
     /// The passes of every distinct kind of layer.
     fn kind_passes(&self, layout: &Parallelism) -> Vec<Passes> {
         let sizes = self.sizes(layout);
-        self.stages.kinds().iter().map(|(kind, windowed)| sizes.layer(*kind, *windowed)).collect()
+        let kinds = self.stages.kinds();
+        let mut mixers: Vec<Passes> = Vec::with_capacity(kinds.len());
+        let of = |(at, &(kind, windowed)): (usize, &(LayerKind, bool))| {
+            // Kinds of layers that differ in their networks mix alike.
+            let alike = |(other, its): &(LayerKind, bool)| (other.mixer, *its) == (kind.mixer, windowed);
+            let known = kinds[..at].iter().position(alike).map(|alike| mixers[alike]);
+            let mixer = known.unwrap_or_else(|| sizes.mixer(kind.mixer, windowed));
+            mixers.push(mixer);
+            sizes.layer(mixer, kind, windowed)
+        };
+        kinds.iter().enumerate().map(of).collect()
     }
 
     /// The distinct kinds of layers, and whether attention is windowed.

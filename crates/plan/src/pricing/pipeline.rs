@@ -49,9 +49,13 @@ impl Pricer {
     pub(super) fn slowest(&self, layout: &Parallelism, kinds: &[Passes]) -> Slowest {
         let mut slowest = Slowest::default();
         let mut through_s = 0.0;
+        let (mut last, mut time) = (None, RankTime::default());
         for rank in 0..layout.pipeline {
             let share = self.stages.share(layout, rank);
-            let time = self.rank_time(layout, kinds, &share);
+            // Most ranks hold what the one before them does.
+            if last.replace(share) != Some(share) {
+                time = self.rank_time(layout, kinds, &share);
+            }
             through_s += time.total_s();
             if time.total_s() > slowest.time.total_s() {
                 slowest = Slowest { rank, time, share, through_s };
@@ -65,12 +69,16 @@ impl Pricer {
     fn starved_s(&self, layout: &Parallelism, kinds: &[Passes], slowest: usize) -> f64 {
         let (ranks, group) = (layout.pipeline, layout.chunks());
         let chunks = self.chunks_s(layout, kinds);
+        // `[turn]` the first of the chunks whose turn it is, twice over: turns go round.
+        let around: Vec<usize> = (0..2 * group).map(|turn| turn % group / ranks * ranks).collect();
+        let last = group - ranks;
         let turn = |turn: usize| {
             // A rank lags one behind the next in backwards and is one ahead of it in forwards.
+            let (turns, before) = (&around[turn..turn + ranks], around[turn + group - 1]);
             let of = |rank: usize| {
-                let forward = (turn + group + ranks - 2 - rank) % group / ranks;
-                let backward = layout.virtual_stages - 1 - (turn + rank) % group / ranks;
-                chunks[forward * ranks + rank][0] + chunks[backward * ranks + rank][1]
+                let forward = if rank + 1 == ranks { before } else { turns[ranks - 2 - rank] };
+                let backward = last - turns[rank];
+                chunks[forward + rank][0] + chunks[backward + rank][1]
             };
             (0..ranks).map(of).fold(0.0, f64::max) - of(slowest)
         };

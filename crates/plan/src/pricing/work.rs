@@ -129,14 +129,19 @@ impl Sizes<'_> {
         of_rank * (moe.top_k * self.layout.expert_tensor) as f64 * self.uneven
     }
 
-    /// The passes of a layer of `kind`.
-    pub fn layer(&self, kind: LayerKind, windowed: bool) -> Passes {
+    /// The passes of what mixes tokens in a layer.
+    pub fn mixer(&self, mixer: Mixer, windowed: bool) -> Passes {
         let mut passes = Passes::default();
-        match kind.mixer {
+        match mixer {
             Mixer::None => {}
             Mixer::Attention => self.attention(&mut passes, windowed),
             Mixer::StateSpace => self.state_space(&mut passes),
         }
+        passes
+    }
+
+    /// The passes of a layer of `kind`, of which `passes` are its mixer's.
+    pub fn layer(&self, mut passes: Passes, kind: LayerKind, windowed: bool) -> Passes {
         match (kind.ffn, &self.model.moe) {
             (FeedForward::None, _) => {}
             (FeedForward::Moe, Some(moe)) => self.experts(&mut passes, moe),
