@@ -60,16 +60,15 @@ pub fn run(ask: &Ask<'_>, hosts: Option<&str>) -> Result<u8, CliError> {
     };
     let free = memory_of_host(&hosts);
     let mut choices = choices(&hosts, &config)?;
-    choices.sort_by(|a, b| {
-        (a.memory > free, a.price.step_s)
-            .partial_cmp(&(b.memory > free, b.price.step_s))
-            .unwrap_or(std::cmp::Ordering::Equal)
-    });
+    // Those that fit, the fastest first; then the others, those first that lack least.
+    let lacks = |choice: &Choice| choice.memory.saturating_sub(free);
+    choices.sort_by(|a, b| lacks(a).cmp(&lacks(b)).then(a.price.step_s.total_cmp(&b.price.step_s)));
     let Some(best) = choices.first() else { return Err(no_layout(&hosts, &config)) };
     let step = hosts.simulate(&best.layout)?;
+    let fits = best.memory <= free;
     if let Some(to) = ask.emit {
         let data = engine::lacking_data(&config)?;
-        write(to, &emit(ask, &model, Some(best).filter(|choice| choice.memory <= free), data.as_deref())?)?;
+        write(to, &emit(ask, &model, Some(best).filter(|_| fits), data.as_deref())?)?;
         if let Some(lacking) = data {
             complain("warning", &lacking);
         }
@@ -84,13 +83,17 @@ pub fn run(ask: &Ask<'_>, hosts: Option<&str>) -> Result<u8, CliError> {
         let entry = |choice: &Choice| entry(choice, free);
         let object = json!({
             "cpu": hosts.machine.cpu, "hosts": hosts.count(), "simulated_s": step.simulated.seconds,
-            "chosen": entry(best), "layouts": choices.iter().map(entry).collect::<Vec<_>>(),
+            "chosen": fits.then(|| entry(best)), "layouts": choices.iter().map(entry).collect::<Vec<_>>(),
         });
         say(&format!("{object}\n"));
         return Ok(DONE);
     }
     show(ask, &hosts, &choices[..ask.rows.min(choices.len())], config.tokens_per_step() as f64, free);
-    show_chosen(ask, &model, best, &step);
+    if fits {
+        show_chosen(ask, &model, best, &step);
+    } else {
+        show_lacking(ask, best, free);
+    }
     Ok(DONE)
 }
 
@@ -222,6 +225,21 @@ fn show(ask: &Ask<'_>, hosts: &Hosts, choices: &[Choice], tokens: f64, free: u64
         ]
     }));
     say(&format!("{}\n", table(&rows, 1).join("\n")));
+}
+
+/// What is missing where no layout fits; `nearest` lacks least.
+fn show_lacking(ask: &Ask<'_>, nearest: &Choice, free: u64) {
+    let (host, more) = match ask.cluster {
+        None => ("this machine", "or plan several of it (`unisono plan MODEL HOSTS.toml`)"),
+        Some(_) => ("a host", "or take more hosts"),
+    };
+    say(&format!(
+        "\nNone fits: {host} has {} of memory to spare, and {}, which takes least, needs {}. Make the model, train.micro_batch or \
+         train.sequence_length smaller, {more}.\n",
+        readable(free),
+        nearest.layout.name(),
+        readable(nearest.memory),
+    ));
 }
 
 /// Where the time of the chosen layout goes, and how to run it.

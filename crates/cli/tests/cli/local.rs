@@ -169,6 +169,13 @@ fn a_model_that_no_config_is_of_is_laid_out_and_trains() {
     assert!(said.contains("latent attention (MLA)") && said.contains("DeepSeek-V3"), "{said}");
     let said = run(folder, 2, &["plan", "qwen3-30b-a3b", "local", "--emit", "no.toml"]).err;
     assert!(said.contains("no layout of qwen3-30b-a3b fits"), "{said}");
+    let said = run(folder, 0, &["plan", "qwen3-30b-a3b", "local"]).out;
+    assert!(said.contains("None fits: this machine has ") && !said.contains("Train it"), "{said}");
+    let plan: Value =
+        serde_json::from_str(&run(folder, 0, &["plan", "qwen3-30b-a3b", "local", "--json"]).out).unwrap();
+    assert_eq!((&plan["chosen"], &plan["layouts"][0]["fits"]), (&Value::Null, &Value::Bool(false)));
+    let needed = |layout: &Value| layout["memory_bytes"].as_u64().unwrap();
+    assert!(plan["layouts"].as_array().unwrap().is_sorted_by_key(needed), "the nearest comes first");
 }
 
 /// Describes two of this machine, with a link of `gbyte_per_s`.
