@@ -28,9 +28,9 @@ pub struct Collectives {
     /// Times that each is measured
     #[arg(long, value_name = "N", default_value_t = 15, value_parser = count())]
     rounds: usize,
-    /// Vectors come from memory, not from caches, each time: as in a step, which comes to a unit's once
+    /// Vectors lie in caches where they fit; otherwise they come from memory each time, as in a step, which comes to each once
     #[arg(long)]
-    cold: bool,
+    cached: bool,
     #[command(flatten)]
     output: Output,
 }
@@ -73,7 +73,7 @@ fn all_sizes(
     let cases = all.flat_map(|what| args.kib.iter().map(move |kib| (what, kib << 10)));
     // Vectors in large pages, as a rank's buffers are.
     prepare_thread();
-    let sampling = Sampling { rounds: args.rounds, cold: args.cold };
+    let sampling = Sampling { rounds: args.rounds, cached: args.cached };
     cases.map(|(what, bytes)| time_collective(comm, native, what, bytes, sampling)).collect()
 }
 
@@ -97,7 +97,7 @@ fn show(args: &Collectives, all: &[Timed], native: Option<String>) -> Result<(),
             mib if mib < 1.0 => format!("{:.0}K", bytes / 1024.0),
             mib => format!("{mib:.0}M"),
         },
-        object: json!({"native": native, "cold": args.cold}),
+        object: json!({"native": native, "cached": args.cached}),
         list: "collectives",
         note: None,
     };

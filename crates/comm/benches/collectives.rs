@@ -9,7 +9,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         for collective in Collective::ALL {
             for kib in [64, 1024, 16 << 10, 64 << 10] {
                 let rounds = if kib >= 16 << 10 { 15 } else { 60 };
-                let sampling = Sampling { rounds, cold: false };
+                let sampling = Sampling { rounds, cached: false };
                 let timed =
                     run_ranks(ranks, |comm| time_collective(&comm, None, collective, kib << 10, sampling))?;
                 let timed = &timed[0];

@@ -117,8 +117,8 @@ impl Timed {
 pub struct Sampling {
     /// Times that each is measured.
     pub rounds: usize,
-    /// Nothing of the vectors is in a cache, as when a step comes to a unit's gradients; otherwise what fits is.
-    pub cold: bool,
+    /// Of the vectors what fits; otherwise nothing, as when a step comes to a unit's gradients.
+    pub cached: bool,
 }
 
 /// More than caches hold.
@@ -136,13 +136,13 @@ pub fn time_collective(
     sampling: Sampling,
 ) -> Result<Timed, CommError> {
     let mut work = Workload::new(comm, collective, bytes)?;
-    let other = vec![1_u64; if sampling.cold { BEYOND_CACHES / size_of::<u64>() } else { 0 }];
+    let other = vec![1_u64; if sampling.cached { 0 } else { BEYOND_CACHES / size_of::<u64>() }];
     // A copy before each, or what puts all of it out of the caches, so that all find them alike.
     let prepare = |work: &mut Workload| {
-        if sampling.cold {
-            black_box(black_box(&other).iter().sum::<u64>());
-        } else {
+        if sampling.cached {
             work.copy();
+        } else {
+            black_box(black_box(&other).iter().sum::<u64>());
         }
         comm.barrier()
     };
@@ -306,7 +306,7 @@ mod tests {
                     }
                     Collective::Broadcast => assert_eq!(work.receive.len(), 252, "rank {me}"),
                 }
-                let sampling = Sampling { rounds: 3, cold: collective == Collective::AllReduce };
+                let sampling = Sampling { rounds: 3, cached: collective != Collective::AllReduce };
                 time_collective(&comm, None, collective, 1000, sampling)
             });
             for timed in timed.unwrap() {
