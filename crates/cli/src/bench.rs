@@ -3,7 +3,7 @@
 use clap::{Args, Subcommand};
 use serde_json::{Value, json};
 use unisono_data::Dataset;
-use unisono_mesh::Grid;
+use unisono_mesh::{Fold, Grid};
 use unisono_plan::ModelConfig;
 use unisono_train::RunConfig;
 use unisono_train::baseline::{BaselineMeasured, Synchronisation, bench_baseline};
@@ -116,12 +116,12 @@ pub struct Step {
     /// Compute threads of each rank [default: cores / ranks]
     #[arg(long, value_name = "N", value_parser = count())]
     threads: Option<usize>,
-    /// Replicas of the grid
-    #[arg(long, value_name = "N", default_value_t = 2, value_parser = count())]
-    replicas: usize,
-    /// Slots that dispatch tokens together
-    #[arg(long, value_name = "N", default_value_t = 2, value_parser = count())]
-    expert_group: usize,
+    /// Replicas of the grid [default: as many as ranks, at least 2]
+    #[arg(long, value_name = "N", value_parser = count())]
+    replicas: Option<usize>,
+    /// Slots that dispatch tokens together [default: 2, or 1 where that does not divide the replicas]
+    #[arg(long, value_name = "N", value_parser = count())]
+    expert_group: Option<usize>,
     /// Steps measured
     #[arg(long, value_name = "N", default_value_t = 10, value_parser = count())]
     steps: usize,
@@ -206,8 +206,35 @@ pub fn config(sizes: &Sizes, replicas: usize, expert_group: usize) -> Result<Run
         evaluation: EvaluationConfig { every: 0, ..EvaluationConfig::default() },
         ..RunConfig::default()
     };
-    config.validate().map_err(unisono_train::TrainError::from)?;
+    check(&config)?;
     Ok(config)
+}
+
+/// Keys of a config and the flags that set them here.
+const FLAGS: [(&str, &str); 9] = [
+    ("model.hidden_size", "--d-model"),
+    ("model.num_attention_heads", "--heads"),
+    ("model.num_key_value_heads", "--kv-heads"),
+    ("model.moe_intermediate_size", "--expert-ff"),
+    ("model.num_experts", "--experts"),
+    ("model.top_k", "--top-k"),
+    ("model.num_groups", "--groups"),
+    ("model.top_groups", "--top-groups"),
+    ("train.sequence_length", "--seq"),
+];
+
+/// Checks a config that flags have made.
+///
+/// # Errors
+/// What is wrong with it, by the names of the flags.
+pub fn check(config: &RunConfig) -> Result<(), CliError> {
+    config.validate().map_err(|error| {
+        let by_key = error.to_string();
+        CliError::usage(FLAGS.iter().fold(by_key, |text, (key, flag)| {
+            let (_, name) = key.split_once('.').unwrap_or(("", key));
+            text.replace(key, flag).replace(&format!(" {name} "), &format!(" {flag} "))
+        }))
+    })
 }
 
 /// Rows that a rank works on at a time.
@@ -235,9 +262,12 @@ fn measure(
 }
 
 fn step(args: &Step) -> Result<u8, CliError> {
-    let config = config(&args.sizes, args.replicas, args.expert_group)?;
+    let replicas = args.replicas.unwrap_or(args.ranks.max(2));
+    let expert_group = args.expert_group.unwrap_or(if replicas.is_multiple_of(2) { 2 } else { 1 });
+    let config = config(&args.sizes, replicas, expert_group)?;
+    Fold::new(config.grid, args.ranks).map_err(unisono_train::TrainError::from)?;
     let threads = args.threads.unwrap_or((cores() / args.ranks).max(1));
-    let rows = rows_at_a_time(&config, (args.replicas / args.ranks).min(args.expert_group));
+    let rows = rows_at_a_time(&config, (replicas / args.ranks).min(expert_group));
     let mut products = ProductBench::start(&config.model, rows, args.ranks * threads)?;
     let measured = measure(config, args.ranks, threads, (args.warmup, args.steps))?;
     products.measure()?;

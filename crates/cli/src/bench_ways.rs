@@ -10,7 +10,7 @@ use unisono_train::config::{DispatchConfig, LayoutConfig, ReduceEvery, WireConfi
 use unisono_train::ways::{Way, WayMeasured, WaysBench, bench_ways};
 
 use crate::args::count;
-use crate::bench::{Sizes, config, print};
+use crate::bench::{Sizes, check, config, print};
 use crate::error::{CliError, DONE};
 use crate::job::Job;
 use crate::style::{duration, percent, table};
@@ -134,7 +134,7 @@ fn measure_dispatch(args: &Dispatch, job: &Job) -> Result<u8, CliError> {
         f32.grid.expert_nodes = args.expert_nodes;
         (f32.model.num_groups, f32.model.top_groups) = (args.groups, args.top_groups);
         f32.model.force_balance = args.force_balance;
-        f32.validate().map_err(unisono_train::TrainError::from)?;
+        check(&f32)?;
         let mut bf16 = f32.clone();
         bf16.train.dispatch_wire = WireConfig::Bf16;
         let alone = LayoutConfig { overlap: false, ..LayoutConfig::default() };

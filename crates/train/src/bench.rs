@@ -168,7 +168,9 @@ pub fn product_shapes(model: &ModelConfig, rows: usize, turns: usize) -> Vec<Pro
             add(rows, width, d, count);
         };
         if model.is_moe(layer) {
-            ffn(rows * model.top_k / model.num_experts, model.moe_intermediate_size, model.num_experts);
+            // Fewer rows than experts go to some of them, one to each.
+            let (rows, experts) = (rows * model.top_k, model.num_experts);
+            ffn((rows / experts).max(1), model.moe_intermediate_size, experts.min(rows));
             if model.num_shared_experts > 0 {
                 ffn(rows, model.shared_width(), 1);
             }

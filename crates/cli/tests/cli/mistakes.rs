@@ -225,6 +225,10 @@ fn benchmarks() {
         let done = run(folder.path(), 2, &args);
         assert!(done.err.contains(part), "{line}: {}", done.err);
     };
+    let few = "--d-model 32 --vocab 64 --layers 1 --seq 1 --micro 1 --batch 2";
+    for line in [format!("bench step --steps 1 --warmup 0 {few}"), format!("bench gemm {few}")] {
+        run(folder.path(), 0, &line.split(' ').collect::<Vec<_>>());
+    }
     for (line, part) in [
         ("bench baseline --vocab 5000", "5000 is not in 1..=4096"),
         ("bench baseline --steps 0", "0 is not in 1..="),
@@ -233,6 +237,16 @@ fn benchmarks() {
             "bench step --heads 3",
             "--d-model = 256 cannot be shared out evenly over --heads = 3: choose a multiple",
         ),
+        ("bench step --kv-heads 3", "--kv-heads = 3 does not divide --heads = 4; values that do"),
+        ("bench step --ranks 3", "--batch = 32 cannot be shared out evenly over replicas = 3"),
+        ("bench step --ranks 4 --replicas 2", "ranks = 4 does not divide the grid's slots = 2"),
+        (
+            "bench step --ranks 4 --expert-group 3",
+            "grid.expert_group = 3 does not divide the grid's slots = 4",
+        ),
+        ("bench dispatch --experts 6 --ranks 4", "does not divide --experts = 6"),
+        ("bench dispatch --groups 3", "--groups = 3 does not divide --experts = 16"),
+        ("bench dispatch --top-k 99", "--top-k = 99: must be between 1 and --experts = 16"),
         ("bench overlap --link-mb-per-s 0", "must be a number above 0"),
         ("bench overlap --link-mb-per-s -5", "must be a number above 0"),
         ("bench overlap --link-mb-per-s nan", "must be a number above 0"),
