@@ -137,8 +137,10 @@ pub fn time_collective(
 ) -> Result<Timed, CommError> {
     let mut work = Workload::new(comm, collective, bytes)?;
     let other = vec![1_u64; if sampling.cached { 0 } else { BEYOND_CACHES / size_of::<u64>() }];
-    // A copy before each, or what puts all of it out of the caches, so that all find them alike.
+    // A copy before each, or what puts all of it out of the caches, so that all find them alike; when all have ended the one before, since
+    // ranks may share a core.
     let prepare = |work: &mut Workload| {
+        comm.barrier()?;
         if sampling.cached {
             work.copy();
         } else {
