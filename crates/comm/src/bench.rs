@@ -101,7 +101,7 @@ pub struct Timed {
     pub ours_s: f64,
     /// The other implementation, if there is one.
     pub native_s: Option<f64>,
-    /// Every rank at once copies in memory what it would receive.
+    /// Every rank at once copies in memory what it would receive, and a barrier.
     pub copy_s: f64,
 }
 
@@ -142,7 +142,7 @@ pub fn time_collective(
     let prepare = |work: &mut Workload| {
         comm.barrier()?;
         if sampling.cached {
-            work.copy();
+            work.copy()?;
         } else {
             black_box(black_box(&other).iter().sum::<u64>());
         }
@@ -152,7 +152,7 @@ pub fn time_collective(
     // Two more rounds warm up.
     for round in 0..sampling.rounds + 2 {
         prepare(&mut work)?;
-        let copy = work.copy();
+        let copy = work.copy()?;
         prepare(&mut work)?;
         let ours = work.ours()?;
         let mut theirs = Duration::ZERO;
@@ -263,8 +263,9 @@ impl Workload {
         Ok(begin.elapsed())
     }
 
-    /// Copies as many bytes as the rank would receive from others.
-    fn copy(&mut self) -> Duration {
+    /// Copies as many bytes as the rank would receive from others, until every rank has: as a collective ends, so that ranks
+    /// that share a core count what each waits for it.
+    fn copy(&mut self) -> Result<Duration, CommError> {
         let ranks = self.comm.size();
         let mut left = (self.collective.bus_bytes(self.elements, ranks)) as usize;
         let begin = Instant::now();
@@ -274,7 +275,8 @@ impl Workload {
             black_box(&mut self.receive);
             left -= len;
         }
-        begin.elapsed()
+        self.comm.barrier()?;
+        Ok(begin.elapsed())
     }
 }
 
