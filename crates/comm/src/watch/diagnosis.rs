@@ -118,7 +118,7 @@ fn key<'a>(record: &'a FlightRecord, entry: &'a FlightEntry) -> Option<Key<'a>> 
 /// Whether a record of `records` came in time to say something: one that was written long after the watchdog's first comes
 /// from a rank that was stopped.
 pub fn in_time(records: &[FlightRecord]) -> impl Fn(&FlightRecord) -> bool + use<> {
-    let stalled_us = first_stalled_us(records);
+    let stalled_us = first_us(records.iter(), &Reason::Stalled);
     move |record| is_in_time(record, stalled_us)
 }
 
@@ -126,15 +126,15 @@ fn is_in_time(record: &FlightRecord, stalled_us: Option<u64>) -> bool {
     stalled_us.is_none_or(|first| record.written_us <= first.saturating_add(IN_TIME_US))
 }
 
-fn first_stalled_us(records: &[FlightRecord]) -> Option<u64> {
-    let stalled = records.iter().filter(|record| record.reason == Reason::Stalled);
-    stalled.map(|record| record.written_us).min()
+/// When the first record was written for this reason.
+fn first_us<'a>(records: impl Iterator<Item = &'a FlightRecord>, reason: &Reason) -> Option<u64> {
+    records.filter(|record| record.reason == *reason).map(|record| record.written_us).min()
 }
 
 /// Says from the flight records of one start of a run who keeps whom waiting. Ranks without a record are those that wrote
 /// none. Of several records of a rank the last counts.
 pub fn diagnose(records: &[FlightRecord]) -> Diagnosis {
-    let stalled_us = first_stalled_us(records);
+    let stalled_us = first_us(records.iter(), &Reason::Stalled);
     let pilots: BTreeMap<usize, Pilot<'_>> = records
         .iter()
         .filter(|record| is_in_time(record, stalled_us))
@@ -187,13 +187,9 @@ fn silent(pilots: &BTreeMap<usize, Pilot<'_>>) -> Vec<Culprit> {
 
 /// The rank that records say has failed, or that was the first to be killed.
 fn failed(pilots: &BTreeMap<usize, Pilot<'_>>, stalled_us: Option<u64>) -> Vec<Culprit> {
-    let first_us = |is: fn(&Reason) -> bool| {
-        let those = pilots.values().filter(|pilot| is(&pilot.record.reason));
-        those.map(|pilot| pilot.record.written_us).min()
-    };
     // What follows when a watchdog has ended the run, or somebody else has, is a consequence: a launcher kills one after the other.
     let before = |record: &FlightRecord, end: Option<u64>| end.is_none_or(|end| record.written_us < end);
-    let terminated_us = first_us(|reason| *reason == Reason::Terminated);
+    let terminated_us = first_us(pilots.values().map(|pilot| pilot.record), &Reason::Terminated);
     let told = pilots.values().filter_map(|pilot| {
         let record = pilot.record;
         let (rank, message, step, call) = match &record.reason {
